@@ -181,7 +181,7 @@ class CRD(LearnedLoss):
         "The critic's log-loss for anchors with positive scores `pos` (B,) and candidates' `neg` (B, K), where `use` (B, K)"
         m = use.sum(1)
         with torch.no_grad():  # no branch on a tensor's value: that would wait for the GPU
-            mean = torch.cat([pos, neg.masked_fill(~use, -math.inf).flatten()]).logsumexp(0) - (m.sum()+len(pos)).log()
+            mean = torch.cat([pos, neg.masked_fill(~use, -math.inf).flatten()]).logsumexp(0) - (m.sum()+len(pos)).to(pos).log()
             self.log_c[i] = torch.where(self.log_c[i].isnan(), mean, self.log_c[i])
         shift = m.clamp(min=1).to(pos).log() + self.log_c[i]  # log(m c)
         return (F.softplus(shift-pos) + (F.softplus(neg-shift[:,None])*use).sum(1)).mean()
