@@ -88,7 +88,7 @@ class VID(LearnedLoss):
         for i,(s,t) in enumerate(zip(fm_s, fm_t)):
             with self._pair(i, s, t): steps,c_s,c_t,axis = position_steps(s.shape, t.shape)
             self.means.append(nn.Sequential(*steps, *_mlp(c_s, c_t, axis)))
-            self.alphas.append(nn.Parameter(torch.full((c_t,), math.log(math.expm1(self.init_var-self.eps)))))
+            self.alphas.append(nn.Parameter(torch.full((c_t,), math.log(math.expm1(self.init_var-self.eps)), dtype=t.dtype)))
             self.axes.append(axis)
 
     def variances(self)->list:
