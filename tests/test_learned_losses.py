@@ -443,3 +443,30 @@ def test_trains_under_the_callback(name):
     assert all(moved), [k for (k,_),m in zip(loss.named_parameters(), moved) if not m]
     assert [len(g) for g in learn.opt.param_lists]==[len(list(student.parameters()))]
     assert set(student.state_dict())==set(Net(4).state_dict())
+
+class IndexedDL(DataLoader):
+    def get_idxs(self):
+        self.order = super().get_idxs()
+        return self.order
+
+class GiveIndex(Callback):
+    order = -1
+    def __init__(self, crd): self.crd,self.seen = crd,[]
+    def before_batch(self):
+        if self.training:
+            self.crd.index = torch.tensor(self.dl.order[self.iter*self.dl.bs:][:self.dl.bs])
+            self.seen.append((self.x[:,0,0,0].long().tolist(), self.crd.index.tolist()))
+
+def test_crd_bank_under_the_callback():
+    "The recipe of the docs: the first pixel of each image says which sample it is"
+    x = torch.randn(12, 3, 8, 8)
+    x[:,0,0,0] = torch.arange(12.)
+    items = list(zip(x, torch.arange(12)%4))
+    learn = Learner(DataLoaders(IndexedDL(items, bs=4, shuffle=True), DataLoader(items, bs=4), device='cpu'), Net(4), CrossEntropyLossFlat())
+    loss = CRD(dim=4, bank=12, k=6)
+    give = GiveIndex(loss)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-2, cbs=[give, KnowledgeDistillationCallback(Net(8), loss, 'b', 'b', weight=.8, task_weight=1.)])
+    assert len(give.seen)==6 and all(a==b for a,b in give.seen)
+    assert loss.labels.tolist()==[i%4 for i in range(12)]
+    torch.testing.assert_close(loss.bank_s.norm(dim=1), torch.ones(12))

@@ -57,7 +57,7 @@ def _read_map(s, n=None):
 # %% ../../nbs/distill/adapters.ipynb #3e20beb3
 class ResizeGrid(nn.Module):
     "Bring a grid `(B, C, H, W)` to `size`: average pooling where it shrinks, bilinear interpolation where it grows"
-    def __init__(self, 
+    def __init__(self,
         size:tuple, # Height and width to reach
     ):
         super().__init__()
@@ -72,7 +72,7 @@ class ResizeGrid(nn.Module):
 
 class MeanPositions(nn.Module):
     "The mean over `dims`: all positions of a map, as one vector `(B, C)`"
-    def __init__(self, 
+    def __init__(self,
         dims:tuple, # Axes of the positions
     ):
         super().__init__()
@@ -85,7 +85,7 @@ class MeanPositions(nn.Module):
 # %% ../../nbs/distill/adapters.ipynb #e3db0952
 class ToGrid(nn.Module):
     "Tokens `(B, N, D)` as a grid `(B, D, H, W)`, without the `prefix` tokens in front"
-    def __init__(self, 
+    def __init__(self,
         prefix:int, # Number of class and register tokens
         size:tuple, # Height and width of the grid
     ):
@@ -98,7 +98,7 @@ class ToGrid(nn.Module):
 
 class ToTokens(nn.Module):
     "A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the mean over the grid"
-    def __init__(self, 
+    def __init__(self,
         prefix:int=0, # Number of class and register tokens to put in front
     ):
         super().__init__()
@@ -113,7 +113,7 @@ class ToTokens(nn.Module):
 
 class ResizeTokens(nn.Module):
     "Tokens `(B, N, D)` on another grid: class and register tokens kept, the rest resized as a grid"
-    def __init__(self, 
+    def __init__(self,
         old:tuple, # `(prefix, height, width)` of the tokens
         new:tuple, # the same of the result
     ):
@@ -203,7 +203,7 @@ def _wide(
 class Adapters(nn.Module):
     """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al., ICLR 2015, arXiv 1412.6550).
     `Adapters.build` makes them. They compute in float32, also under autocast; a pair without a module passes unchanged"""
-    def __init__(self, 
+    def __init__(self,
         pairs:Mapping|list, # `{student layer: module}` or modules, for all pairs in their order; None leaves a pair as it is
     ):
         super().__init__()
@@ -213,7 +213,7 @@ class Adapters(nn.Module):
             if not isinstance(m, nn.Module|None): raise TypeError(f"the adapter of {k!r} must be an nn.Module or None, got {m!r}")
         self.mods = nn.ModuleList(nn.Identity() if m is None else m for m in pairs.values())
 
-    def forward(self, 
+    def forward(self,
         fm_s:dict, # Student's maps `{layer: tensor}`, in the order of the pairs
     )->dict:
         "The adapted maps, under the same keys"
