@@ -126,7 +126,7 @@ def test_memory_format_does_not_matter(s, t):
 
 def test_regressor_of_maps_is_a_1x1_convolution_and_batchnorm():
     x,m = rnd(3, 4, 2, 2),adapter((1, 4, 2, 2), (1, 5, 2, 2))
-    w,got = m[0].weight[:, :, 0, 0],m(x)
+    w,got = m.project[0].weight[:, :, 0, 0],m(x)
     z = torch.zeros(3, 5, 2, 2)
     for b in range(3):
         for o in range(5):
@@ -215,15 +215,16 @@ def test_build_leaves_random_stream_modes_and_statistics(fms):
     torch.manual_seed(3); b = Adapters.build(s, t)
     assert all(p.equal(q) for p,q in zip(a.parameters(), b.parameters()))
 
-def test_fits_tells_whether_to_build_anew(fms):
+def test_old_adapters_go_on_at_another_image_size(fms):
     s,t = fms
-    ad = Adapters.build(s, t)
-    state = copy.deepcopy(ad.state_dict())
-    assert ad.fits(s, t) and ad.training
-    assert not ad.fits(s, {**t, 'y': rnd(2, 8, 8, 8)})
-    assert not ad.fits({**s, 'b': rnd(2, 7, 2, 2)}, t)
-    assert not ad.fits({'a': s['a']}, {'x': t['x']})
-    assert all(v.equal(state[k]) for k,v in ad.state_dict().items())
+    old = Adapters.build(s, t)
+    for p in old.parameters(): p.data += 1
+    for s2,t2 in [({**s, 'b': rnd(2, 6, 4, 4)}, t), ({**s, 'b': rnd(2, 6, 4, 4)}, {**t, 'y': rnd(2, 8, 8, 8)})]:  # no resizing any more, other sizes
+        new = Adapters.build(s2, t2, old=old)
+        assert all(v.equal(old.state_dict()[k]) for k,v in new.state_dict().items())
+        assert shapes_of(new(s2))==shapes_of(t2)
+    other = Adapters.build({**s, 'c': rnd(2, 6)}, t, old=old)      # other channels: all anew
+    assert not any(p.equal(q) for p,q in zip(other.parameters(), old.parameters()))
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize('autocast', [False, True])
