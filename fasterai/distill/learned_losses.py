@@ -270,7 +270,7 @@ def bn_margin(
     bn:nn.Module, # The teacher's BatchNorm in front of a ReLU
 )->torch.Tensor:
     "The expected negative response of each channel `(C,)` after `bn`, from its scale and shift (OFD: Heo et al., ICCV 2019, arXiv 1904.01866)"
-    b,g = bn.bias.detach().double(),bn.weight.detach().double().abs().clamp(min=1e-12)
+    b,g = bn.bias.detach().cpu().double(),bn.weight.detach().cpu().double().abs().clamp(min=1e-12)  # not every device has float64
     log_p = torch.special.log_ndtr(-b/g)
     mean = b - g*torch.exp(-0.5*(b/g)**2 - 0.5*math.log(2*math.pi) - log_p)
     return torch.where(log_p>math.log(0.001), mean, -3*g).to(bn.bias.dtype)
