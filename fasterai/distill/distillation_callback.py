@@ -43,8 +43,16 @@ def _guarded(cb, with_events, *args, **kwargs):
     try: return with_events(*args, **kwargs)
     except _cancels: raise
     except BaseException:
+        if cb._fitting: _leave_autocast(cb)
         cb._release()
         raise
+
+def _leave_autocast(cb):
+    "End the autocast of fastai's `MixedPrecision`, if it is on and was not when the fit began"
+    for mp in cb.learn._grab_cbs(MixedPrecision):
+        autocast = getattr(mp, 'autocast', None)
+        if autocast is not None and torch.is_autocast_enabled(autocast.device) and not cb._autocast.get(autocast.device):
+            autocast.__exit__(None, None, None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #0991839e
 class KnowledgeDistillationCallback(Callback):
@@ -120,7 +128,7 @@ class KnowledgeDistillationCallback(Callback):
         "Add the losses' columns to the table, and watch over the fit"
         if self.learn.lock.locked(): return # validate or get_preds: no training
         self._release()
-        self._fitting = True
+        self._fitting,self._autocast = True,{k:torch.is_autocast_enabled(k) for k in ('cpu','cuda')}
         self.log = LossLog(self.loss_names, self.valid)
         self._columns,self._met = self.log.columns(),False
         self.learn.metrics = self.learn.metrics + self._columns
@@ -156,9 +164,17 @@ class KnowledgeDistillationCallback(Callback):
         "Let the captured maps go"
         if self._capture: self._capture.clear()
 
-    def after_train(self): self.log.close()
-    def after_validate(self): self.log.close(training=False)
-    def after_fit(self): self._release()
+    def after_train(self):
+        "Take the epoch's means"
+        if self._fitting: self.log.close()
+
+    def after_validate(self):
+        "Take those of the validation, where the teacher is asked in it"
+        if self._fitting: self.log.close(training=False)
+
+    def after_fit(self):
+        "Leave all as it was"
+        self._release()
 
 # %% ../../nbs/distill/distillation_callback.ipynb #6008827b
 @patch
