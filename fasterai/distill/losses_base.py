@@ -56,7 +56,7 @@ def kl_div(
     "KL(softmax(zt) || softmax(zs)) over `axis`, which is gone from the result"
     ls,lt = zs.log_softmax(axis), zt.log_softmax(axis)
     p = lt.exp()
-    return ((lt-ls)*p).masked_fill(p==0, 0).sum(axis)
+    return (lt-ls).mul_(p).masked_fill_(p==0, 0).sum(axis)
 
 def check_T(
     T:float, # Temperature
@@ -175,12 +175,14 @@ def centred(
     keep:Tensor=None,   # Which positions count, to be broadcast to `x`; None for all
 )->tuple[Tensor,Tensor]:
     "`x` less its mean over what counts, 0 elsewhere; and the length below which that is rounding"
-    if keep is None: c = x-x.mean(axes, keepdim=True)
+    if keep is None:
+        m = x.mean(axes, keepdim=True)
+        c,n = x-m, x.numel()/m.numel()
     else:
-        x = x.masked_fill(~keep, 0)
-        n = keep.expand_as(x).sum(axes, keepdim=True).clamp(min=1)
-        c = (x-x.sum(axes, keepdim=True)/n).masked_fill(~keep, 0)
-    return c, 4*torch.finfo(x.dtype).eps*torch.linalg.vector_norm(x.detach(), 2, axes, keepdim=True)
+        x,n = x.masked_fill(~keep, 0), keep.expand_as(x).sum(axes, keepdim=True).clamp(min=1)
+        m = x.sum(axes, keepdim=True)/n
+        c = (x-m).masked_fill(~keep, 0)
+    return c, 4*torch.finfo(x.dtype).eps*n**0.5*m.detach().abs()
 
 def unit(
     x:Tensor,            # Any tensor
@@ -190,8 +192,7 @@ def unit(
 )->Tensor:
     "`x` with every vector along `axes` scaled to length 1; a zero vector becomes zero, without a gradient"
     n = torch.linalg.vector_norm(x, p, axes, keepdim=True)
-    dead = n<=floor
-    return (x/n.masked_fill(dead, 1)).masked_fill(dead, 0)
+    return x/n.masked_fill(n<=floor, torch.inf)
 
 def gram(
     x:Tensor,      # `(..., N, D)`

@@ -69,7 +69,8 @@ def ActivationBoundaries(
     "Squared hinge towards the sign of the teacher's units, mean over elements, summed over pairs. Heo et al., AAAI 2019, arXiv 1811.03233. ValueError for unequal shapes"
     def one(s, t, names):
         s,t = same_shape(s, t, names, 'ActivationBoundaries')
-        return F.relu(m-torch.where(t>0, s, -s)).square().mean()
+        x = s.detach()
+        return F.mse_loss(s, torch.where(t>0, x.clamp(min=m), x.clamp(max=-m)))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 ActivationBoundaries.same_shape = True
 

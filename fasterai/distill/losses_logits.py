@@ -80,7 +80,7 @@ def _nkd(zs, zt, y, axis, T, alpha, beta):
     ls,lt = (z.log_softmax(axis).gather(axis, y).squeeze(axis) for z in (zs, zt))
     rs,rt = ((z/T).scatter(axis, y, -torch.inf).log_softmax(axis) for z in (zs, zt))
     p = rt.exp()
-    return -alpha*lt.exp()*ls - beta*T**2*(rs*p).masked_fill(p==0, 0).sum(axis)
+    return -alpha*lt.exp()*ls - beta*T**2*(rs*p).masked_fill_(p==0, 0).sum(axis)
 
 def DecoupledKD(
     pred:Tensor,            # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -192,9 +192,9 @@ def BinaryKD(
     "KL of every logit's yes and no, times T², mean over all. Yang et al., ICCV 2023, arXiv 2308.06453. ValueError for unequal shapes"
     s,t = as_pair(pred, teacher_pred)
     if s.shape!=t.shape: raise ValueError(f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}")
-    return T**2*sum(_coin(sign*s/check_T(T), sign*t/T) for sign in (1, -1)).mean()
-
-def _coin(s, t): return ((F.logsigmoid(t)-F.logsigmoid(s))*t.sigmoid()).masked_fill(t==-torch.inf, 0)
+    s,t = s/check_T(T), t/T
+    kl = F.logsigmoid(t)-F.logsigmoid(s)-(t-s)*(-t).sigmoid()
+    return T**2*kl.masked_fill(t==-torch.inf, 0).mean()
 
 # %% ../../nbs/distill/losses_logits.ipynb #36f75377
 def Ranking(
