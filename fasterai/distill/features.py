@@ -188,18 +188,22 @@ def _is_compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_c
 def as_found(
     *models:nn.Module, # The models to run inside
 ):
-    "Evaluation mode and no graph inside; afterwards every mode, buffer and random state is as before, whatever happened"
+    "Evaluation mode and no graph inside; afterwards every mode, attribute, buffer and random state is as before, whatever happened"
     mods = [m for model in models for m in unwrap(model).modules()]
-    modes,bufs = [(m,m.training) for m in mods],[(b,b._version,b.clone()) for m in mods for b in m._buffers.values() if b is not None]
+    attrs = [(m, m.training, dict(vars(m))) for m in mods]
+    buffers = [(b, b._version, b.clone()) for m in mods for b in m._buffers.values() if b is not None]
     devices = {p.device for m in mods for p in m._parameters.values() if p is not None and p.is_cuda}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled(mods):
             for m in mods: m.training = False
             yield
     finally:
-        for m,mode in modes: m.training = mode
+        for m,mode,were in attrs:
+            vars(m).clear()
+            vars(m).update(were)
+            m.training = mode
         with torch.no_grad():
-            for b,version,was in bufs:
+            for b,version,was in buffers:
                 if b._version!=version: b.copy_(was)
 
 def _uncompiled(mods):

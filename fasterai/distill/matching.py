@@ -40,7 +40,7 @@ def geometry(
     return Geometry(grid, channels, _level(grid, size))
 
 def _distortion(grid, size):
-    if len(grid)!=len(size): return 0.
+    if len(grid)!=len(size) or not prod(grid): return 0.
     logs = [log2(s/g) for s,g in zip(size, grid)]
     return max(logs)-min(logs)
 
@@ -134,13 +134,14 @@ def _chain(steps, model, name=''):
         if s is not None: yield s
 
 def _spans(s, inner):
-    if s.leaf: return False
-    return s.level is None or any(i.level is not None and (-1 if s.inp.level is None else s.inp.level)<i.level<s.level for i in inner)
+    if s.leaf or s.level is None: return not s.leaf
+    start = -1 if s.inp.level is None else s.inp.level
+    return any(start<i.level<s.level for i in inner if i.level is not None)
 
 def _trunk(steps, model):
     "The steps on the way down, in order"
     order = {n:i for i,n in enumerate(steps)}
-    chain,name = [],''
+    name = ''
     while True:  # a model that only wraps another one has one step
         chain = sorted(_chain(steps, model, name), key=lambda s: order[s.name])
         inner = [s for s in chain if s.learns]
@@ -170,7 +171,7 @@ def _stage_at(here, last):
     if blocks: return max(reversed(blocks), key=lambda s: last and s.opened),'',False
     loose = [i for i,s in enumerate(here) if s.kind=='layer']
     if loose: return _settled(here[loose[-1]], here[loose[-1]+1:]),here[loose[0]].name if len(loose)==1 else '',False
-    return (here[-1],'',True) if last else None
+    return (here[0],'',True) if last else None
 
 def _only_pools(s, here): return not any(o.kind=='layer' for o in here) and any(o.tensor==s.tensor and o.leaf and not o.learns for o in here)
 
@@ -180,8 +181,8 @@ def _pyramid(steps, model):
     for s in trunk: names.setdefault(s.tensor, []).append(s.name)
     has_blocks = any(s.kind=='block' and not s.opened for s in trunk)
     at = [_stage_at([s for s in trunk if s.level==l], l==levels[-1]) for l in levels]
-    return [Stage(min(names[s.tensor], key=lambda n: n.count('.')), s.level, s.depth, pre if has_blocks else '', pooled)
-            for s,pre,pooled in filter(None, at)]
+    return [Stage(min(names[s.tensor], key=lambda n: n.count('.')), s.level, s.depth, pre if has_blocks and i==0 else '', pooled)
+            for i,(s,pre,pooled) in enumerate(filter(None, at))]
 
 def _declared(steps, model):
     "The stages that a timm model declares, if most of them are modules of their own"
@@ -252,14 +253,17 @@ def match_feature_layers(
         m = unwrap(m.model if isinstance(m, Learner) else m)
         steps[who] = trace(m, *xb)
         stages[who] = _stages(m, steps[who])
-        if not stages[who]: raise ValueError(f"nothing to pair: the {who} ({type(m).__name__}) has no hidden state, no layer that computes something between its input and its output")
+        if not stages[who]: raise ValueError(f"nothing to pair: the {who} ({type(m).__name__}) has no hidden state, "
+                                             "that is no layer that computes something between its input and its output")
     pairs = [(s.pre, t.pre) if s.pre and t.pre else (s.name, t.name) for s,t in _pair(stages['student'], stages['teacher'])]
     return FeaturePairs([s for s,_ in pairs], [t for _,t in pairs], [_row(steps['student'][s], steps['teacher'][t]) for s,t in pairs])
 
 def _pair(ss, ts):
     both = _is_pyramid(ss) and _is_pyramid(ts)
     pairs = _by_level(ss, ts) if both else []
-    return pairs or _by_depth(*([o for o in stages if not o.pooled][-4 if _is_pyramid(stages) and not both else 0:] for stages in (ss, ts)))
+    if pairs: return pairs
+    ss,ts = ([o for o in stages if not o.pooled] for stages in (ss, ts))
+    return _by_depth(*(o[-4:] if _is_pyramid(o) and not both else o for o in (ss, ts)))
 
 def _by_level(ss, ts):
     "Pairs of equal level; empty if there are none, or if the one goes much deeper than the other"
@@ -280,8 +284,12 @@ def _by_depth(ss, ts):
 def _evenly(o, n): return [o[-(-(i+1)*len(o)//n)-1] for i in range(n)]
 
 def _row(s, t):
-    adapt = ['tokens/grid']*(len(s.out.grid)!=len(t.out.grid)) + ['size']*(len(s.out.grid)==len(t.out.grid) and s.out.grid!=t.out.grid) + ['channels']*(s.out.channels!=t.out.channels)
-    return {'student': s.name, 'teacher': t.name, 'student map': _times(s.out.channels, *s.out.grid), 'teacher map': _times(t.out.channels, *t.out.grid),
-            'student depth': round(s.depth, 2), 'teacher depth': round(t.depth, 2), 'adapter': ' and '.join(adapt) or 'none'}
+    return {'student': s.name, 'teacher': t.name, 'student map': _times(s.out), 'teacher map': _times(t.out),
+            'student depth': round(s.depth, 2), 'teacher depth': round(t.depth, 2), 'adapter': _differences(s.out, t.out)}
 
-def _times(*o): return 'x'.join(map(str, o))
+def _times(o): return 'x'.join(map(str, (o.channels, *o.grid)))
+
+def _differences(a, b):
+    found = [] if a.grid==b.grid else ['size'] if len(a.grid)==len(b.grid) else ['tokens/grid']
+    if a.channels!=b.channels: found.append('channels')
+    return ' and '.join(found) or 'none'
