@@ -168,15 +168,15 @@ class Capture:
     def maps(self)->dict[str, Tensor]:
         "The captured tensors in the order of `layers`; the second one of a layer listed twice is called `name#2`. RuntimeError if a layer was not reached"
         missing = [t.name for t in self.taps.values() if not t.kept]
-        if missing: raise RuntimeError(f"the forward never reached {self.kind} {', '.join(map(repr, missing))}{self._why()}")
+        if missing: raise RuntimeError(f"the forward never reached {self.kind} {', '.join(map(repr, missing))}{self._why(missing)}")
         return {k:t.read() for k,t in self.taps.items()}
 
-    def _why(self):
-        if len(self.layers)>sum(not t.kept for t in self.taps.values()): return ''
-        if any(_is_compiled(m) for m in [*_wrapping(self.model), *unwrap(self.model).modules()]):
+    def _why(self, missing):
+        none = len(missing)==len(self.layers)
+        if any(map(_is_compiled, [*(_wrapping(self.model) if none else ()), *unwrap(self.model).modules()])):
             return (": the model was compiled and ran before it was hooked, and compiled code does not look for hooks again; "
                     "call torch.compiler.reset() before the first captured forward")
-        return '; did the model run at all while this capture was entered?'
+        return '; did the model run at all while this capture was entered?' if none else ''
 
 def _keys(layers):
     return [n if (c:=layers[:i+1].count(n))==1 else f'{n}#{c}' for i,n in enumerate(layers)]
@@ -190,7 +190,7 @@ def as_found(
 ):
     "Evaluation mode and no graph inside; afterwards every mode, attribute, buffer and random state is as before, whatever happened"
     mods = [m for model in models for m in unwrap(model).modules()]
-    attrs = [(m, m.training, dict(vars(m))) for m in mods]
+    attrs = [(m, type(m), m.training, dict(vars(m))) for m in mods]
     buffers = [(b, b._version, b.clone()) for m in mods for b in m._buffers.values() if b is not None]
     devices = {p.device for m in mods for p in m._parameters.values() if p is not None and p.is_cuda}
     try:
@@ -198,9 +198,10 @@ def as_found(
             for m in mods: m.training = False
             yield
     finally:
-        for m,mode,were in attrs:
-            vars(m).clear()
-            vars(m).update(were)
+        for m,cls,mode,were in attrs:
+            if type(m) is cls:  # else it was a lazy module, and has become one with parameters
+                vars(m).clear()
+                vars(m).update(were)
             m.training = mode
         with torch.no_grad():
             for b,version,was in buffers:
