@@ -16,8 +16,8 @@ from fastai.vision.models import xresnet
 from torch import nn
 from torchvision import models as tv
 
-from fasterai.distill.features import Capture, as_found
-from fasterai.distill.matching import match_feature_layers
+from fasterai.distill.features import Capture, as_found, layer_pairs
+from fasterai.distill.matching import find_stages, match_feature_layers
 
 timm = pytest.importorskip('timm')
 
@@ -168,6 +168,17 @@ def test_pairs(case):
         torch.testing.assert_close(c.maps, {n:want[n] for n in names}, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('name', ['resnet26d', 'resnetv2_50', 'regnetx_002', 'mobilenetv2_050', 'convnext_atto', 'edgenext_xx_small', 'pvt_v2_b0', 'efficientvit_b0'])
+def test_the_general_rules_find_what_timm_declares(name):
+    "The names may differ (`stages` returns what `stages.3` does), the tensors may not"
+    m,x = timm.create_model(name, pretrained=False),image(64)
+    told,declared = find_stages(m, x),[o['module'] for o in m.feature_info]
+    assert [s.name for s in told] == declared
+    del m.feature_info
+    found = {s.level:s.name for s in find_stages(m, x)}
+    with as_found(m), Capture(m, declared) as c1, Capture(m, [found[s.level] for s in told]) as c2: m(x)
+    torch.testing.assert_close(list(c1.maps.values()), list(c2.maps.values()), rtol=0, atol=0)
+
 def test_there_are_enough_of_them(): assert len({c[:2] for c in CASES}) >= 25
 
 def test_one_forward_of_each():
@@ -208,5 +219,6 @@ def test_the_result_prints_as_the_plain_dict_and_shows_as_a_table():
     assert pairs.table()['adapter'].tolist() == ['none', 'channels']
     assert pairs.table()['student map'].tolist() == ['4x8x8', '8x4x4']
     assert '<table' in pairs._repr_html_() and '16x4x4' in pairs._repr_html_()
+    assert layer_pairs(pairs) == (['2', '5'], ['2', '5'])
     twin = copy.deepcopy(pairs)
     assert twin == pairs and twin.table().equals(pairs.table())

@@ -168,9 +168,11 @@ def _settled(s, after):
 def _stage_at(here, last):
     "The step that stands for the steps at one level, its convolution if that is a loose one, and whether it merely pools"
     blocks = [s for s in here if s.kind=='block' and not _only_pools(s, here)]
-    if blocks: return max(reversed(blocks), key=lambda s: last and s.opened),'',False
-    loose = [i for i,s in enumerate(here) if s.kind=='layer']
-    if loose: return _settled(here[loose[-1]], here[loose[-1]+1:]),here[loose[0]].name if len(loose)==1 else '',False
+    loose = [s for s in here if s.kind=='layer']
+    if blocks and last: return max(reversed(blocks), key=lambda s: s.opened),'',False
+    if blocks or loose:
+        s = (blocks or loose)[-1]
+        return _settled(s, here[here.index(s)+1:]),loose[0].name if not blocks and len(loose)==1 else '',False
     return (here[0],'',True) if last else None
 
 def _only_pools(s, here): return not any(o.kind=='layer' for o in here) and any(o.tensor==s.tensor and o.leaf and not o.learns for o in here)
