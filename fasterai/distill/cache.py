@@ -263,6 +263,7 @@ class TeacherCache:
         mixers = [cb for cb in learn.cbs if isinstance(cb, MixHandler)]
         self._check_types(dl, mixers)
         self._learn,self._ask,self.layers,self.logits,self.off = learn,partial(teacher, layers=layers, logits=logits),list(layers),logits,None
+        self._epoch = None
         self.trace = _Trace(dl, self.k, self.seed, self.passes)
         try:
             for cb in mixers: self._replay_mix(cb)
@@ -287,27 +288,33 @@ class TeacherCache:
     def ask(self,
         *xb,     # The inputs of the training batch in hand, as the student sees them
     )->tuple:    # Logits and a dict of feature maps; what comes from the cache is float32
-        "What the teacher says about the batch: from the cache, and about samples that are not there, from the teacher itself"
+        "What the teacher says about the batch: from the cache if all of it is there, else from the teacher, and into the cache"
         if self._ask is None: raise ValueError("cache: attach it first")
         if self.off or not self._learn.training or self.trace.rows is None or len(self.trace.rows)!=len(xb[0]): return self._ask(*xb)
         rows,seen = self.trace.rows,signature(xb)
         rec,there = self._read(rows, seen)
-        self.hits,self.asked = self.hits+int(there.sum()),self.asked+int((~there).sum())
-        if there.all(): return self._decode(rec, xb[0].device)
-        if there.any() and all(isinstance(x, torch.Tensor) for x in xb): return self._ask_rest(xb, seen, rec, torch.from_numpy(~there))
+        if there.any() and not there.all() and self._catch_up(rows): rec,there = self._read(rows, seen)
+        if there.all():
+            self.hits += len(rows)
+            return self._decode(rec, xb[0].device)
+        return self._ask_and_keep(rows, seen, xb)
+
+    def _ask_and_keep(self, rows, seen, xb):
+        self.asked += len(rows)
         said = self._ask(*xb)
         self._write(rows, seen, *said)
         return said
 
-    def _ask_rest(self, xb, seen, rec, new):
-        "From the cache what is there, from the teacher the samples marked in `new`"
-        here = new.to(xb[0].device)
-        said = self._ask(*(x[here] for x in xb))
-        self._write(self.trace.rows[new.numpy()], seen[new], *said)
-        pred,fm = self._decode(rec, here.device)
-        if self.logits: pred[here] = said[0].detach().float()
-        for o in self.layers: fm[o][here] = said[1][o].detach().float()
-        return pred,fm
+    def _catch_up(self, rows):
+        "Once an epoch, ask about the few samples that were in no batch yet, such as a dropped end; `rows` make the batch full"
+        before,self._epoch = self._epoch,getattr(self._learn, 'epoch', 0)
+        if self.k or before==self._epoch or not 0<len(todo:=self._missing())<=len(rows): return False
+        try:
+            with _seeded('catch up'): b = self.trace.draw([*todo, *rows.tolist()][:len(rows)])
+            xb = self._inputs(self._learn._set_device(b))
+            self._ask_and_keep(self.trace.rows, signature(xb), xb)
+            return True
+        finally: self.trace.rows = rows
 
     def _read(self, rows, seen):
         "The stored rows, and which of them hold an answer to these inputs"
@@ -448,7 +455,9 @@ class TeacherCache:
         try:
             with _seeded('build'):
                 if self.k: whole.passes = 0
-                elif rows:=self._missing(): self.trace = _Trace(whole.dl.new(shuffle=False, drop_last=False, n=len(rows), get_idxs=partial(list, rows)))
+                elif rows:=self._missing():
+                    rows = np.resize(rows, len(rows)+-len(rows)%whole.dl.bs).tolist()  # full batches only
+                    self.trace = _Trace(whole.dl.new(shuffle=False, drop_last=False, n=len(rows), get_idxs=partial(list, rows)))
                 else: return
                 for _ in range(self.k or 1): self._ask_all(self.trace.dl)
         finally: self.trace,whole.dl.rng,whole.passes,self._learn.training = whole,rng,passes,training
