@@ -205,6 +205,16 @@ class TestTraining:
         plain = train(loaders(Blobs(45), bs=8, shuffle=True, drop_last=True, num_workers=0), Teacher(), n=8)
         assert teacher.seen==[8]*6 and torch.equal(weights, plain)
 
+    def test_what_was_not_drawn_with_replacement_is_asked_at_once(self):
+        dls,teacher = loaders(cls=WeightedDL),Teacher()
+        np.random.seed(0)
+        weights = train(dls, teacher, TeacherCache(dtype=torch.float32), n=4)
+        first = teacher.seen[:6]
+        rest = sum(teacher.seen)-sum(first)
+        assert first==[8]*6 and 0<rest<N
+        np.random.seed(0)
+        assert torch.equal(weights, train(loaders(cls=WeightedDL), Teacher(), n=4))
+
     def test_feature_maps(self):
         plain = train(loaders(), Teacher(), layers=['0', '2'])
         teacher,cache = Teacher(),TeacherCache(maps=True, dtype=torch.float32)

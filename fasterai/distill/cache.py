@@ -293,28 +293,14 @@ class TeacherCache:
         if self.off or not self._learn.training or self.trace.rows is None or len(self.trace.rows)!=len(xb[0]): return self._ask(*xb)
         rows,seen = self.trace.rows,signature(xb)
         rec,there = self._read(rows, seen)
-        if there.any() and not there.all() and self._catch_up(rows): rec,there = self._read(rows, seen)
+        if there.any() and not there.all() and self._catch_up(): rec,there = self._read(rows, seen)
         if there.all():
             self.hits += len(rows)
             return self._decode(rec, xb[0].device)
-        return self._ask_and_keep(rows, seen, xb)
-
-    def _ask_and_keep(self, rows, seen, xb):
         self.asked += len(rows)
         said = self._ask(*xb)
         self._write(rows, seen, *said)
         return said
-
-    def _catch_up(self, rows):
-        "Once an epoch, ask about the few samples that were in no batch yet, such as a dropped end; `rows` make the batch full"
-        before,self._epoch = self._epoch,getattr(self._learn, 'epoch', 0)
-        if self.k or before==self._epoch or not 0<len(todo:=self._missing())<=len(rows): return False
-        try:
-            with _seeded('catch up'): b = self.trace.draw([*todo, *rows.tolist()][:len(rows)])
-            xb = self._inputs(self._learn._set_device(b))
-            self._ask_and_keep(self.trace.rows, signature(xb), xb)
-            return True
-        finally: self.trace.rows = rows
 
     def _read(self, rows, seen):
         "The stored rows, and which of them hold an answer to these inputs"
@@ -448,31 +434,47 @@ class TeacherCache:
         self._undo.append(partial(cb.__dict__.pop, 'before_batch', None))
 
     def _build(self):
-        "Ask about every sample (and view) that is not there yet: size and time are said, a bar shows the progress"
+        "Ask about every sample (and view) that is not there yet"
         if self._undo: raise ValueError("cache: eager=True asks before training, when nothing has been mixed yet; with MixUp or CutMix use eager=False")
-        whole,training,self._learn.training = self.trace,self._learn.training,True
-        rng,passes = whole.dl.rng,whole.passes
+        if not self.k: return self._ask_about(self._missing(), eager=True)
+        trace = self.trace
+        rng,passes,trace.passes = trace.dl.rng,trace.passes,0
         try:
-            with _seeded('build'):
-                if self.k: whole.passes = 0
-                elif rows:=self._missing():
-                    rows = np.resize(rows, len(rows)+-len(rows)%whole.dl.bs).tolist()  # full batches only
-                    self.trace = _Trace(whole.dl.new(shuffle=False, drop_last=False, n=len(rows), get_idxs=partial(list, rows)))
-                else: return
-                for _ in range(self.k or 1): self._ask_all(self.trace.dl)
-        finally: self.trace,whole.dl.rng,whole.passes,self._learn.training = whole,rng,passes,training
+            for _ in range(self.k): self._ask_all(eager=True)
+        finally: trace.dl.rng,trace.passes = rng,passes
+
+    def _catch_up(self):
+        "Ask about what no batch has held yet, such as a dropped end, once the greater part is known; at most once an epoch"
+        before,self._epoch = self._epoch,getattr(self._learn, 'epoch', 0)
+        if self.k or before==self._epoch or not 0<len(rows:=self._missing())<=self.trace.n//2: return False
+        self._ask_about(rows)
+        return True
 
     def _missing(self):
         "Rows without an answer; of several processes, each has its share"
         rows = np.arange(self.trace.n) if self._mm is None else np.flatnonzero(self._mm[:, :4].view('<u4')[:, 0]==0)
         return rows[rank_distrib()::max(num_distrib(), 1)].tolist()
 
-    def _ask_all(self, dl):
-        start = time.time()
-        for i,b in enumerate(progress_bar(dl, leave=False, display=hasattr(self._learn, 'progress'))):
-            self.ask(*self._inputs(self._learn._set_device(b)))
-            if i==0 and rank_distrib()==0: print(f"Teacher cache: about {(time.time()-start)*len(dl):.0f} s for {dl.n:,} samples")
-            if self.off: return
+    def _ask_about(self, rows, **kwargs):
+        "Ask about `rows`, some of them twice, so that all batches are full"
+        if not rows: return
+        rows,whole = np.resize(rows, len(rows)+-len(rows)%self.trace.dl.bs).tolist(),self.trace
+        with _seeded('new'): dl = whole.dl.new(shuffle=False, drop_last=False, n=len(rows), get_idxs=partial(list, rows))
+        self.trace = _Trace(dl)
+        try: self._ask_all(**kwargs)
+        finally: self.trace = whole
+
+    def _ask_all(self, eager=False):
+        "Ask about the batches of a whole epoch; if `eager`, the time it takes is said, and a bar shows the progress"
+        dl,training,start = self.trace.dl,self._learn.training,time.time()
+        self._learn.training = True
+        try:
+            with _seeded('all'):
+                for i,b in enumerate(progress_bar(dl, leave=False, display=eager and hasattr(self._learn, 'progress'))):
+                    self.ask(*self._inputs(self._learn._set_device(b)))
+                    if eager and i==0 and rank_distrib()==0: print(f"Teacher cache: about {(time.time()-start)*len(dl):.0f} s for {dl.n:,} samples")
+                    if self.off: return
+        finally: self._learn.training = training
 
 def _fields(said): return [[name, str(o.numpy().dtype), list(o.shape[1:])] for name,o in said.items()]
 
