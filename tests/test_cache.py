@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.mixup import CutMix
+from fastai.callback.schedule import lr_find  # patches Learner
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.learner import Learner
@@ -250,11 +251,12 @@ class TestTraining:
             x,_ = dls.valid.one_batch()
             assert torch.equal(cache.ask(x)[0], teacher(x)[0]) and cache.asked==0
 
-    def test_another_fit_goes_on_with_what_is_there(self):
+    def test_another_fit_and_lr_find_go_on_with_what_is_there(self, tmp_path):
         teacher,cache = Teacher(),TeacherCache()
         learn = learner(loaders(), teacher, cache)
-        learn.fit(1); learn.lr_find(show_plot=False, num_it=8, suggest_funcs=()) if hasattr(learn, 'lr_find') else None; learn.fit(1)
-        assert sum(teacher.seen)==N
+        learn.path = tmp_path
+        learn.fit(1); learn.lr_find(show_plot=False, num_it=8, suggest_funcs=()); learn.fit_one_cycle(1)
+        assert sum(teacher.seen)==N and cache.hits>=N+8
 
     def test_a_temporary_cache_starts_anew_with_another_teacher(self):
         cache = TeacherCache()
@@ -310,6 +312,18 @@ class TestReplay:
         teacher = Teacher()
         train(self.dls(num_workers=2), teacher, Replay(k=2, path=path), n=2)
         assert teacher.seen==[]
+
+    def test_a_second_fit_goes_on_with_the_next_view(self):
+        teacher,cache = Teacher(),Replay(k=2)
+        learn = learner(self.dls(), teacher, cache)
+        for n in N,2*N,2*N,2*N:
+            learn.fit(1)
+            assert sum(teacher.seen)==n
+
+    def test_samples_drawn_with_replacement_come_back_too(self):
+        teacher = Teacher()
+        train(self.dls(cls=WeightedDL), teacher, Replay(k=2), n=4)
+        assert sum(teacher.seen)==2*N
 
     def test_another_seed_is_another_cache(self, path):
         train(self.dls(), Teacher(), Replay(k=2, path=path))
@@ -369,9 +383,10 @@ class TestFile:
                     if self.n<20: return self.f.write(b)
                     self.f.write(b[:len(b)//2])
                     os.kill(os.getpid(), signal.SIGKILL)
-            class Dying(TeacherCache):
-                def _open(self, *args): super()._open(*args); self._out = Torn(self._out)
-            train(loaders(), Teacher(), Dying(path, dtype=torch.float32), n=1)
+            class Dying(mod._Store):
+                def __init__(self, *args): super().__init__(*args); self.out = Torn(self.out)
+            mod._Store = Dying
+            fill(path)
         p = in_process(die)
         p.join()
         assert p.exitcode==-signal.SIGKILL
@@ -430,12 +445,13 @@ class TestFile:
         self.goes_on('needs 5.25 kB, 100 B are free.*goes on without', TeacherCache(path))
         assert not list(path.parent.iterdir())
 
-    def test_a_disk_that_fills_up(self, path):
-        class Full(TeacherCache):
-            def _open(self, *args):
-                super()._open(*args)
-                out,self._out = self._out,type('Full', (), dict(seek=self._out.seek, close=self._out.close, write=lambda s, b: out.write(b[:20])))()
-        self.goes_on('the disk is full.*goes on without', Full(path))
+    def test_a_disk_that_fills_up(self, path, monkeypatch):
+        class Full(mod._Store):
+            def __init__(self, *args):
+                super().__init__(*args)
+                out,self.out = self.out,type('Full', (), dict(seek=self.out.seek, close=self.out.close, write=lambda s, b: out.write(b[:20])))()
+        monkeypatch.setattr(mod, '_Store', Full)
+        self.goes_on('the disk is full.*goes on without', TeacherCache(path))
 
     def test_a_place_where_nothing_can_be_made(self): self.goes_on('cannot (open|write).*goes on without', TeacherCache('/dev/null/teacher.cache'))
 
