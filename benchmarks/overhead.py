@@ -34,11 +34,14 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from fastai.torch_core import TensorImage
+from fastai.vision.augment import Flip
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision import models
 
 from fasterai.core.digits import digits_net
+from fasterai.distill.cache import Replay, TeacherCache
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import Attention, DecoupledKD, FitNet, Similarity, SoftTarget
 from fasterai.distill.teacher import Teacher
@@ -59,7 +62,11 @@ def _resnet(name, c):
 pairs = dict(
     cpu=dict(teacher=partial(_resnet, 'resnet34', 10), student=partial(_resnet, 'resnet18', 10), shape=(3, 64, 64), bs=64, c=10, steps=4, amp=False),
     cuda=dict(teacher=partial(_resnet, 'resnet50', 1000), student=partial(_resnet, 'resnet18', 1000), shape=(3, 224, 224), bs=256, c=1000, steps=8, amp=True),
-    toy=dict(teacher=partial(digits_net, 16), student=partial(digits_net, 8), shape=(1, 8, 8), bs=64, c=10, steps=50, amp=False))
+    toy=dict(teacher=partial(digits_net, 8), student=partial(digits_net, 8), shape=(1, 8, 8), bs=64, c=10, steps=20, amp=False))
+
+class Images(TensorDataset):
+    "Pairs of image and label, the image as a fastai `TensorImage`, which augmentation asks for"
+    def __getitem__(self, i): x,y = super().__getitem__(i); return TensorImage(x), y
 
 def make_bench(name, steps=None):
     "Everything that the variants share: data, teacher, student"
@@ -67,9 +74,11 @@ def make_bench(name, steps=None):
     device = torch.device('cuda' if name=='cuda' or name=='toy' and torch.cuda.is_available() else 'cpu')
     steps = steps or p['steps']
     torch.manual_seed(0)
-    def dl(n, shuffle): return TfmdDL(TensorDataset(torch.randn(n, *p['shape']), torch.randint(0, p['c'], (n,))), bs=p['bs'], shuffle=shuffle, num_workers=0, device=device)
-    dls = DataLoaders(dl(steps*p['bs'], True), dl(p['bs'], False), device=device)
-    return SimpleNamespace(name=name, dls=dls, device=device, steps=steps, bs=p['bs'], amp=p['amp'], loss_func=CrossEntropyLossFlat(),
+    def dl(data, shuffle, **kw): return TfmdDL(data, bs=p['bs'], shuffle=shuffle, num_workers=0, device=device, **kw)
+    def data(n): return Images(torch.randn(n, *p['shape']), torch.randint(0, p['c'], (n,)))
+    train,valid = data(steps*p['bs']),dl(data(p['bs']), False)
+    dls,augmented = [DataLoaders(dl(train, True, after_batch=tfms), valid, device=device) for tfms in (None, [Flip()])]
+    return SimpleNamespace(name=name, dls=dls, augmented=augmented, device=device, steps=steps, bs=p['bs'], amp=p['amp'], loss_func=CrossEntropyLossFlat(),
                            student=p['student']().to(device), teacher=p['teacher']().to(device).eval(), new_teacher=p['teacher'],
                            stages=['1', '2'] if name=='toy' else STAGES)
 
@@ -86,9 +95,9 @@ class Clock(Callback):
     def before_train(self): self.t = _now(self.dls.device)
     def after_train(self): self.t = [b-a for a,b in zip(self.t, _now(self.dls.device))]
 
-def visit_fastai(b, *cbs):
+def visit_fastai(b, *cbs, dls=None):
     clock,amp = Clock(),[MixedPrecision()]*b.amp
-    learn = Learner(b.dls, b.student, loss_func=b.loss_func, opt_func=partial(SGD, mom=0.9), lr=1e-4, cbs=[clock, *amp, *cbs])
+    learn = Learner(dls or b.dls, b.student, loss_func=b.loss_func, opt_func=partial(SGD, mom=0.9), lr=1e-4, cbs=[clock, *amp, *cbs])
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     def visit():
@@ -105,6 +114,7 @@ def visit_by_hand(b, teacher=True):
     def train():
         b.student.train()
         for x,y in b.dls.train:
+            x = x.as_subclass(torch.Tensor)
             with autocast():
                 z = b.student(x)
                 loss = b.loss_func(z, y)
@@ -119,7 +129,7 @@ def visit_by_hand(b, teacher=True):
     def validate():
         b.student.eval()
         for x,y in b.dls.valid:
-            with autocast(): b.loss_func(b.student(x), y).item()
+            with autocast(): b.loss_func(b.student(x.as_subclass(torch.Tensor)), y).item()
     def visit():
         t0 = _now(b.device)
         train()
@@ -134,7 +144,7 @@ def visit_forward(b):
     def visit():
         t = _now(b.device)
         for x,_ in b.dls.train:
-            with torch.autocast(b.device.type, dtype=torch.float16, enabled=b.amp): b.teacher(x)
+            with torch.autocast(b.device.type, dtype=torch.float16, enabled=b.amp): b.teacher(x.as_subclass(torch.Tensor))
         t = [(e-s)/b.steps for s,e in zip(t, _now(b.device))]
         return *t, t[0]*b.steps
     return visit
@@ -145,6 +155,13 @@ def visit_forward(b):
 def ours(b, loss=SoftTarget, layers=None, teacher=None, **options):
     teacher = Teacher(b.teacher if teacher is None else teacher(b), **options)
     return visit_fastai(b, KnowledgeDistillationCallback(teacher, loss, layers, layers, weight=0.5))
+
+def cached(b, cache, dls=None):
+    "Ours once the cache has seen every view of every sample"
+    visit = visit_fastai(b, KnowledgeDistillationCallback(Teacher(b.teacher, cache=cache), weight=0.5), dls=dls)
+    for _ in range(1+(cache.k or 1)): visit()
+    if not cache.hits: raise RuntimeError("the callback did not ask the cache")
+    return visit
 
 def original(b, loss, layers=None):
     lib = sys.modules['fasterai_original']
@@ -162,6 +179,8 @@ def variants(b):
          'SoftTarget, channels_last teacher': partial(ours, b, channels_last=True), 'SoftTarget, fused teacher': partial(ours, b, fuse=True),
          'SoftTarget, compiled teacher': partial(ours, b, **compiled),
          **{f'FitNet at {s}, early stop': partial(ours, b, FitNet, [s]) for s in b.stages[1:3]},
+         'SoftTarget, cached': lambda: cached(b, TeacherCache()), 'plain student, augmented': partial(visit_fastai, b, dls=b.augmented),
+         'SoftTarget, replayed, augmented': lambda: cached(b, Replay(k=2), b.augmented),
          'SoftTarget, two teachers': partial(ours, b, teacher=lambda b: [b.teacher, b.new_teacher()])}
     if 'fasterai_original' in sys.modules:
         v |= {'original fasterai, SoftTarget': partial(original, b, 'SoftTarget')}
@@ -192,22 +211,24 @@ def measure(b, names, rounds):
     for name in names:
         try: visits[name] = makers[name](); visits[name]()                  # the first visit compiles, tries formats and fills caches
         except Exception as e: visits.pop(name, None); print(f'left out: {name} ({type(e).__name__}: {str(e)[:200]})', file=sys.stderr)
-    pairs,rng = {n:[] for n in visits},random.Random(0)
+    got,rng = {n:[] for n in visits},random.Random(0)
     floor()
     for r in range(rounds):
-        for name in rng.sample(list(visits), len(visits)): pairs[name].append((floor(), visits[name]()))
+        for name in rng.sample(list(visits), len(visits)): got[name].append((floor(), visits[name]()))
         print(f'round {r+1} of {rounds}', end='\r', file=sys.stderr)
-    return pairs
+    return got
 
 def quartiles(xs): return stats.quantiles(xs, n=4, method='inclusive') if len(xs)>1 else [xs[0]]*3
 
-def row(b, name, pairs):
-    "One line of the results"
+def row(b, name, pairs, plain):
+    "One line of the results; `plain` are the pairs of plain training on the same data"
     def ratio(i): return [v[i]/f[i] for f,v in pairs]
     step,(q1,med,q3),(e1,epoch,e3) = stats.median(v[0] for _,v in pairs),quartiles(ratio(0)),quartiles(ratio(2))
     if 'teacher forward'==name: e1 = epoch = e3 = float('nan')              # it has no validation
-    return dict(variant=name, ratio=med, ratio_q25=q1, ratio_q75=q3, cpu_ratio=stats.median(ratio(1)), epoch_ratio=epoch, epoch_q25=e1, epoch_q75=e3,
-                step_ms=step*1e3, over_floor_ms=stats.median(v[0]-f[0] for f,v in pairs)*1e3, samples_per_s=b.bs/step, rounds=len(pairs))
+    to_plain = stats.median((v[0]/f[0])/(pv[0]/pf[0]) for (f,v),(pf,pv) in zip(pairs, plain)) if plain else float('nan')
+    return dict(variant=name, ratio=med, ratio_q25=q1, ratio_q75=q3, to_plain=to_plain, cpu_ratio=stats.median(ratio(1)), epoch_ratio=epoch, epoch_q25=e1, epoch_q75=e3,
+                step_ms=step*1e3, cpu_ms=stats.median(v[1] for _,v in pairs)*1e3, over_floor_ms=stats.median(v[0]-f[0] for f,v in pairs)*1e3,
+                cpu_over_floor_ms=stats.median(v[1]-f[1] for f,v in pairs)*1e3, samples_per_s=b.bs/step, rounds=len(pairs))
 
 def peak(pair, name):
     "Peak memory in MB of a process that visits `name` twice: of the device, or of the process where there is none"
@@ -233,22 +254,24 @@ def main():
     p.add_argument('--rounds', type=int, default=16)
     p.add_argument('--steps', type=int, help='training batches a visit')
     p.add_argument('--only', help='names of variants, or parts of them, with commas')
-    p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--threads', type=int, help='of the CPU; default 2, for the toy 1')
     p.add_argument('--memory', action='store_true', help='peak memory too, each variant in three processes of its own')
     p.add_argument('--original', help="folder of the original fasterai's package, to measure it beside ours")
     p.add_argument('--out', help='CSV file, - for none; default results/overhead-PAIR.csv')
     p.add_argument('--peak', help=argparse.SUPPRESS)
     args = p.parse_args()
+    args.threads = args.threads or (1 if args.pair=='toy' else 2)
     warnings.filterwarnings('ignore', category=FutureWarning)
     torch.set_num_threads(args.threads)
     if args.original: load_original(args.original)
     if args.peak: return print(peak(args.pair, args.peak))
     b = make_bench(args.pair, args.steps)
     names = [n for n in variants(b) if not args.only or n==FLOOR or any(o.strip() in n for o in args.only.split(','))]
-    rows = [{**setting(b, args), **row(b, n, ps)} for n,ps in measure(b, names, args.rounds).items()]
+    pairs = measure(b, names, args.rounds)
+    rows = [{**setting(b, args), **row(b, n, ps, pairs.get('plain student'+', augmented'*n.endswith('augmented')))} for n,ps in pairs.items()]
     if args.memory: rows = [{**r, 'peak_mb': peak_apart(args, r['variant'])} for r in rows]
-    for r in rows: print(f"{r['variant']:42s} {r['ratio']:.3f} [{r['ratio_q25']:.3f}, {r['ratio_q75']:.3f}]  cpu {r['cpu_ratio']:.3f}  epoch {r['epoch_ratio']:.3f}  "
-                         f"{r['step_ms']:8.2f} ms  {r['over_floor_ms']:+.2f} ms" + (f"  {r['peak_mb']:.0f} MB" if args.memory else ''))
+    for r in rows: print(f"{r['variant']:42s} {r['ratio']:.3f} [{r['ratio_q25']:.3f}, {r['ratio_q75']:.3f}]  cpu {r['cpu_ratio']:.3f}  to plain {r['to_plain']:.3f}  epoch {r['epoch_ratio']:.3f}  "
+                         f"{r['step_ms']:8.2f} ms  {r['over_floor_ms']:+.2f} ms  cpu {r['cpu_over_floor_ms']:+.2f} ms" + (f"  {r['peak_mb']:.0f} MB" if args.memory else ''))
     if args.out!='-': write(args.out or RESULTS/f'overhead-{args.pair}.csv', rows)
 
 def write(path, rows):

@@ -255,7 +255,7 @@ def test_auto_takes_no_copy_where_nothing_is_faster(net, x, monkeypatch, capsys)
     fake_clock(monkeypatch, [])
     teacher = Teacher(net, dtype='auto')
     assert torch.equal(teacher(x)[0], plain(net, x)) and teacher.nets[0].net is net
-    assert 'nothing safe is faster' in capsys.readouterr().out
+    assert 'nothing safe is faster' in capsys.readouterr().out and 'as it is' in repr(teacher)
 
 def test_auto_refuses_what_is_fast_and_wrong(x, monkeypatch):
     class Fine(nn.Module):
@@ -337,6 +337,11 @@ def test_ensemble_over_pixels_and_of_one_column():
     assert torch.allclose(ensemble_logits([a, b], axis=-1).exp(), (a.softmax(-1)+b.softmax(-1))/2)
     assert torch.equal(ensemble_logits([torch.tensor([[1.], [2.]]), torch.tensor([[3.], [6.]])]), torch.tensor([[2.], [4.]]))
     assert torch.equal(ensemble_logits([torch.tensor([1., 2.]), torch.tensor([3., 6.])], [3, 1]), torch.tensor([1.5, 3.]))
+
+@pytest.mark.parametrize('opts', [{}, dict(compile=dict(backend='eager'))])
+def test_a_layer_asked_for_twice(net, x, opts):
+    fm = Teacher(net, **opts)(x, layers=['3', '1', '3'])[1]
+    assert list(fm)==['3', '1', '3#2'] and torch.equal(fm['3'], fm['3#2'])
 
 def test_only_the_first_of_an_ensemble_runs_for_maps(net, x):
     ran,off = count_calls(other := make_net())
