@@ -267,8 +267,8 @@ def main():
     if args.peak: return print(peak(args.pair, args.peak))
     b = make_bench(args.pair, args.steps)
     names = [n for n in variants(b) if not args.only or n==FLOOR or any(o.strip() in n for o in args.only.split(','))]
-    pairs = measure(b, names, args.rounds)
-    rows = [{**setting(b, args), **row(b, n, ps, pairs.get('plain student'+', augmented'*n.endswith('augmented')))} for n,ps in pairs.items()]
+    visits = measure(b, names, args.rounds)
+    rows = [{**setting(b, args), **row(b, n, vs, visits.get('plain student'+', augmented'*n.endswith('augmented')))} for n,vs in visits.items()]
     if args.memory: rows = [{**r, 'peak_mb': peak_apart(args, r['variant'])} for r in rows]
     for r in rows: print(f"{r['variant']:42s} {r['ratio']:.3f} [{r['ratio_q25']:.3f}, {r['ratio_q75']:.3f}]  cpu {r['cpu_ratio']:.3f}  to plain {r['to_plain']:.3f}  epoch {r['epoch_ratio']:.3f}  "
                          f"{r['step_ms']:8.2f} ms  {r['over_floor_ms']:+.2f} ms  cpu {r['cpu_over_floor_ms']:+.2f} ms" + (f"  {r['peak_mb']:.0f} MB" if args.memory else ''))

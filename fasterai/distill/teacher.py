@@ -408,8 +408,8 @@ class Teacher:
         return f"Teacher({nets}{weights}; {self._how()})"
 
     def _how(self):
-        made = self.nets[0].made or self.nets[0].opts
-        return 'the fastest safe format, tried on the first batch' if made['dtype']=='auto' else _say(**made, compile=self.nets[0].compile)
+        made = self.nets[0].opts if self.nets[0].made is None else self.nets[0].made
+        return 'the fastest safe format, tried on the first batch' if made.get('dtype')=='auto' else _say(**made, compile=self.nets[0].compile)
 
     def summary(self,
         *xb,          # A batch of inputs
