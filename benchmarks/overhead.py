@@ -64,9 +64,11 @@ pairs = dict(
     cuda=dict(teacher=partial(_resnet, 'resnet50', 1000), student=partial(_resnet, 'resnet18', 1000), shape=(3, 224, 224), bs=256, c=1000, steps=8, amp=True),
     toy=dict(teacher=partial(digits_net, 8), student=partial(digits_net, 8), shape=(1, 8, 8), bs=64, c=10, steps=20, amp=False))
 
-class Images(TensorDataset):
-    "Pairs of image and label, the image as a fastai `TensorImage`, which augmentation asks for"
-    def __getitem__(self, i): x,y = super().__getitem__(i); return TensorImage(x), y
+class Loader(TfmdDL):
+    "A fastai DataLoader that takes its batches out of tensors on the device, so that a step's time is the step's"
+    def create_item(self, i): return i or 0
+    def create_batch(self, rows): x,y = self.dataset[torch.tensor(rows, device=self.device)]; return TensorImage(x), y
+    def retain(self, res, b): return res
 
 def make_bench(name, steps=None):
     "Everything that the variants share: data, teacher, student"
@@ -74,10 +76,10 @@ def make_bench(name, steps=None):
     device = torch.device('cuda' if name=='cuda' or name=='toy' and torch.cuda.is_available() else 'cpu')
     steps = steps or p['steps']
     torch.manual_seed(0)
-    def dl(data, shuffle, **kw): return TfmdDL(data, bs=p['bs'], shuffle=shuffle, num_workers=0, device=device, **kw)
-    def data(n): return Images(torch.randn(n, *p['shape']), torch.randint(0, p['c'], (n,)))
-    train,valid = data(steps*p['bs']),dl(data(p['bs']), False)
-    dls,augmented = [DataLoaders(dl(train, True, after_batch=tfms), valid, device=device) for tfms in (None, [Flip()])]
+    def data(n): return TensorDataset(torch.randn(n, *p['shape'], device=device), torch.randint(0, p['c'], (n,), device=device))
+    def loader(data, **kwargs): return Loader(data, bs=p['bs'], num_workers=0, device=device, **kwargs)
+    train,valid = data(steps*p['bs']),loader(data(p['bs']))
+    dls,augmented = [DataLoaders(loader(train, shuffle=True, after_batch=tfms), valid, device=device) for tfms in (None, [Flip()])]
     return SimpleNamespace(name=name, dls=dls, augmented=augmented, device=device, steps=steps, bs=p['bs'], amp=p['amp'], loss_func=CrossEntropyLossFlat(),
                            student=p['student']().to(device), teacher=p['teacher']().to(device).eval(), new_teacher=p['teacher'],
                            stages=['1', '2'] if name=='toy' else STAGES)

@@ -2,6 +2,7 @@
 import pickle
 from copy import deepcopy
 from functools import partial
+from io import BytesIO
 from operator import itemgetter
 
 import pytest
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
+from fasterai.core.digits import digits_dls, digits_net
 from fasterai.distill import teacher as teacher_module
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.losses import FitNet, SoftTarget
 from fasterai.distill.teacher import Renormalize, Teacher, as_teacher, ensemble_logits, fold_batchnorms, frozen_copy, resize_batch
 
 
@@ -442,6 +447,29 @@ def test_summary_counts_what_runs(net, x):
     assert 'compiled' in repr(Teacher(net, compile=True)) and 'fastest safe format' in repr(Teacher(net, dtype='auto'))
     assert torch.equal(rng, torch.get_rng_state())
     for m,b in zip((net, student), before): assert_same_state(state(m), b)
+
+def fit(teacher, loss=SoftTarget, layers=None):
+    "A student after one epoch with `teacher`"
+    dls,student = digits_dls(128, bs=32, device='cpu', n_valid=32),digits_net(4)
+    student.load_state_dict(torch.load(BytesIO(fit.init), weights_only=True))
+    torch.manual_seed(1)
+    Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillationCallback(teacher, loss, layers, layers)).fit(1, 1e-2)
+    return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+@pytest.mark.filterwarnings('ignore')
+def test_in_a_fit():
+    buffer = BytesIO()
+    torch.save(digits_net(4).state_dict(), buffer)
+    fit.init,net = buffer.getvalue(),digits_net(4)
+    before = state(net)
+    direct = fit(net)
+    assert torch.equal(fit(Teacher(net)), direct)
+    assert 0<rel_err(fit(Teacher(net, dtype='bf16', fuse=True)), direct)<0.05
+    early,(ran,off) = fit(Teacher(net), FitNet, ['0', '1']),count_calls(net)
+    assert torch.equal(fit(Teacher(net), FitNet, ['0', '1']), early)
+    assert ran.count('1')==5 and ran.count('2')==ran.count('5')==1           # four steps; the trial of the first batch runs to the end
+    off()
+    assert_same_state(state(net), before)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
