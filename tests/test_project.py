@@ -29,7 +29,7 @@ def test_export_and_clean_leave_no_diff(copy):
 
 
 def test_readme_is_the_index(copy):
-    md = _run('python', '-m', 'nbconvert', '--to', 'markdown', '--no-prompt', '--log-level', 'WARN', '--stdout', 'nbs/index.ipynb', cwd=copy).stdout
+    md = _run('python', '-m', 'nbconvert', '--config', 'docs/readme.py', cwd=copy).stdout
     assert md == (root/'README.md').read_text()
 
 

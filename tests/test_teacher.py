@@ -2,7 +2,6 @@
 import pickle
 from copy import deepcopy
 from functools import partial
-from io import BytesIO
 from operator import itemgetter
 
 import pytest
@@ -12,6 +11,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import TensorImage, set_seed
 from torch import nn
 
 from fasterai.core.digits import digits_dls, digits_net
@@ -182,7 +182,6 @@ def test_a_model_in_another_precision_gets_its_inputs_in_it(net, x, dtype, tol):
         assert pred.dtype==torch.float32 and rel_err(pred, ref)<(0.03 if 'auto' in opts.values() else tol)
 
 def test_fastai_tensors_and_channels_last_batches(net, x):
-    from fastai.torch_core import TensorImage
     pred,fm = Teacher(net)(TensorImage(x).contiguous(memory_format=torch.channels_last), layers='0')
     assert type(pred) is torch.Tensor and type(fm['0']) is torch.Tensor and rel_err(pred, plain(net, x))<1e-6
 
@@ -450,17 +449,14 @@ def test_summary_counts_what_runs(net, x):
 
 def fit(teacher, loss=SoftTarget, layers=None):
     "A student after one epoch with `teacher`"
+    set_seed(1)                                                              # weights and the order of samples
     dls,student = digits_dls(128, bs=32, device='cpu', n_valid=32),digits_net(4)
-    student.load_state_dict(torch.load(BytesIO(fit.init), weights_only=True))
-    torch.manual_seed(1)
     Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillationCallback(teacher, loss, layers, layers)).fit(1, 1e-2)
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 @pytest.mark.filterwarnings('ignore')
 def test_in_a_fit():
-    buffer = BytesIO()
-    torch.save(digits_net(4).state_dict(), buffer)
-    fit.init,net = buffer.getvalue(),digits_net(4)
+    net = digits_net(4)
     before = state(net)
     direct = fit(net)
     assert torch.equal(fit(Teacher(net)), direct)
