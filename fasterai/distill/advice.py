@@ -10,6 +10,7 @@ __all__ = ['Advice', 'suggest_weights']
 # %% ../../nbs/distill/advice.ipynb #b2e9f003
 import math
 from collections.abc import Mapping
+from contextlib import contextmanager
 from html import escape
 from itertools import islice
 
@@ -25,6 +26,16 @@ from .distillation_callback import KnowledgeDistillationCallback
 from .features import as_found, to_model, unwrap
 
 # %% ../../nbs/distill/advice.ipynb #a699f771
+@contextmanager
+def _as_in_training(model):
+    "Training mode and a graph inside; modes and buffers as before afterwards"
+    buffers = [(b, b.clone()) for b in model.buffers()] # batch norm moves its statistics without raising `_version`, which `as_found` goes by
+    with as_found(model):
+        try:
+            with torch.enable_grad(): yield model.train()
+        finally:
+            for b,was in buffers: b.copy_(was)
+
 def _batches(learn, ds_idx, n):
     "The first `n` batches of a new shuffled pass, as (inputs, targets), on the model's device"
     dl = learn.dls[ds_idx]
@@ -46,10 +57,11 @@ def _pull(learn, kd, xb, yb, params):
     task,terms = kd.terms_on(learn, xb, yb)
     if not isinstance(task, torch.Tensor): raise ValueError("the training data has no labels, so there is no task gradient to weigh against")
     g_task = _grad(task, params)
-    rows = {'task':(float(task), float(g_task.norm()), 1.)}
+    rows = {'task':(task.item(), g_task.norm().item(), 1.)}
     for name,loss in terms.items():
         g = _grad(loss, params)
-        rows[name] = float(loss),float(g.norm()),float(g@g_task/(g.norm()*g_task.norm())) if g.norm()*g_task.norm()>0 else math.nan
+        norms = g.norm()*g_task.norm()
+        rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
 # %% ../../nbs/distill/advice.ipynb #8268e5bb
@@ -73,7 +85,7 @@ def _on_soft_targets(term, logits):
     if (dark := _dark(logits, T))<0.02:
         yield (f"{term.name}: the teacher is near one-hot even at T={T:g} (all but the likeliest class share {dark:.1%}), so it says little more than the labels: "
                f"raise T to about {_soft_enough(logits, T):g}")
-    elif T>1 and logits.shape[-1]>2 and _dark(logits, 1)<0.4 and (even := _evenness(logits))>0.9:
+    elif T>1 and logits.shape[-1]>2 and _dark(logits, 1)<0.4 and (even := _evenness(logits))>0.8:
         yield (f"{term.name}: the teacher's other classes are nearly alike (evenness {even:.0%}), as after label smoothing; a high T has nothing to bring out: "
                f"lower T from {T:g} to 1 or 2, or train the teacher without smoothing")
 
@@ -124,7 +136,7 @@ def _kwargs(kd, weights):
 
 def _on_pull(name, norm, cos, now, ratio):
     if not norm>0: yield f"{name}: gives the student no gradient at all, so no weight can help; its present one is kept"
-    elif now<0.02: yield f"{name}: asleep at its present weight, pulling {now:.2g} times as hard as the task"
+    elif now<0.05: yield f"{name}: asleep at its present weight, pulling {now:.2g} times as hard as the task"
     elif now>50*ratio: yield f"{name}: drowns the task at its present weight, pulling {now:.3g} times as hard"
     if cos<-0.1: yield f"{name}: fights the task, the cosine of their gradients is {cos:.2f}"
 
@@ -162,10 +174,9 @@ def suggest_weights(
 def _probe(learn, kd, params, n_batches):
     "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
     pulls,logits = [],[]
-    with as_found(learn.model):
+    with _as_in_training(learn.model):
         for xb,yb in _batches(learn, 0, n_batches):
-            learn.model.train()
-            with torch.enable_grad(): pulls.append(_pull(learn, kd, xb, yb, params))
+            pulls.append(_pull(learn, kd, xb, yb, params))
             if any('teacher_pred' in t.needs for t in kd.terms): logits.append(_flat_logits(learn, kd.teacher(*xb)[0]))
     if not pulls: raise ValueError("the training data has not a single full batch")
     return pulls,torch.cat(logits).as_subclass(torch.Tensor) if logits and logits[0].ndim==2 else None
