@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import CategoryMap
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import DiceMulti, F1Score, R2Score, RocAuc, accuracy, accuracy_multi, error_rate, mse
+from fastai.metrics import DiceMulti, F1Score, R2Score, RocAucBinary, accuracy, accuracy_multi, error_rate, mse
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -91,7 +92,7 @@ def test_same_draws_for_every_learner(y):
 
 def test_metrics_that_fail_on_some_draws(y):
     two = (torch.arange(N)<2).long() # some draws have one class only, of which the area under the curve is undefined
-    t = compare(dict(a=_given(torch.randn(N, 2), two, metrics=RocAuc())), cost=False, n_boot=60).loc['a']
+    t = compare(dict(a=_given(torch.randn(N, 2), two, metrics=RocAucBinary())), cost=False, n_boot=60).loc['a']
     assert 0<=t.roc_auc_score_lo<=t.roc_auc_score_hi<=1
 
 # --- kinds of learners
@@ -146,7 +147,7 @@ def test_text_of_different_lengths():
     t = _two(big, small)
     with small.no_bar(), small.no_logging(): assert t.accuracy['alone']==pytest.approx(small.validate()[1])
     assert t.macs['alone']<t.macs['teacher']
-    small.opt_func; small.model.train()
+    small.model.train()
     xb,yb = dls.train.one_batch()
     small.loss_func(small.model(xb)[0], yb).backward() # its recurrent state is no inference tensor
 
@@ -197,7 +198,8 @@ def test_unlike_learners_are_refused(y):
 
 def test_different_classes_are_refused():
     a,b = digits_dls(50, n_valid=30, device='cpu'),digits_dls(50, n_valid=30, device='cpu')
-    b.valid.dataset.tls[1].tfms[1].vocab = [f'digit {i}' for i in range(10)]
+    b.valid.dataset.tls[1].tfms[1].vocab = CategoryMap(range(10), sort=False)
+    b.valid.dataset.tls[1].tfms[1].vocab.items = [f'digit {i}' for i in range(10)]
     with pytest.raises(ValueError, match='know different classes'):
         compare({n:Learner(d, digits_net(4), metrics=accuracy) for n,d in dict(a=a, b=b).items()}, cost=False)
 

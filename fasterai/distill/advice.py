@@ -98,8 +98,9 @@ def _judge(learn, kd, n):
             pred_s = learn.model(*xb)
             pred_s = pred_s[0] if isinstance(pred_s, (tuple, list)) else pred_s
             pair = [(kd.select(pred_s) if kd.select else pred_s),kd.teacher(*xb)[0]]
-            if kind is None: kind = 'accuracy' if not yb[0].is_floating_point() and yb[0].ndim==pair[0].ndim-1 else 'loss'
-            if kind=='accuracy': vals = [float((p.argmax(getattr(learn.loss_func, 'axis', 1))==yb[0]).float().mean()) for p in pair]
+            y = yb[0].squeeze(-1) if yb[0].ndim==pair[0].ndim==2 else yb[0] # a tabular learner's labels are (N, 1)
+            if kind is None: kind = 'accuracy' if not y.is_floating_point() and y.ndim==pair[0].ndim-1 else 'loss'
+            if kind=='accuracy': vals = [float((p.argmax(getattr(learn.loss_func, 'axis', 1))==y).float().mean()) for p in pair]
             else: vals = [float(learn.loss_func(p, *yb)) for p in pair]
             scores.append((len(xb[0]), *vals))
     n,s,t = np.array(scores).T

@@ -81,7 +81,7 @@ def plot_soft_targets(
         if len(b)>len(_inputs(learn, b)): axs[0].set_title(f'label: {names[int(label[0])]}')
     for ax,T in zip(axs[-len(Ts):], Ts):
         p = (logits[0]/T).softmax(0)[top]
-        ax.bar(range(len(top)), p, color=[COLORS[1] if i==logits[0].argmax() else COLORS[0] for i in top])
+        ax.bar(range(len(top)), p.numpy(), color=[COLORS[1] if i==logits[0].argmax() else COLORS[0] for i in top])
         ax.set(title=f'T = {T:g}', ylim=(0, max(0.05, 1.08*float(p.max()))), ylabel='probability' if T==Ts[0] else '')
         ax.set_xticks(range(len(top)), [names[i] for i in top], rotation=90 if max(len(names[i]) for i in top)>2 else 0)
     return axs
@@ -124,7 +124,7 @@ def plot_attention(
             axs[0, col].set_title(title)
             for ax,img,a in zip(axs[:, col], imgs, attention_map(fm)):
                 _show(ax, img)
-                ax.imshow(a, cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, img.shape[1]-0.5, img.shape[0]-0.5, -0.5))
+                ax.imshow(a.numpy(), cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, img.shape[1]-0.5, img.shape[0]-0.5, -0.5))
     return axs
 
 # %% ../../nbs/distill/pictures.ipynb #c43e0ccc
@@ -150,7 +150,7 @@ def plot_similarity(
         gs,gt = _similarities(s[order]),_similarities(t[order])
         top = float(torch.maximum(gs, gt).max())
         for ax,title,g in zip(row, (f'student: {n_s}', f'teacher: {n_t}', 'distance'), (gs, gt, (gs-gt).abs())):
-            ax.imshow(g, cmap='viridis', vmin=0, vmax=top)
+            ax.imshow(g.numpy(), cmap='viridis', vmin=0, vmax=top)
             ax.set_title(title)
             _bare(ax)
     return axs

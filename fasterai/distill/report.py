@@ -12,6 +12,7 @@ __all__ = ['Comparison', 'compare', 'plot_compare', 'versions', 'save_report', '
 import base64
 import io
 import platform
+from contextlib import contextmanager
 from copy import deepcopy
 from html import escape
 from importlib.metadata import version
@@ -22,7 +23,7 @@ import fastai.callback.progress  # gives Learner `no_bar`
 import numpy as np
 import pandas as pd
 import torch
-from fastai.learner import AvgMetric, Learner, mk_metric
+from fastai.learner import AvgMetric, Learner, mk_metric, replacing_yield
 from fastai.torch_core import apply, to_detach
 from fastcore.basics import noop, tuplify
 from fastcore.foundation import L
@@ -49,7 +50,7 @@ def _dl(name, learn, dl):
 
 def _predict(name, learn, dl):
     "Raw predictions and targets (a tuple), in the order of the data set"
-    with as_found(learn.model), learn.no_bar(), learn.no_logging(): preds,targs = learn.get_preds(dl=dl, act=noop)
+    with as_found(learn.model), learn.no_bar(), learn.no_logging(), contextmanager(replacing_yield)(learn, 'metrics', []): preds,targs = learn.get_preds(dl=dl, act=noop)
     yb = tuplify(targs) if targs is not None else ()
     if not len(yb): raise ValueError(f"learner {name!r} has no labels in its validation data")
     return apply(lambda t: t.float() if t.is_floating_point() else t, preds),yb
@@ -137,7 +138,10 @@ def _metrics(learners, metrics):
     return found,names
 
 # %% ../../nbs/distill/report.ipynb #1992fe45
-def _is_classes(pred, y): return isinstance(pred, torch.Tensor) and isinstance(y, torch.Tensor) and not y.is_floating_point() and pred.ndim==y.ndim+1
+def _is_classes(pred, y):
+    "Are these logits and labels? A tabular learner's labels are (N, 1)"
+    if not all(isinstance(o, torch.Tensor) for o in (pred, y)) or y.is_floating_point(): return False
+    return pred.ndim==y.ndim+1 or pred.ndim==y.ndim==2 and y.shape[1]==1<pred.shape[1]
 
 def _flat(learn, pred, y):
     "Log-probabilities (N, C) and classes (N,), pixels and tokens being samples, without the positions that the loss ignores"
@@ -234,7 +238,7 @@ def compare(
 def _interval(draws): return tuple(np.nanquantile(draws, [0.025, 0.975])) if len(draws) else (np.nan, np.nan)
 
 def _xb(learn, dl):
-    b = tuplify(dl.one_batch())
+    with torch.random.fork_rng([]): b = tuplify(dl.one_batch())
     return b[:getattr(dl, 'n_inp', 1 if len(b)==1 else len(b)-1)]
 
 # %% ../../nbs/distill/report.ipynb #01afb1bd
