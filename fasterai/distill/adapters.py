@@ -6,7 +6,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/adapters.html.md"""
 
 # %% auto #0
 __all__ = ['token_grid', 'ResizeGrid', 'MeanPositions', 'ToGrid', 'ToTokens', 'ResizeTokens', 'position_steps', 'MapNorm',
-           'channel_steps', 'adapter', 'widen', 'Adapters']
+           'channel_steps', 'adapter', 'Adapters']
 
 # %% ../../nbs/distill/adapters.ipynb #03dbf16e
 import math
@@ -44,7 +44,7 @@ def _alike(a, b):
 
 def _read_maps(s, t):
     both = [(a, b) for a in _readings(s) for b in _readings(t)]
-    return next((ab for ab in both if _alike(ab[0][2], ab[1][2])), both[0])
+    return min(both, key=lambda ab: 0 if _bend(ab[0][2], ab[1][2])<1e-6 else 1 if _alike(ab[0][2], ab[1][2]) else 2)  # the first of the best
 
 def _read_map(s, n=None):
     "The reading of a map `s` beside `n` tokens, or beside a vector, and the tokens' split"
@@ -194,7 +194,7 @@ def adapter(
         return nn.Sequential(*steps)
 
 # %% ../../nbs/distill/adapters.ipynb #c4a2647e
-def widen(
+def _wide(
     x:torch.Tensor, # Any tensor
 )->torch.Tensor:
     "`x` in float32, or wider where it is already, as a plain tensor"
@@ -222,7 +222,7 @@ class Adapters(nn.Module):
 
     def _adapt(self, m, x):
         if isinstance(m, nn.Identity): return x
-        with torch.autocast(x.device.type, enabled=False): return m(widen(x))
+        with torch.autocast(x.device.type, enabled=False): return m(_wide(x))
 
     def fits(self,
         fm_s:dict, # Student's maps

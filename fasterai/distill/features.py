@@ -9,7 +9,7 @@ __all__ = ['unwrap', 'get_model_layers', 'get_module_by_name', 'layer_pairs', 'f
            'output_shapes', 'to_model']
 
 # %% ../../nbs/distill/features.ipynb #dbf048e4
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Iterable, Literal, Mapping
 
 import torch
@@ -86,6 +86,7 @@ def first_tensor(
     where:str='it',   # The layer, for the error
 )->Tensor:
     "The first tensor in `out`; TypeError if there is none"
+    if isinstance(out, Tensor): return out
     for o in _tensors(out): return o
     raise TypeError(f"{where} gives a {type(out).__name__} without a tensor in it: there is nothing to capture")
 
@@ -101,13 +102,15 @@ class _Tap:
         self.name,self.detach,self.every = name,detach,every
         self.kept,self.copying,self.overwritten = [],True,False
 
+    def __getstate__(self): return {**self.__dict__, 'kept': []}
     def on_output(self, module, args, out): self.keep(first_tensor(out, self.name))
     def on_input(self, module, args, kwargs): self.keep(first_tensor((args, kwargs), self.name))
 
     def keep(self, t):
         if self.detach: t = t.detach()
         if not self.every: self.kept.clear()
-        self.kept.append((t, None if t.is_inference() else t._version, t.clone() if self.copying else None))
+        uncounted = torch.compiler.is_compiling() or t.is_inference()  # no telling whether it will be overwritten
+        self.kept.append((t.clone(), None, None) if uncounted else (t, t._version, t.clone() if self.copying else None))
 
     def read(self):
         vals = [self.intact(*k) for k in self.kept]
@@ -115,7 +118,7 @@ class _Tap:
         return vals if self.every else vals[-1]
 
     def intact(self, t, version, copy):
-        if version is not None and t._version==version: return t
+        if version is None or t._version==version: return t
         self.overwritten = self.copying = True
         if copy is None: raise RuntimeError(f"the output of {self.name} was changed in place after it was captured, for the first time now; "
                                             "it is copied from the next forward on, so run this one again")
@@ -187,9 +190,9 @@ def as_found(
     "Evaluation mode and no graph inside; afterwards every mode, buffer and random state is as before, whatever happened"
     mods = [m for model in models for m in unwrap(model).modules()]
     modes,bufs = [(m,m.training) for m in mods],[(b,b._version,b.clone()) for m in mods for b in m._buffers.values() if b is not None]
-    devices = {b.device for model in models for b in unwrap(model).parameters()}
+    devices = {p.device for m in mods for p in m._parameters.values() if p is not None and p.is_cuda}
     try:
-        with torch.no_grad(), torch.random.fork_rng([d for d in devices if d.type=='cuda']):
+        with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled(mods):
             for m in mods: m.training = False
             yield
     finally:
@@ -197,6 +200,10 @@ def as_found(
         with torch.no_grad():
             for b,version,was in bufs:
                 if b._version!=version: b.copy_(was)
+
+def _uncompiled(mods):
+    if not any(map(_is_compiled, mods)) or not hasattr(torch.compiler, 'set_stance'): return nullcontext()
+    return torch.compiler.set_stance('force_eager')
 
 def output_shapes(
     model:nn.Module,     # Any model

@@ -9,18 +9,20 @@ __all__ = ['LearnedLoss', 'VID', 'CRD', 'hcl', 'ReviewKD', 'bn_margin', 'batch_m
 
 # %% ../../nbs/distill/learned_losses.ipynb #41871324
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapters import MapNorm, ToGrid, channel_steps, position_steps, token_grid, widen
+from .adapters import MapNorm, ToGrid, channel_steps, position_steps, token_grid
+from .losses_base import pairs_of, unit
 
 # %% ../../nbs/distill/learned_losses.ipynb #bff776bb
 class LearnedLoss(nn.Module):
     """A distillation loss with parameters. Subclasses define `make(fm_s, fm_t)`, which registers them, and `compute(fm_s, fm_t, **kwargs)`, both on lists of
-    float32 maps; the teacher's are detached"""
-    shapes = None  # of the maps that it was built on
+    maps in float32 or wider; the teacher's are detached"""
+    shapes,names = None,()  # of the maps that it was built on
 
     def build(self,
         pred=None,         # Student's output on one batch (unused)
@@ -29,9 +31,9 @@ class LearnedLoss(nn.Module):
         fm_t:dict=None,    # Teacher's maps
         **kwargs
     )->'LearnedLoss':
-        """Make the parameters for maps like these, on their device; keep those there are if the shapes agree. The draw of initial values depends on the global
-        CPU random stream but does not advance it. ValueError for maps that the loss cannot compare"""
-        fm_s,fm_t = self._pairs(fm_s, fm_t)
+        """Make the parameters for maps like these, on their device; keep those there are if the shapes agree. Initial values come from a copy of the global CPU random
+        stream, which does not advance. ValueError for maps that the loss cannot compare, with layer and shapes"""
+        fm_s,fm_t,self.names = zip(*pairs_of(fm_s or {}, fm_t or {}))
         shapes = [(s.shape[1:], t.shape[1:]) for s,t in zip(fm_s, fm_t)]
         if shapes!=self.shapes:
             with torch.random.fork_rng(devices=[]), torch.no_grad(): self.make(fm_s, fm_t)
@@ -46,18 +48,22 @@ class LearnedLoss(nn.Module):
         "The loss, a scalar. RuntimeError before `build`"
         name = type(self).__name__
         if self.shapes is None: raise RuntimeError(f"{name} has no parameters yet: call build(fm_s=..., fm_t=...) with the maps of one batch before the optimizer is made")
-        fm_s,fm_t = self._pairs(fm_s, fm_t)
+        fm_s,fm_t,_ = zip(*pairs_of(fm_s, fm_t))
         if len(fm_s)!=len(self.shapes): raise ValueError(f"{name} was built for {len(self.shapes)} pairs of maps, got {len(fm_s)}")
         with torch.autocast(fm_s[0].device.type, enabled=False): return self.compute(fm_s, fm_t, **kwargs)
 
-    def _pairs(self, fm_s, fm_t):
-        if not fm_s or not fm_t or len(fm_s)!=len(fm_t):
-            raise ValueError(f"{type(self).__name__} compares pairs of feature maps; got {len(fm_s or ())} of the student and {len(fm_t or ())} of the teacher")
-        return [widen(s) for s in fm_s.values()], [widen(t).detach() for t in fm_t.values()]
+    @contextmanager
+    def _pair(self, i, s, t):
+        "Say of a ValueError inside that it is about pair `i`"
+        try: yield
+        except ValueError as e:
+            (a,b),name = self.names[i],type(self).__name__
+            raise ValueError(f"{name}: {a} {tuple(s.shape)}, {b} {tuple(t.shape)}: {e}; pair other layers") from e
 
-    def _same(self, s, t):
-        if s.shape!=t.shape: raise ValueError(f"{type(self).__name__} turned a student's map into {tuple(s.shape)} for a teacher's of {tuple(t.shape)}; it was built for {self.shapes}: build it again")
-        return s
+def _same(s, t):
+    "The student's map `s`, if it has the shape of the teacher's `t`"
+    if s.shape!=t.shape: raise ValueError(f"maps of other sizes than the loss was built on: the student's became {tuple(s.shape)}, the teacher's is {tuple(t.shape)}; build it again")
+    return s
 
 # %% ../../nbs/distill/learned_losses.ipynb #95a90b66
 def _mlp(c_s, c_t, axis):
@@ -79,10 +85,10 @@ class VID(LearnedLoss):
     def make(self, fm_s, fm_t):
         "One mean network and one vector of raw variances per pair"
         self.means,self.alphas,self.axes = nn.ModuleList(),nn.ParameterList(),[]
-        for s,t in zip(fm_s, fm_t):
-            steps,c_s,c_t,axis = position_steps(s.shape, t.shape)
+        for i,(s,t) in enumerate(zip(fm_s, fm_t)):
+            with self._pair(i, s, t): steps,c_s,c_t,axis = position_steps(s.shape, t.shape)
             self.means.append(nn.Sequential(*steps, *_mlp(c_s, c_t, axis)))
-            self.alphas.append(nn.Parameter(torch.full((c_t,), math.log(math.expm1(self.init_var-self.eps)))))
+            self.alphas.append(nn.Parameter(torch.full((c_t,), math.log(math.expm1(self.init_var-self.eps)), dtype=t.dtype)))
             self.axes.append(axis)
 
     def variances(self)->list:
@@ -94,7 +100,7 @@ class VID(LearnedLoss):
         loss = 0
         for s,t,mean,v,axis in zip(fm_s, fm_t, self.means, self.variances(), self.axes):
             v = _on_axis(v, axis, t.ndim)
-            loss = loss + 0.5*(v.log() + (self._same(mean(s), t)-t)**2/v).mean()
+            loss = loss + 0.5*(v.log() + (_same(mean(s), t)-t)**2/v).mean()
         return loss
 
     def extra_repr(self): return f"init_var={self.init_var}"
@@ -124,7 +130,7 @@ class CRD(LearnedLoss):
 
     def make(self, fm_s, fm_t):
         "A linear embedding on each side, and the bank"
-        self.embed_s,self.embed_t = (self._embedding(fm[-1].shape) for fm in (fm_s, fm_t))
+        with self._pair(-1, fm_s[-1], fm_t[-1]): self.embed_s,self.embed_t = (self._embedding(fm[-1].shape) for fm in (fm_s, fm_t))
         self.register_buffer('log_c', torch.full((2,), math.nan))  # student as anchor, teacher as anchor
         if not self.bank: return
         bound = (3/self.dim)**0.5
@@ -149,7 +155,7 @@ class CRD(LearnedLoss):
 
     def compute(self, fm_s, fm_t, target=None, index=None, **kwargs):
         "Contrast the last pair in the batch or with the bank"
-        z_s,z_t = F.normalize(self.embed_s(fm_s[-1])),F.normalize(self.embed_t(fm_t[-1]))
+        z_s,z_t = unit(self.embed_s(fm_s[-1])),unit(self.embed_t(fm_t[-1]))
         y = _classes(target, len(z_s))
         return self._with_bank(z_s, z_t, y, index) if self.bank else self._in_batch(z_s, z_t, y)
 
@@ -175,14 +181,14 @@ class CRD(LearnedLoss):
         "The critic's log-loss for anchors with positive scores `pos` (B,) and candidates' `neg` (B, K), where `use` (B, K)"
         m = use.sum(1)
         with torch.no_grad():  # no branch on a tensor's value: that would wait for the GPU
-            mean = torch.cat([pos, neg.masked_fill(~use, -math.inf).flatten()]).logsumexp(0) - (m.sum()+len(pos)).log()
+            mean = torch.cat([pos, neg.masked_fill(~use, -math.inf).flatten()]).logsumexp(0) - (m.sum()+len(pos)).to(pos).log()
             self.log_c[i] = torch.where(self.log_c[i].isnan(), mean, self.log_c[i])
         shift = m.clamp(min=1).to(pos).log() + self.log_c[i]  # log(m c)
         return (F.softplus(shift-pos) + (F.softplus(neg-shift[:,None])*use).sum(1)).mean()
 
     @torch.no_grad()
     def _remember(self, z_s, z_t, y, index):
-        for bank,z in ((self.bank_s, z_s), (self.bank_t, z_t)): bank[index] = F.normalize(self.momentum*bank[index] + (1-self.momentum)*z)
+        for bank,z in ((self.bank_s, z_s), (self.bank_t, z_t)): bank[index] = unit(self.momentum*bank[index] + (1-self.momentum)*z)
         if y is not None: self.labels[index] = y.to(self.labels)
         self.start += self.k
 
@@ -223,7 +229,7 @@ def _as_map(shape):
     if len(shape)==4: return nn.Identity()
     if len(shape)==2: return nn.Unflatten(1, (-1,1,1))
     if len(shape)==3 and (grid := token_grid(shape[1])): return ToGrid(grid[0], grid[1:])
-    raise ValueError(f"ReviewKD takes maps (B, C, H, W), vectors (B, D) and square grids of tokens (B, N, D), got {tuple(shape)}")
+    raise ValueError("only maps (B, C, H, W), vectors (B, D) and square grids of tokens (B, N, D) can be fused")
 
 class ReviewKD(LearnedLoss):
     "Knowledge review (Chen et al., CVPR 2021, arXiv 2104.09044): the student's stages, fused from deep to shallow, against the teacher's under `hcl`"
@@ -235,7 +241,11 @@ class ReviewKD(LearnedLoss):
 
     def make(self, fm_s, fm_t):
         "One fusion block per pair. ValueError unless the pairs go from shallow to deep"
-        self.maps_s,self.maps_t = (nn.ModuleList(_as_map(x.shape) for x in fm) for fm in (fm_s, fm_t))
+        self.maps_s,self.maps_t = nn.ModuleList(),nn.ModuleList()
+        for i,(s,t) in enumerate(zip(fm_s, fm_t)):
+            with self._pair(i, s, t):
+                self.maps_s.append(_as_map(s.shape))
+                self.maps_t.append(_as_map(t.shape))
         fm_s,fm_t = ([m(x) for m,x in zip(ms, fm)] for ms,fm in ((self.maps_s, fm_s), (self.maps_t, fm_t)))
         cells = [x.shape[2]*x.shape[3] for x in fm_s]
         if cells!=sorted(cells, reverse=True): raise ValueError(f"ReviewKD wants the pairs from shallow to deep; the student's maps have {cells} cells")
@@ -248,7 +258,7 @@ class ReviewKD(LearnedLoss):
         for block,m_s,m_t,s,t in reversed(list(zip(self.blocks, self.maps_s, self.maps_t, fm_s, fm_t))):
             out,deeper = block(m_s(s), deeper)
             t = m_t(t)
-            loss = loss + hcl(self._same(out, t), t)
+            loss = loss + hcl(_same(out, t), t)
         return loss
 
     def extra_repr(self): return f"mid={self.mid}"
@@ -282,15 +292,16 @@ class OFD(LearnedLoss):
         self.scale = scale
 
     def make(self, fm_s, fm_t):
-        "One connector and one margin per pair. ValueError for teacher's maps that have no negative values, or another number of channels than `bns`"
+        "One connector and one margin per pair. ValueError for a teacher's map without negative values, or with another number of channels than its BatchNorm"
         given = self.margins_given
         if given is not None and len(given)!=len(fm_t): raise ValueError(f"OFD got {len(given)} bns for {len(fm_t)} pairs of maps")
         self.connectors,self.axes = nn.ModuleList(),[]
         for i,(s,t) in enumerate(zip(fm_s, fm_t)):
-            steps,c_s,c_t,axis = position_steps(s.shape, t.shape)
-            margin = batch_margin(t, axis) if given is None else given[i]
-            if not (t<0).any(): raise ValueError(f"the teacher's map {i} has no negative values: OFD wants maps before their ReLU, as the ReLU's input")
-            if len(margin)!=c_t: raise ValueError(f"bns[{i}] has {len(margin)} channels, the teacher's map {c_t}")
+            with self._pair(i, s, t):
+                steps,c_s,c_t,axis = position_steps(s.shape, t.shape)
+                margin = batch_margin(t, axis) if given is None else given[i]
+                if not (t<0).any(): raise ValueError("the teacher's map has no negative values, but OFD wants it before the ReLU, for example as the ReLU's input")
+                if len(margin)!=c_t: raise ValueError(f"bns[{i}] has {len(margin)} channels, the teacher's map {c_t}")
             channels = channel_steps(c_s, c_t, axis, t.ndim)
             if axis==1: nn.init.kaiming_normal_(channels[0].weight, mode='fan_out')
             self.connectors.append(nn.Sequential(*steps, *channels))
@@ -301,7 +312,7 @@ class OFD(LearnedLoss):
         "The weighted sum over pairs of the partial squared distance, per sample"
         loss = 0
         for i,(s,t,connector,axis) in enumerate(zip(fm_s, fm_t, self.connectors, self.axes)):
-            s = self._same(connector(s), t)
+            s = _same(connector(s), t)
             margin = _on_axis(getattr(self, f'margin{i}'), axis, t.ndim)
             d = (s-torch.maximum(t, margin))**2 * ((s>t)|(t>0))
             loss = loss + d.sum()/len(t)/2**(len(fm_s)-1-i)

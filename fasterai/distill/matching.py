@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import log2, prod
 
 import pandas as pd
+import torch
 from fastai.learner import Learner
 from torch import nn, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -45,7 +46,7 @@ def trace(
         nonlocal ended
         ended += not m._modules
         i,o = next(_tensors(args), None),next(_tensors(out), None)
-        if o is None: return
+        if o is None or o.is_nested or o.layout is not torch.strided: return
         refs.append(StorageWeakRef(o.untyped_storage()))
         steps.pop(name, None)
         steps[name] = Step(name, m, ended, tuple(i.shape) if i is not None else (), tuple(o.shape),
@@ -90,7 +91,9 @@ def level_of(
 )->int|None:
     "How often the image was halved to give a map of this `shape`; None where there is no image"
     grid,_ = grid_of(shape, size)
-    return round(log2(prod(size)/prod(grid))/len(size)) if size and grid and prod(grid) else None
+    if not size or not grid or not prod(grid): return None
+    if len(grid)!=len(size): return round(log2(prod(size)/prod(grid))/len(size))
+    return round(max(log2(s/g) for s,g in zip(size, grid)))
 
 # %% ../../nbs/distill/matching.ipynb #36d19332
 @dataclass
@@ -168,14 +171,13 @@ def _pyramid(steps, model, size):
 def _only_pooled(s, here): return any(o.tensor==s.tensor and o.leaf and not o.learns for o,_ in here) and not any(_computes(o) for o,_ in here)
 
 def _declared(steps, model, size):
-    "The stages that a timm model declares"
+    "The stages that a timm model declares, if each is a module of its own"
     for prefix,m in model.named_modules():
         info = getattr(m, 'feature_info', None)
         info = getattr(info, 'info', info)
         if not isinstance(info, (list, tuple)) or not all(isinstance(o, dict) and 'module' in o for o in info): continue
         names = [f"{prefix}.{o['module']}" if prefix else o['module'] for o in info]
-        names = [n for n in names if n in steps and level_of(steps[n].out, size) is not None]
-        if names: return [Stage(n, level_of(steps[n].out, size)) for n in names]
+        if len({*names} & {*steps})==len(names): return [Stage(n, level_of(steps[n].out, size)) for n in names]
     return []
 
 # %% ../../nbs/distill/matching.ipynb #1a849cf7
@@ -185,7 +187,7 @@ def _column(steps, model, size):
     for s in steps.values():
         if s.name and s.learns and not isinstance(s.module, nn.Embedding) and not _is_norm(s) and len(s.out)>1:
             groups.setdefault((s.name.rpartition('.')[0], type(s.module)), []).append(s)
-    hidden = lambda g: [s for s in g if s.tensor[0]!=final.tensor[0]]
+    hidden = lambda g: [s for s in g if s.tensor[0]!=final.tensor[0] or len(s.out)>2 and not s.leaf]
     weight = lambda g: sum(p.numel() for s in g for p in s.module.parameters())
     groups = [h for g in groups.values() if len(g)>1 and (h:=hidden(g))]
     best = max(groups, key=lambda g: (len(g)>1, weight(g)), default=None)
@@ -222,7 +224,7 @@ class FeaturePairs(dict):
         "One line per pair: both layers, the shapes of their maps, where they stand in the forward (0 to 1), and what an adapter would have to change"
         return pd.DataFrame(self.rows)
 
-    def _repr_html_(self): return self.table().style.hide(axis='index').format(precision=2).to_html() if self.rows else None
+    def _repr_html_(self): return self.table().to_html(index=False, border=0) if self.rows else None
     def __reduce__(self): return type(self),(self['student'], self['teacher'], self.rows)
 
 def match_feature_layers(
@@ -247,7 +249,10 @@ def _pair(ss, ts):
     both = _is_pyramid(ss) and _is_pyramid(ts)
     s_at,t_at = ({o.level:o for o in stages} for stages in (ss, ts))
     levels = [l for l in s_at if l in t_at and not (s_at[l].pooled and t_at[l].pooled)]
-    if both and levels and abs(max(s_at)-max(t_at))<2: return [_names(s_at[l], t_at[l]) for l in levels]
+    if both and levels and abs(max(s_at)-max(t_at))<2:
+        pairs = [(s_at[l], t_at[l]) for l in levels]
+        if ss[-1] is not pairs[-1][0] and ts[-1] is not pairs[-1][1]: pairs.append((ss[-1], ts[-1]))
+        return [_names(*p) for p in pairs]
     ss,ts = ([o for o in stages if not o.pooled] for stages in (ss, ts))
     if not both: ss,ts = (o[-4:] if _is_pyramid(o) else o for o in (ss, ts))
     n = min(len(ss), len(ts))
@@ -260,7 +265,7 @@ def _evenly(o, n): return [o[-(-(i+1)*len(o)//n)-1] for i in range(n)]
 def _row(s, t, size):
     (sg,sc),(tg,tc) = grid_of(s.out, size),grid_of(t.out, size)
     adapt = ['tokens/grid']*(len(sg)!=len(tg)) + ['size']*(len(sg)==len(tg) and sg!=tg) + ['channels']*(sc!=tc)
-    return dict(student=s.name, teacher=t.name, student_map=_times(sc, sg), teacher_map=_times(tc, tg),
-                student_depth=round(s.depth, 2), teacher_depth=round(t.depth, 2), adapter=' and '.join(adapt) or 'none')
+    return {'student': s.name, 'teacher': t.name, 'student map': _times(sc, sg), 'teacher map': _times(tc, tg),
+            'student depth': round(s.depth, 2), 'teacher depth': round(t.depth, 2), 'adapter': ' and '.join(adapt) or 'none'}
 
 def _times(c, grid): return 'x'.join(map(str, (c, *grid)))

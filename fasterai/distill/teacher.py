@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastai.data.transforms import Normalize
-from fastai.torch_core import PrettyString
+from fastai.torch_core import PrettyString, rank_distrib
 
 from ..core.names import unknown_name
 from .features import Capture, first_tensor, get_module_by_name, unwrap
@@ -166,12 +166,18 @@ def _bare(layers): return {n.removesuffix(':input') for n in layers}
 
 def _last_to_run(net, layers, xb):
     "The layer of `layers` that runs last, or None (with a warning) when the forward cannot end there"
-    twin,ran = _twin(net),[]
-    for m in twin.modules(): m._forward_hooks.clear()
-    for n in _bare(layers): get_module_by_name(twin, n).register_forward_hook(lambda *_, n=n: ran.append(n))
-    twin(*xb)
-    if sorted(ran)==sorted(_bare(layers)): return ran[-1]
-    warnings.warn(f"the teacher's forward runs to its end, since of its layers {', '.join(n for n in _bare(layers) if ran.count(n)!=1)} do not run exactly once")
+    ran = []
+    try:
+        twin = _twin(net)
+        for m in twin.modules(): m._forward_hooks.clear(), m._forward_pre_hooks.clear()
+        for n in _bare(layers): get_module_by_name(twin, n).register_forward_hook(lambda *_, n=n: ran.append(n))
+        twin(*xb)
+    except Exception as e: why = f"a copy of it failed ({type(e).__name__}: {e})"
+    else:
+        odd = [n for n in layers if ran.count(n.removesuffix(':input'))!=1]
+        if not odd: return ran[-1]
+        why = f"these layers do not run exactly once: {', '.join(odd)}"
+    warnings.warn(f"the teacher's forward runs to its end, since {why}")
 
 def _run(capture, last, xb):
     "The output (None if the forward was stopped after the layer `last`, if any) and the captured maps"
@@ -195,7 +201,7 @@ def _take(capture):
 def _trial(net, xb, channels_last=None, fuse=None, select=None, axis=1):
     "Time the formats for `net` on `xb`: the options of the fastest safe one (none: `net` as it is), and a line that says why"
     device,best,why = xb[0].device,{},'nothing safe is faster'
-    ref = _logits(_forward(net, xb, torch.float32), select).float()
+    ref = _logits(_forward(frozen_copy(net, torch.float32), xb, torch.float32), select)
     t0 = t_best = _best_time(partial(_forward, net, xb), device)
     half = [torch.bfloat16] + [torch.float16]*(device.type=='cuda')
     for dtype in [torch.float32, *half]:
@@ -276,11 +282,10 @@ class _Net:
         self.device = device
 
     def _settle(self, net, device):
-        mods = list(net.modules())
-        if mods==self.mods and device==self.device: return
-        self.net,self.mods,self.captures,self.compiled = net,mods,{},{}
         self.dtype,self.channels_last = [(self.made or {}).get(k) for k in ('dtype', 'channels_last')]
         self.in_dtype = torch.float32 if self.dtype is not None else _own_dtype(net)
+        mods = list(net.modules())
+        if mods!=self.mods or device!=self.device: self.net,self.mods,self.captures,self.compiled = net,mods,{},{}
 
     def ready(self, xb, layers, select, axis):
         "Make the frozen copy where one was asked for, on the first batch; again when a folded convolution is to be captured"
@@ -292,7 +297,7 @@ class _Net:
 
     def _choose(self, xb, select, axis):
         made,said = _trial(frozen_copy(self.source).to(self.device), _inputs(xb), self.opts['channels_last'], self.opts['fuse'], select, axis)
-        print(f"teacher {_name(self.source)}: {said}")
+        if not rank_distrib(): print(f"teacher {_name(self.source)}: {said}")
         return made
 
     def __call__(self, xb, layers=(), logits=True):
@@ -345,6 +350,8 @@ class Teacher:
         self.nets = [_Net(m, f, compile, **opts) for m,f in zip(self.models, tfms)]
         self.device,self.checked = None,False
 
+    def __getstate__(self): return {**self.__dict__, 'device': None}  # copies and captures are made anew after unpickling
+
     def to(self, device):
         "Move to `device` (the caller's own module, where no copy was asked for)"
         self.device = torch.device(device)
@@ -358,7 +365,7 @@ class Teacher:
         logits=True, # Without logits the forward ends after the last captured layer
     ):
         "`(pred, fm)`: fp32 logits `(B, C)` or None, and a dict of detached maps in the order of `layers`. ValueError if the first ones are not finite"
-        layers = tuple(layers)
+        layers = (layers,) if isinstance(layers, str) else tuple(layers)
         if not (layers or logits): return None, {}
         x = next((o for o in xb if isinstance(o, Tensor)), None)
         device = self.device or _device(self.models[0]) if x is None else x.device
