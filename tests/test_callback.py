@@ -20,6 +20,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from fasterai.core.schedule import Schedule, cos, lin
+from fasterai.distill.cache import TeacherCache
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.learned_losses import VID
 from fasterai.distill.losses import *
@@ -145,8 +146,8 @@ def test_temperature_follows_its_schedule():
     assert seen==pytest.approx([8-4*i/n for i in range(n)])
 
 
-def test_lr_find_sees_the_full_weight_and_leaves_no_state():
-    learn = learner(opt_func=Adam)
+def test_lr_find_sees_the_full_weight_and_leaves_no_state(tmp_path):
+    learn = learner(opt_func=Adam, path=tmp_path)
     kd = KD(teacher(), FitNet, weight=0.8, schedule=lin, **layers)
     before = state(learn.model)
     learn.add_cb(kd)
@@ -339,6 +340,19 @@ def test_the_same_callback_fits_twice_and_hooks_are_there_only_in_the_forward():
     for _ in range(2): learn.fit(1, cbs=[kd, Count()])
     n = len(learn.dls.train)
     assert counts==[2, 1]*2*n # two hooks while the student runs; at the step only the one of this test
+
+
+def test_a_cached_teacher_is_asked_once_a_sample_and_trains_the_same():
+    def run(**kw):
+        t,calls = teacher(),[]
+        t.register_forward_hook(lambda *_: calls.append(1))
+        learn = learner()
+        learn.fit(3, cbs=KD(Teacher(t, **kw)))
+        return state(learn.model),len(calls),learn
+    (a,n,learn),(b,m,cached) = run(),run(cache=TeacherCache(dtype=torch.float32))
+    assert same(a, b) and n==3*len(learn.dls.train) and m==len(learn.dls.train)
+    assert not cached.dls.train.__dict__.keys()-learn.dls.train.__dict__.keys()
+    with pytest.raises(ValueError, match='Replay'): learner().fit(1, cbs=[KD(Teacher(teacher(), cache=True)), MixUp()])
 
 
 def test_two_callbacks_at_once():
