@@ -207,7 +207,7 @@ def load_original(path):
 # ## Measuring
 
 def measure(b, names, rounds):
-    "Per variant a list of (floor's visit, its visit), and the names of those that cannot run here"
+    "Per variant a list of (floor's visit, its visit), without those that cannot run here; Ctrl-C ends it early"
     makers,visits = variants(b),{}
     floor = makers[FLOOR]()
     for name in names:
@@ -215,10 +215,12 @@ def measure(b, names, rounds):
         except Exception as e: visits.pop(name, None); print(f'left out: {name} ({type(e).__name__}: {str(e)[:200]})', file=sys.stderr)
     got,rng = {n:[] for n in visits},random.Random(0)
     floor()
-    for r in range(rounds):
-        for name in rng.sample(list(visits), len(visits)): got[name].append((floor(), visits[name]()))
-        print(f'round {r+1} of {rounds}', end='\r', file=sys.stderr)
-    return got
+    try:
+        for r in range(rounds):
+            for name in rng.sample(list(visits), len(visits)): got[name].append((floor(), visits[name]()))
+            print(f'round {r+1} of {rounds}', end='\r', file=sys.stderr)
+    except KeyboardInterrupt: print('stopped early: what has been measured follows', file=sys.stderr)
+    return {n:o for n,o in got.items() if o}
 
 def quartiles(xs): return stats.quantiles(xs, n=4, method='inclusive') if len(xs)>1 else [xs[0]]*3
 
