@@ -21,7 +21,7 @@ prepare: $(VENV)/.installed-dev
 	$(MAKE) readme
 
 readme: $(VENV)/.installed-dev
-	$(bin)/python -m nbconvert --to markdown --no-prompt --log-level WARN --stdout nbs/index.ipynb > README.md
+	$(bin)/python -m nbconvert --config docs/readme.py > README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo _docs

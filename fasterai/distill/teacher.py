@@ -20,7 +20,7 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.fx import Tracer
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,7 +82,7 @@ def fold_batchnorms(
     keep=(),         # Names of convolutions to leave alone, since someone looks at their output
 )->list:
     "Fold each BatchNorm that follows a convolution, and nothing else, into it; returns the names of the convolutions. fx's errors pass"
-    nodes = list(torch.fx.Tracer().trace(model.eval()).nodes)
+    nodes = list(Tracer().trace(model.eval()).nodes)
     mods,folded = dict(model.named_modules()),[]
     uses = Counter(id(m) for _,m in model.named_modules(remove_duplicate=False))   # one module under two names: leave it
     calls = [n.target for n in nodes if n.op=='call_module']
@@ -408,8 +408,8 @@ class Teacher:
         return f"Teacher({nets}{weights}; {self._how()})"
 
     def _how(self):
-        made = self.nets[0].made or self.nets[0].opts
-        return 'the fastest safe format, tried on the first batch' if made['dtype']=='auto' else _say(**made, compile=self.nets[0].compile)
+        made = self.nets[0].opts if self.nets[0].made is None else self.nets[0].made
+        return 'the fastest safe format, tried on the first batch' if made.get('dtype')=='auto' else _say(**made, compile=self.nets[0].compile)
 
     def summary(self,
         *xb,          # A batch of inputs
