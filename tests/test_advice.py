@@ -1,5 +1,4 @@
 "Advice on weights: gradients against autograd by hand, warnings where they are due, and a learner that notices nothing"
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -11,7 +10,6 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -19,16 +17,6 @@ from fasterai.core.digits import digits_dls, digits_net
 from fasterai.distill.advice import suggest_weights
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import Attention, FitNet, Logits, SoftTarget
-
-if not hasattr(KD, 'terms_on'):
-    @patch
-    def terms_on(self:KD, learn, xb, yb):
-        self.learn,learn.xb,learn.yb = learn,xb,yb
-        self._meet()
-        if not self._tried: self._try_out()
-        with self._capture or nullcontext(): learn.pred = learn.model(*xb)
-        task = learn.loss_func(learn.pred, *yb) if len(yb) else None
-        return task,self._lesson(learn.pred, self._capture.maps if self._capture else {}, self._target())
 
 def _dls(x, y, bs=None): return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs or len(x), shuffle=s, num_workers=0) for s in (True, False)), device='cpu')
 
@@ -160,6 +148,8 @@ def test_bad_input(small):
     learn,teacher,x,y = small
     with pytest.raises(ValueError, match="did you mean 'Logits'"): suggest_weights(learn, KD(teacher, Logits), ratio={'Logit':1.})
     with pytest.raises(ValueError, match='ratio must be positive'): suggest_weights(learn, KD(teacher, Logits), ratio=-1)
+    bare = TfmdDL(TensorDataset(x), bs=8, num_workers=0, n_inp=1)
+    with pytest.raises(ValueError, match='no labels'): suggest_weights(Learner(DataLoaders(bare, bare), learn.model, loss_func=learn.loss_func), KD(teacher, Logits))
     for p in learn.model.parameters(): p.requires_grad_(False)
     with pytest.raises(ValueError, match='unfreeze'): suggest_weights(learn, KD(teacher, Logits))
 

@@ -54,8 +54,8 @@ def _grad(loss, params):
 
 def _pull(learn, kd, xb, yb, params):
     "On one batch: value, gradient norm and cosine with the task's gradient, for the task and each term"
+    if not yb: raise ValueError("the training data has no labels, so there is no task gradient to weigh against")
     task,terms = kd.terms_on(learn, xb, yb)
-    if not isinstance(task, torch.Tensor): raise ValueError("the training data has no labels, so there is no task gradient to weigh against")
     g_task = _grad(task, params)
     rows = {'task':(task.item(), g_task.norm().item(), 1.)}
     for name,loss in terms.items():
@@ -76,7 +76,7 @@ def _soft_enough(logits, T, dark=0.1):
     while _dark(logits, T)<dark and T<50: T *= 1.1
     return round(T, 1) if T<10 else round(T)
 
-def _flat_logits(learn, pred): return pred.movedim(getattr(learn.loss_func, 'axis', 1), -1).flatten(0, -2).float()
+def _flat_logits(learn, pred): return pred.as_subclass(torch.Tensor).movedim(getattr(learn.loss_func, 'axis', 1), -1).flatten(0, -2).float()
 
 def _on_soft_targets(term, logits):
     "What to say of a term that softens `logits` (N, C)"
@@ -178,6 +178,6 @@ def _probe(learn, kd, params, n_batches):
     with _as_in_training(learn.model):
         for xb,yb in _batches(learn, 0, n_batches):
             pulls.append(_pull(learn, kd, xb, yb, params))
-            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(_flat_logits(learn, kd.teacher(*xb)[0]))
+            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(kd.teacher(*xb)[0])
     if not pulls: raise ValueError("the training data has not a single full batch")
-    return pulls,torch.cat(logits).as_subclass(torch.Tensor) if logits and logits[0].ndim==2 else None
+    return pulls,torch.cat([_flat_logits(learn, z) for z in logits]) if logits and logits[0].ndim>1 else None

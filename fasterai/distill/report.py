@@ -23,6 +23,7 @@ import fastai.callback.progress  # gives Learner `no_bar`
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from fastai.learner import AvgMetric, Learner, mk_metric, replacing_yield
 from fastai.torch_core import apply, to_detach
 from fastcore.basics import noop, tuplify
@@ -34,6 +35,7 @@ from ..core.names import unknown_name
 from ..core.plots import COLORS, GREY, look, new_axes
 from ..core.stats import boot_test, ece, mcnemar
 from .features import as_found
+from .losses_base import kl_div
 from .measure import model_cost
 from .pictures import attention_map, plot_attention, plot_similarity, plot_soft_targets
 
@@ -121,9 +123,10 @@ def _score(metric, learn, pred, yb, n_boot, seed):
 def _against(a, b):
     "Difference of two scores, p-value and interval"
     n = min(len(a[2]), len(b[2]))
-    if not n: return a[0]-b[0],np.nan,(np.nan, np.nan)
     d = a[2][:n]-b[2][:n]
-    diff,p,ci = boot_test(a[0]-b[0], d[~np.isnan(d)])
+    d = d[~np.isnan(d)]
+    if not len(d): return a[0]-b[0],np.nan,(np.nan, np.nan)
+    diff,p,ci = boot_test(a[0]-b[0], d)
     right_or_wrong = all(s[1] is not None and np.isin(s[1], (0, 1)).all() for s in (a, b))
     return diff,mcnemar(a[1], b[1]) if right_or_wrong else p,ci
 
@@ -159,13 +162,13 @@ def _fidelity(learn, pred, yb, teacher, t_pred):
         logp,targ = _flat(learn, pred, y)
         if t_pred is not None:
             t_logp = _flat(teacher, t_pred, y)[0]
-            res = dict(agreement=float((logp.argmax(1)==t_logp.argmax(1)).float().mean()), kl=float((t_logp.exp()*(t_logp-logp)).sum(1).mean()))
+            res = dict(agreement=float((logp.argmax(1)==t_logp.argmax(1)).float().mean()), kl=float(kl_div(logp, t_logp, 1).mean()))
         return {**res, 'ece':ece(logp.exp(), targ)}
     if t_pred is None: return {}
     if hasattr(learn.loss_func, 'thresh'): # BCEWithLogitsLossFlat: several labels, or one
-        p,q = t_pred.sigmoid(),pred.sigmoid()
-        kl = torch.xlogy(p, p/q)+torch.xlogy(1-p, (1-p)/(1-q))
-        return dict(agreement=float(((p>learn.loss_func.thresh)==(q>learn.loss_func.thresh)).float().mean()), kl=float(kl.mean()))
+        p,q,on = t_pred.sigmoid(),pred.sigmoid(),learn.loss_func.thresh
+        kl = p*(F.logsigmoid(t_pred)-F.logsigmoid(pred)) + (1-p)*(F.logsigmoid(-t_pred)-F.logsigmoid(-pred))
+        return dict(agreement=float(((p>on)==(q>on)).float().mean()), kl=float(kl.mean()))
     return dict(rmse_to_teacher=float((pred-t_pred).pow(2).mean().sqrt()))
 
 # %% ../../nbs/distill/report.ipynb #e206ca33
@@ -230,14 +233,14 @@ def compare(
             row[m],row[f'{m}_lo'],row[f'{m}_hi'] = (s := scores[n][m])[0],*_interval(s[2])
             if baseline is not None: row[f'{m}_diff'],row[f'{m}_p'],(row[f'{m}_diff_lo'],row[f'{m}_diff_hi']) = _against(s, scores[baseline][m])
         row.update(_fidelity(l, *outs[n], learners.get(teacher), outs[teacher][0] if teacher else None))
-        if cost: row.update(model_cost(l.model, _xb(l, dls[n]), min_time))
+        if cost: row.update(model_cost(l.model, _xb(dls[n]), min_time))
     res = Comparison.from_dict(rows, orient='index')
     res.attrs = dict(metrics=names, teacher=teacher, baseline=baseline, n=len(outs[next(iter(outs))][1][0]))
     return res
 
 def _interval(draws): return tuple(np.nanquantile(draws, [0.025, 0.975])) if len(draws) else (np.nan, np.nan)
 
-def _xb(learn, dl):
+def _xb(dl):
     with torch.random.fork_rng([]): b = tuplify(dl.one_batch())
     return b[:getattr(dl, 'n_inp', 1 if len(b)==1 else len(b)-1)]
 

@@ -25,6 +25,8 @@ import fastai.callback.progress  # gives Learner `no_bar`
 import fastai.callback.schedule  # gives Learner `fit_one_cycle`
 import numpy as np
 import pandas as pd
+from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.torch_core import get_random_states, set_random_states, set_seed
 from fastcore.foundation import L
@@ -117,7 +119,13 @@ class _Log:
         return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
 
 # %% ../../nbs/distill/sweep.ipynb #81ca069f
-def _fit(learn, epochs, cbs): learn.fit_one_cycle(epochs, cbs=cbs)
+class _SkipValidation(Callback):
+    "Nobody reads the epochs of a sweep's runs; each is validated once, at its end"
+    def before_validate(self): raise CancelValidException
+
+def _fit(learn, epochs, cbs):
+    watched = any(isinstance(c, TrackerCallback) for c in learn.cbs) # SaveModelCallback and its like decide by the epochs' validation
+    learn.fit_one_cycle(epochs, cbs=L(cbs) + ([] if watched else [_SkipValidation()]))
 
 def _seeded(learn, seed):
     for dl in getattr(learn.dls, 'loaders', ()):
@@ -212,7 +220,8 @@ class Sweep:
         by = runs.groupby(p, sort=False)[metric]
         mean,sd = by.mean(),by.std().fillna(0)
         x = mean.index
-        if not pd.api.types.is_numeric_dtype(x): x = [str(o) for o in x]
+        if pd.api.types.is_numeric_dtype(x): ax.set_xticks(x, [f'{o:g}' for o in x])
+        else: x = [str(o) for o in x]
         ax.errorbar(x, mean, sd, fmt='o-', capsize=3, color=color, label=label)
 
     def _level(self, ax, vals, name, color, style):
@@ -230,7 +239,7 @@ def sweep(
     loss=SoftTarget,               # As for the callback
     path=None,                     # CSV file that keeps the runs, and from which a sweep goes on; None: in memory
     baseline:bool=True,            # Train the student alone too, and judge the teacher?
-    fit:Callable=None,             # `fit(learn, epochs, cbs)`; None: `learn.fit_one_cycle(epochs, cbs=cbs)`
+    fit:Callable=None,             # `fit(learn, epochs, cbs)`; None: `fit_one_cycle`, validated at its end only unless a tracker callback watches
     progress:bool=True,            # Show a bar?
     **kwargs                       # For the callback, the same in every run
 )->Sweep:
