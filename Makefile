@@ -21,7 +21,7 @@ prepare: $(VENV)/.installed-dev
 	$(MAKE) readme
 
 readme: $(VENV)/.installed-dev
-	$(bin)/python -m nbconvert --to markdown --no-prompt --log-level WARN --stdout nbs/index.ipynb > README.md
+	$(bin)/python -m nbconvert --config docs/readme.py > README.md
 
 # Train what the tutorials train and store their outputs; `make tutorials NB=nbs/howto/own_loss.ipynb` does one. Needs the data sets, or a network.
 NB ?= nbs/tutorials/*.ipynb nbs/howto/*.ipynb

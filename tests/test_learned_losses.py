@@ -61,7 +61,7 @@ def test_vid_is_the_gaussian_likelihood():
     loss = VID(init_var=2.).build(**d)
     loss.alphas[0].data += rnd(5)
     (s,),(t,) = d['fm_s'].values(),d['fm_t'].values()
-    w = [m.weight for m in loss.means[0] if isinstance(m, nn.Conv2d)]
+    w = [m.weight for m in loss.means[0].project if isinstance(m, nn.Conv2d)]
     mu = conv1x1(w[2], conv1x1(w[1], conv1x1(w[0], s).clamp(min=0)).clamp(min=0))
     total = 0.
     for b in range(3):
@@ -82,6 +82,18 @@ def test_vid_starts_at_the_given_variance_and_sums_over_pairs():
         single.means[0].load_state_dict(loss.means[i].state_dict())
         parts.append(single(**p))
     torch.testing.assert_close(loss(**d), sum(parts))
+
+def test_vid_variance_is_a_parameter_that_settles_at_the_error():
+    "With the mean held, the best variance of a channel is its mean squared error"
+    d = dict(fm_s=maps((8, 4, 3, 3)), fm_t=maps((8, 2, 3, 3)))
+    d['fm_t']['a'][:,1] *= 3
+    loss = VID().build(**d)
+    assert {id(a) for a in loss.alphas} <= {id(p) for p in loss.parameters()}
+    opt = torch.optim.Adam(loss.alphas.parameters(), .1)
+    for _ in range(300):
+        opt.zero_grad(); loss(**d).backward(); opt.step()
+    want = ((loss.means[0](d['fm_s']['a'])-d['fm_t']['a'])**2).mean((0, 2, 3))
+    torch.testing.assert_close(loss.variances()[0], want, rtol=1e-2, atol=0)
 
 @pytest.mark.parametrize('s,t', [((2, 17, 6), (2, 5, 4)), ((2, 6), (2, 4)), ((2, 6, 4, 4), (2, 17, 4)), ((2, 7, 7, 48), (2, 7, 7, 64)), ((2, 17, 6), (2, 4, 4, 4))])
 @pytest.mark.parametrize('make', [VID, OFD])
@@ -363,6 +375,15 @@ def test_build_twice_keeps_the_parameters_if_shapes_agree(make):
     loss.build(**other)
     assert loss(**other, **extra(loss)).isfinite()
 
+def test_build_at_another_image_size_keeps_what_was_learned(make):
+    loss = make().build(**stages())
+    for p in loss.parameters(): p.data += 1
+    state = {k: v.clone() for k,v in loss.state_dict().items()}
+    big = dict(fm_s=maps((3, 4, 8, 12), (3, 6, 4, 6)), fm_t=maps((3, 5, 8, 12), (3, 7, 4, 6), names='xyzw'))  # the second pair needs no resizing any more
+    loss.build(**big)
+    torch.testing.assert_close(dict(loss.state_dict()), state, equal_nan=True)
+    assert loss(**big, **extra(loss)).isfinite()
+
 def test_build_leaves_the_random_stream(make):
     d = stages()
     state = torch.get_rng_state()
@@ -443,3 +464,30 @@ def test_trains_under_the_callback(name):
     assert all(moved), [k for (k,_),m in zip(loss.named_parameters(), moved) if not m]
     assert [len(g) for g in learn.opt.param_lists]==[len(list(student.parameters()))]
     assert set(student.state_dict())==set(Net(4).state_dict())
+
+class IndexedDL(DataLoader):
+    def get_idxs(self):
+        self.order = super().get_idxs()
+        return self.order
+
+class GiveIndex(Callback):
+    order = -1
+    def __init__(self, crd): self.crd,self.seen = crd,[]
+    def before_batch(self):
+        if self.training:
+            self.crd.index = torch.tensor(self.dl.order[self.iter*self.dl.bs:][:self.dl.bs])
+            self.seen.append((self.x[:,0,0,0].long().tolist(), self.crd.index.tolist()))
+
+def test_crd_bank_under_the_callback():
+    "The recipe of the docs: the first pixel of each image says which sample it is"
+    x = torch.randn(12, 3, 8, 8)
+    x[:,0,0,0] = torch.arange(12.)
+    items = list(zip(x, torch.arange(12)%4))
+    learn = Learner(DataLoaders(IndexedDL(items, bs=4, shuffle=True), DataLoader(items, bs=4), device='cpu'), Net(4), CrossEntropyLossFlat())
+    loss = CRD(dim=4, bank=12, k=6)
+    give = GiveIndex(loss)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-2, cbs=[give, KnowledgeDistillationCallback(Net(8), loss, 'b', 'b', weight=.8, task_weight=1.)])
+    assert len(give.seen)==6 and all(a==b for a,b in give.seen)
+    assert loss.labels.tolist()==[i%4 for i in range(12)]
+    torch.testing.assert_close(loss.bank_s.norm(dim=1), torch.ones(12))

@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import TensorImage, set_seed
 from torch import nn
 
+from fasterai.core.digits import digits_dls, digits_net
 from fasterai.distill import teacher as teacher_module
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.losses import FitNet, SoftTarget
 from fasterai.distill.teacher import Renormalize, Teacher, as_teacher, ensemble_logits, fold_batchnorms, frozen_copy, resize_batch
 
 
@@ -177,7 +182,6 @@ def test_a_model_in_another_precision_gets_its_inputs_in_it(net, x, dtype, tol):
         assert pred.dtype==torch.float32 and rel_err(pred, ref)<(0.03 if 'auto' in opts.values() else tol)
 
 def test_fastai_tensors_and_channels_last_batches(net, x):
-    from fastai.torch_core import TensorImage
     pred,fm = Teacher(net)(TensorImage(x).contiguous(memory_format=torch.channels_last), layers='0')
     assert type(pred) is torch.Tensor and type(fm['0']) is torch.Tensor and rel_err(pred, plain(net, x))<1e-6
 
@@ -209,7 +213,7 @@ def test_fold_leaves_convolutions_with_other_readers():
 def test_a_captured_convolution_is_unfolded_when_it_is_asked_for(net, x):
     teacher = Teacher(net, fuse=True)
     teacher(x)
-    assert '3.conv1' in teacher.nets[0].folded
+    assert '3.conv1' in teacher.nets[0].folded and '5 BatchNorms folded' in repr(teacher)
     fm = teacher(x, layers=['3.conv1:input', '3.conv1', '3.bn1'])[1]
     want = plain_maps(net, x, ['2', '3.conv1', '3.bn1'])
     assert '3.conv1' not in teacher.nets[0].folded and '4.conv1' in teacher.nets[0].folded
@@ -249,13 +253,13 @@ def test_auto_takes_the_fastest(net, x, monkeypatch, capsys, dtype, cl):
     teacher(x); teacher(x)
     assert teacher.nets[0].made==dict(dtype=dtype, channels_last=cl, fuse=True)
     said = capsys.readouterr().out
-    assert said.count('\n')==1 and str(dtype)[6:] in said and 'as it is 1e+03 ms' in said and ('channels_last' in said)==cl
+    assert said.count('\n')==1 and str(dtype)[6:] in said and '5 BatchNorms folded' in said and 'as it is 1000.0 ms' in said and ('channels_last' in said)==cl
 
 def test_auto_takes_no_copy_where_nothing_is_faster(net, x, monkeypatch, capsys):
     fake_clock(monkeypatch, [])
     teacher = Teacher(net, dtype='auto')
     assert torch.equal(teacher(x)[0], plain(net, x)) and teacher.nets[0].net is net
-    assert 'nothing safe is faster' in capsys.readouterr().out
+    assert 'nothing safe is faster' in capsys.readouterr().out and 'as it is' in repr(teacher)
 
 def test_auto_refuses_what_is_fast_and_wrong(x, monkeypatch):
     class Fine(nn.Module):
@@ -337,6 +341,11 @@ def test_ensemble_over_pixels_and_of_one_column():
     assert torch.allclose(ensemble_logits([a, b], axis=-1).exp(), (a.softmax(-1)+b.softmax(-1))/2)
     assert torch.equal(ensemble_logits([torch.tensor([[1.], [2.]]), torch.tensor([[3.], [6.]])]), torch.tensor([[2.], [4.]]))
     assert torch.equal(ensemble_logits([torch.tensor([1., 2.]), torch.tensor([3., 6.])], [3, 1]), torch.tensor([1.5, 3.]))
+
+@pytest.mark.parametrize('opts', [{}, dict(compile=dict(backend='eager'))])
+def test_a_layer_asked_for_twice(net, x, opts):
+    fm = Teacher(net, **opts)(x, layers=['3', '1', '3'])[1]
+    assert list(fm)==['3', '1', '3#2'] and torch.equal(fm['3'], fm['3#2'])
 
 def test_only_the_first_of_an_ensemble_runs_for_maps(net, x):
     ran,off = count_calls(other := make_net())
@@ -437,6 +446,26 @@ def test_summary_counts_what_runs(net, x):
     assert 'compiled' in repr(Teacher(net, compile=True)) and 'fastest safe format' in repr(Teacher(net, dtype='auto'))
     assert torch.equal(rng, torch.get_rng_state())
     for m,b in zip((net, student), before): assert_same_state(state(m), b)
+
+def fit(teacher, loss=SoftTarget, layers=None):
+    "A student after one epoch with `teacher`"
+    set_seed(1)                                                              # weights and the order of samples
+    dls,student = digits_dls(128, bs=32, device='cpu', n_valid=32),digits_net(4)
+    Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillationCallback(teacher, loss, layers, layers)).fit(1, 1e-2)
+    return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+@pytest.mark.filterwarnings('ignore')
+def test_in_a_fit():
+    net = digits_net(4)
+    before = state(net)
+    direct = fit(net)
+    assert torch.equal(fit(Teacher(net)), direct)
+    assert 0<rel_err(fit(Teacher(net, dtype='bf16', fuse=True)), direct)<0.05
+    early,(ran,off) = fit(Teacher(net), FitNet, ['0', '1']),count_calls(net)
+    assert torch.equal(fit(Teacher(net), FitNet, ['0', '1']), early)
+    assert ran.count('1')==5 and ran.count('2')==ran.count('5')==1           # four steps; the trial of the first batch runs to the end
+    off()
+    assert_same_state(state(net), before)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -26,16 +26,17 @@ def digits_dls(
     n_train:int=1197,  # Number of training images, at most 1197
     bs:int=64,         # Batch size
     device=None,       # Device of the batches; fastai's default if None
-    n_valid:int=600,   # Number of validation images, from the end of the data set
+    n_valid:int=600,   # Number of validation images, always the same ones
 )->DataLoaders:
     "Handwritten digits: batches of images `(B, 1, 8, 8)` from 0 to 1, and labels 0 to 9. Raises ValueError where there are not that many"
     d = load_digits()
     n = len(d.target)-n_valid
     if not (10<=n_train<=n and n_valid>0): raise ValueError(f"n_train must be 10 to {n} with n_valid={n_valid}, got {n_train}")
-    x = torch.tensor(d.images/16, dtype=torch.float32)[:,None]
-    splits = [np.linspace(0, n-1, n_train).round().astype(int).tolist(), list(range(n, n+n_valid))]
-    dsets = Datasets(range(n+n_valid), tfms=[[_At(x, TensorImageBW)], [_At(d.target), Categorize(range(10))]], splits=splits)
-    return dsets.dataloaders(bs=bs, device=device, num_workers=0)
+    order = np.random.default_rng(0).permutation(len(d.target))
+    x,y = torch.tensor(d.images[order]/16, dtype=torch.float32)[:,None],d.target[order]
+    splits = [list(range(n_valid, n_valid+n_train)), list(range(n_valid))]
+    dsets = Datasets(range(len(y)), tfms=[[_At(x, TensorImageBW)], [_At(y), Categorize(range(10))]], splits=splits)
+    return dsets.dataloaders(bs=bs, val_bs=n_valid, device=device, num_workers=0)
 
 # %% ../../nbs/core/digits.ipynb #52489a9c
 def digits_net(

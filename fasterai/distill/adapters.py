@@ -6,10 +6,11 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/adapters.html.md"""
 
 # %% auto #0
 __all__ = ['token_grid', 'ResizeGrid', 'MeanPositions', 'ToGrid', 'ToTokens', 'ResizeTokens', 'position_steps', 'MapNorm',
-           'channel_steps', 'adapter', 'Adapters']
+           'channel_steps', 'placed', 'adapter', 'carry_over', 'Adapters']
 
 # %% ../../nbs/distill/adapters.ipynb #03dbf16e
 import math
+from collections import OrderedDict
 from typing import Mapping
 
 import torch
@@ -57,7 +58,7 @@ def _read_map(s, n=None):
 # %% ../../nbs/distill/adapters.ipynb #3e20beb3
 class ResizeGrid(nn.Module):
     "Bring a grid `(B, C, H, W)` to `size`: average pooling where it shrinks, bilinear interpolation where it grows"
-    def __init__(self, 
+    def __init__(self,
         size:tuple, # Height and width to reach
     ):
         super().__init__()
@@ -72,7 +73,7 @@ class ResizeGrid(nn.Module):
 
 class MeanPositions(nn.Module):
     "The mean over `dims`: all positions of a map, as one vector `(B, C)`"
-    def __init__(self, 
+    def __init__(self,
         dims:tuple, # Axes of the positions
     ):
         super().__init__()
@@ -85,7 +86,7 @@ class MeanPositions(nn.Module):
 # %% ../../nbs/distill/adapters.ipynb #e3db0952
 class ToGrid(nn.Module):
     "Tokens `(B, N, D)` as a grid `(B, D, H, W)`, without the `prefix` tokens in front"
-    def __init__(self, 
+    def __init__(self,
         prefix:int, # Number of class and register tokens
         size:tuple, # Height and width of the grid
     ):
@@ -98,7 +99,7 @@ class ToGrid(nn.Module):
 
 class ToTokens(nn.Module):
     "A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the mean over the grid"
-    def __init__(self, 
+    def __init__(self,
         prefix:int=0, # Number of class and register tokens to put in front
     ):
         super().__init__()
@@ -113,7 +114,7 @@ class ToTokens(nn.Module):
 
 class ResizeTokens(nn.Module):
     "Tokens `(B, N, D)` on another grid: class and register tokens kept, the rest resized as a grid"
-    def __init__(self, 
+    def __init__(self,
         old:tuple, # `(prefix, height, width)` of the tokens
         new:tuple, # the same of the result
     ):
@@ -179,6 +180,13 @@ def channel_steps(
     if axis==1: return [nn.Conv2d(c_s, c_t, 1, bias=False), MapNorm(c_t)]
     return [nn.LayerNorm(c_s)]*(ndim>2) + [nn.Linear(c_s, c_t)]
 
+def placed(
+    steps:list,  # Modules that move positions, as of `position_steps`
+    layers:list, # Modules that learn
+)->nn.Sequential:
+    "`steps` as `place`, then `layers` as `project`: parameters are called the same whatever the sizes of the maps"
+    return nn.Sequential(OrderedDict(place=nn.Sequential(*steps), project=nn.Sequential(*layers)))
+
 def adapter(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's
@@ -190,20 +198,23 @@ def adapter(
     try: steps,c_s,c_t,axis = position_steps(s_shape, t_shape)
     except ValueError as e: raise ValueError(f"no adapter from a student's map {s_shape} to a teacher's {t_shape}: {e}") from None
     with torch.random.fork_rng(devices=[]):
-        if c_s!=c_t: steps = steps + channel_steps(c_s, c_t, axis, len(t_shape))
-        return nn.Sequential(*steps)
+        return placed(steps, channel_steps(c_s, c_t, axis, len(t_shape)) if c_s!=c_t else [])
 
 # %% ../../nbs/distill/adapters.ipynb #c4a2647e
-def _wide(
-    x:torch.Tensor, # Any tensor
-)->torch.Tensor:
-    "`x` in float32, or wider where it is already, as a plain tensor"
-    return x.as_subclass(torch.Tensor).to(torch.promote_types(x.dtype, torch.float32))
+def _wide(x): return x.as_subclass(torch.Tensor).to(torch.promote_types(x.dtype, torch.float32))
+
+def carry_over(
+    module:nn.Module, # A module built anew
+    state:dict,       # `state_dict` of the one it replaces
+):
+    "Load `state` into `module` if their names and shapes agree"
+    shapes = lambda d: {k: v.shape for k,v in d.items()}
+    if shapes(module.state_dict())==shapes(state): module.load_state_dict(state)
 
 class Adapters(nn.Module):
     """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al., ICLR 2015, arXiv 1412.6550).
     `Adapters.build` makes them. They compute in float32, also under autocast; a pair without a module passes unchanged"""
-    def __init__(self, 
+    def __init__(self,
         pairs:Mapping|list, # `{student layer: module}` or modules, for all pairs in their order; None leaves a pair as it is
     ):
         super().__init__()
@@ -213,7 +224,7 @@ class Adapters(nn.Module):
             if not isinstance(m, nn.Module|None): raise TypeError(f"the adapter of {k!r} must be an nn.Module or None, got {m!r}")
         self.mods = nn.ModuleList(nn.Identity() if m is None else m for m in pairs.values())
 
-    def forward(self, 
+    def forward(self,
         fm_s:dict, # Student's maps `{layer: tensor}`, in the order of the pairs
     )->dict:
         "The adapted maps, under the same keys"
@@ -223,14 +234,6 @@ class Adapters(nn.Module):
     def _adapt(self, m, x):
         if isinstance(m, nn.Identity): return x
         with torch.autocast(x.device.type, enabled=False): return m(_wide(x))
-
-    def fits(self,
-        fm_s:dict, # Student's maps
-        fm_t:dict, # Teacher's maps, in the same order
-    )->bool:
-        "Whether these adapters bring `fm_s` to the shapes of `fm_t`, so that there is nothing to build anew"
-        try: return all(x.shape==t.shape for x,t in zip(self._dry(fm_s).values(), fm_t.values(), strict=True))
-        except (RuntimeError, ValueError): return False
 
     @torch.no_grad()
     def _dry(self, fm_s):
@@ -247,6 +250,7 @@ def build(cls:Adapters,
     fm_t:dict,             # Teacher's maps, in the same order
     own:Mapping|None=None, # Modules of your own: `{student layer or number of the pair: module}`
     same_shape:bool=True,  # Whether the loss needs equal shapes: adapt the pairs that `own` leaves out, and check all
+    old:Adapters|None=None,# Earlier adapters of these pairs, to go on from if all their parameters fit, for example at another image size
 )->Adapters:
     """Adapters for pairs of maps, in float32 on the maps' device. Leaves the global CPU random stream where it was. ValueError for a pair
     that cannot be adapted or an unknown name, with the layer, both shapes and the remedy"""
@@ -266,4 +270,6 @@ def build(cls:Adapters,
             except (RuntimeError, ValueError) as e: raise ValueError(f"{pair}: {e}; {remedy}") from e
             if same_shape and out.shape[1:]!=t.shape[1:]: raise ValueError(f"{pair}: the adapter gives {tuple(out.shape)}; {remedy}")
             pairs[k] = m
-    return cls(pairs)
+    new = cls(pairs)
+    if old is not None: carry_over(new, old.state_dict())
+    return new

@@ -57,22 +57,25 @@ def write_report(
 def _ints(s): return [int(o) for o in str(s).split(',')]
 
 # %% ../../nbs/distill/cli.ipynb #9d5b8fbf
-def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=0.5, T=None, epochs=None, teacher_epochs=None, seeds=None, lr=None,
-            size=64, bs=64, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None):
+def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=None, T=None, epochs=None, teacher_epochs=None, seeds=None, lr=None,
+            size=64, bs=None, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None):
     "What `fasterai_distill` does, with its arguments; returns the `Experiment`"
     digits = path is None
+    def default(value, on_digits, on_images): return value if value is not None else on_digits if digits else on_images
+    weight,bs,lr = default(weight, 0.9, 0.5),default(bs, 25, 64),default(lr, 1e-2, 1e-3)
+    epochs,seeds = _ints(default(epochs, '10,60', '10')),default(seeds, 8, 1)
     loss = loss_by_name(loss, 4 if digits and T is None and loss=='SoftTarget' else T)
-    epochs,seeds = _ints(epochs or ('10,40' if digits else 10)),seeds or (6 if digits else 1)
-    dls = digits_dls(bs=bs) if digits else image_dls(path, size=size, bs=bs, pattern=pattern, augment=augment, num_workers=workers)
-    names = teacher or ('digits_net32' if digits else 'resnet34'),student or ('digits_net4' if digits else 'resnet18')
+    dls = digits_dls(100, bs=bs) if digits else image_dls(path, size=size, bs=bs, pattern=pattern, augment=augment, num_workers=workers)
     set_seed(0)
+    names = default(teacher, 'digits_net32', 'resnet34'),default(student, 'digits_net8', 'resnet18')
     model,make_student = make_model(names[0], dls.c),partial(make_model, names[1], dls.c)
     if teacher_weights: load_weights(model, teacher_weights)
     kd = dict(weight=weight)
     if Term(loss).needs_features: kd['activations_student'] = match_feature_layers(make_student(), model, dls.one_batch()[0].cpu())
-    exp = Experiment(dls, model, make_student, loss=loss, lr=lr or (1e-2 if digits else 1e-3), **kd)
+    exp = Experiment(dls, model, make_student, loss=loss, lr=lr, **kd)
     print(f"{len(dls.train_ds)} training and {len(dls.valid_ds)} validation images of {dls.c} classes; teacher {names[0]}, student {names[1]}; {Term(loss)}, weight {weight:g}")
-    if not teacher_weights: exp.train_teacher(teacher_epochs or (20 if digits else max(epochs)))
+    if digits: print("(the teacher learns from 1197 training images)")
+    if not teacher_weights: exp.train_teacher(teacher_epochs or default(None, 10, max(epochs)), digits_dls() if digits else None)
     exp.run(epochs, seeds)
     print(f"\n\n{exp.table().to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
     write_report(exp, Path(out))
@@ -83,17 +86,17 @@ def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=0.5
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid folders of them; none: handwritten digits
-    teacher:str=None,          # Architecture (torchvision's or timm's) [resnet34]
-    student:str=None,          # Architecture [resnet18]
+    teacher:str=None,          # Architecture (torchvision's or timm's) [resnet34; digits digits_net32]
+    student:str=None,          # Architecture [resnet18; digits digits_net8]
     loss:str='SoftTarget',     # Name of the distillation loss
-    weight:float=0.5,          # Its weight; the task loss has the rest
+    weight:float=None,         # Its weight; the task loss has the rest [0.5; digits 0.9]
     T:float=None,              # Temperature, for losses that have one
-    epochs:str=None,           # Length of the students' training, or several: 10,40 [10; digits 10,40]
+    epochs:str=None,           # Length of the students' training, or several: 10,40 [10; digits 10,60]
     teacher_epochs:int=None,   # Length of the teacher's training [the longest of epochs]
-    seeds:int=None,            # Number of students of each kind [1; digits 6]
+    seeds:int=None,            # Number of students of each kind [1; digits 8]
     lr:float=None,             # Highest learning rate [1e-3; digits 1e-2]
     size:int=64,               # Height and width of the images
-    bs:int=64,                 # Batch size
+    bs:int=None,               # Batch size [64; digits 25]
     pattern:str=None,          # Regular expression for the class in a file's name, instead of folders
     augment:bool=False,        # Augment the training images?
     teacher_weights:str=None,  # .safetensors file or state dict of a trained teacher

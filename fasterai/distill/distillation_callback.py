@@ -23,6 +23,7 @@ from torch import nn
 from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
 from .adapters import Adapters
+from .cache import as_cache
 from .features import Capture, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
 from .loss_log import LossLog
 from .losses import SoftTarget
@@ -43,8 +44,16 @@ def _guarded(cb, with_events, *args, **kwargs):
     try: return with_events(*args, **kwargs)
     except _cancels: raise
     except BaseException:
+        if cb._fitting: _leave_autocast(cb)
         cb._release()
         raise
+
+def _leave_autocast(cb):
+    "End the autocast of fastai's `MixedPrecision`, if it is on and was not when the fit began"
+    for mp in cb.learn._grab_cbs(MixedPrecision):
+        autocast = getattr(mp, 'autocast', None)
+        if autocast is not None and torch.is_autocast_enabled(autocast.device) and not cb._autocast.get(autocast.device):
+            autocast.__exit__(None, None, None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #0991839e
 class KnowledgeDistillationCallback(Callback):
@@ -53,7 +62,7 @@ class KnowledgeDistillationCallback(Callback):
     Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The table shows the
     training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError, before the first step, for
     misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and a teacher that shares weights with the student."""
-    order,_stateattrs = MixedPrecision.order-5, ('teacher','terms','log','_adapters','_student','_capture')
+    order,_stateattrs = MixedPrecision.order-5, ('teacher','terms','log','_adapters','_student','_capture','_along','_cache','_ask')
 
     def __init__(self,
         teacher:nn.Module,                   # A trained model or `Learner`, a list of them (probabilities are averaged), or a `Teacher`
@@ -98,7 +107,7 @@ class KnowledgeDistillationCallback(Callback):
     def _init_state(self):
         "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
         self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
-        self._fitting,self._met,self._tried,self._w,self._along,self._columns = False,False,False,0.,None,[]
+        self._fitting,self._met,self._tried,self._w,self._pct,self._along,self._cache,self._ask,self._columns = False,False,False,0.,0.,None,None,None,[]
 
 
     @property
@@ -120,7 +129,7 @@ class KnowledgeDistillationCallback(Callback):
         "Add the losses' columns to the table, and watch over the fit"
         if self.learn.lock.locked(): return # validate or get_preds: no training
         self._release()
-        self._fitting = True
+        self._fitting,self._autocast = True,{k:torch.is_autocast_enabled(k) for k in ('cpu','cuda')}
         self.log = LossLog(self.loss_names, self.valid)
         self._columns,self._met = self.log.columns(),False
         self.learn.metrics = self.learn.metrics + self._columns
@@ -134,7 +143,8 @@ class KnowledgeDistillationCallback(Callback):
     def before_batch(self):
         "Set the weight in force, and while it is not 0 listen to the student's layers"
         searching = hasattr(self.learn, 'lr_finder')
-        self._w = self.weight if searching else self.weight_at(self.pct_train)
+        self._pct = self.pct_train
+        self._w = self.weight if searching else self.weight_at(self._pct)
         if not self._on: return
         if not self._tried: self._try_out()
         if self._capture: self._capture.__enter__()
@@ -145,19 +155,27 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
-        if self._on: parts = self._lesson(self.pred, self._capture.maps if self._capture else {}, self._target())
+        if self._on: parts = self._lesson(self.pred, self._capture.maps if self._capture else {}, self._target(self.pred))
         elif self.training: parts = {}
         else: return
         self.log.add([self.learn.loss_grad if len(self.yb) else None, *(parts.get(o.name) for o in self.terms)], self._w, find_bs(self.xb), self.training)
-        if self.training: self._mix(sum(t.weight*parts[t.name] for t in self.terms) if parts else None)
+        if self.training: self._mix(sum(o.weight*parts[o.name] for o in self.terms) if parts else None)
 
     def after_batch(self):
         "Let the captured maps go"
         if self._capture: self._capture.clear()
 
-    def after_train(self): self.log.close()
-    def after_validate(self): self.log.close(training=False)
-    def after_fit(self): self._release()
+    def after_train(self):
+        "Take the epoch's means"
+        if self._fitting: self.log.close()
+
+    def after_validate(self):
+        "Take those of the validation, where the teacher is asked in it"
+        if self._fitting: self.log.close(training=False)
+
+    def after_fit(self):
+        "Leave all as it was"
+        self._release()
 
 # %% ../../nbs/distill/distillation_callback.ipynb #6008827b
 @patch
@@ -172,10 +190,20 @@ def _meet(self:KnowledgeDistillationCallback):
     self._device = next(student.parameters()).device
     self.teacher.to(self._device)
     self._task = _task_facts(self.learn.loss_func)
-    if self._student is not model: self._student,self._tried = model,False
-    if self._tried: self._join()
-    else: self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
-    self._met = True
+    if self._student is not model:
+        self._student = model
+        self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
+    self._met,self._tried = True,False
+    self._ask = self._hire()
+
+@patch
+def _hire(self:KnowledgeDistillationCallback):
+    "What answers a batch: the teacher, for just what the losses name, or its cache"
+    layers,logits = tuple(self.layers_t),any('teacher_pred' in o.needs for o in self.terms)
+    self.teacher.cache = as_cache(self.teacher.cache) # one that outlives the fit, for the next one
+    self._cache = self.teacher.cache if self._fitting else None
+    if self._cache is None: return partial(self.teacher, layers=layers, logits=logits)
+    return self._cache.attach(self.learn, self.teacher, layers, logits).ask
 
 def _task_facts(loss_func):
     "What the task's loss function says of its class axis and of the label it ignores"
@@ -197,9 +225,9 @@ def _try_out(self:KnowledgeDistillationCallback):
         outputs = dict(pred=self._logits(pred), teacher_pred=teacher_pred, fm_s=fm.maps, fm_t=fm_t)
         self._adapters = self._make_adapters(fm.maps, fm_t)
         for o in self.terms:
-            if hasattr(o.base, 'build'): o.base.build(**outputs)
+            if hasattr(o.base, 'build'): o.base.build(**self._adapted(o, outputs))
             if isinstance(o.base, nn.Module): o.base.to(self._device)
-        self._compare({**outputs, 'target': self._target()})
+        self._compare({**outputs, 'target': self._target(pred)})
     self._join()
 
 @patch
@@ -207,34 +235,44 @@ def _make_adapters(self:KnowledgeDistillationCallback, fm_s, fm_t):
     "Modules from the student's maps to the teacher's shapes, or None where none is wanted"
     needed,own = any(o.same_shape for o in self.terms),isinstance(self.adapters, dict)
     if not own and not (needed and self.adapters=='auto'): return None
-    return Adapters.build(fm_s, fm_t, own=self.adapters if own else None, same_shape=needed)
+    return Adapters.build(fm_s, fm_t, own=self.adapters if own else None, same_shape=needed, old=self._adapters)
 
 @patch
 def _join(self:KnowledgeDistillationCallback):
     "Let what learns beside the student train with its optimizer, until `_release`"
-    modules = [o.base for o in self.terms if isinstance(o.base, nn.Module)] + [self._adapters]*(self._adapters is not None)
-    params = [p for m in modules for p in m.train().parameters()]
+    params = list(self.learned.train().parameters())
     if not params or not self._fitting: return
     self._along = TrainAlong(params)
     self.learn.add_cb(self._along)
     self._along.join()
 
+# %% ../../nbs/distill/distillation_callback.ipynb #d74c3a3f
+@patch(as_prop=True)
+def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
+    "Adapters and learned losses, once the first batch has built them; their `state_dict` is no part of the student's"
+    mods = {o.name:o.base for o in self.terms if isinstance(o.base, nn.Module)}
+    return nn.ModuleDict({**mods, **({} if self._adapters is None else {'adapters': self._adapters})})
+
 # %% ../../nbs/distill/distillation_callback.ipynb #6db6828f
 @patch
 def _lesson(self:KnowledgeDistillationCallback, pred, fm_s, target):
     "Each loss on the batch in hand, by name"
-    needs = set().union(*(o.needs for o in self.terms))
-    teacher_pred,fm_t = self.teacher(*self.xb, layers=self.layers_t, logits='teacher_pred' in needs)
+    teacher_pred,fm_t = self._ask(*self.xb)
     return self._compare(dict(pred=self._logits(pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target))
 
 @patch
 def _compare(self:KnowledgeDistillationCallback, outputs):
     "Each loss on what student and teacher put out"
     outputs = {k:_full(v) for k,v in outputs.items()}
-    hypers = {**self._task, **{k:s.progress(self.pct_train) for k,s in self.schedules.items()}}
+    hypers = {**self._task, **{k:s.progress(self._pct) for k,s in self.schedules.items()}}
     with torch.autocast(self._device.type, enabled=False):
-        adapted = outputs if self._adapters is None else {**outputs, 'fm_s': self._adapters(outputs['fm_s'])}
-        return {o.name: o(adapted if o.same_shape or isinstance(self.adapters, dict) else outputs, **hypers) for o in self.terms}
+        return {o.name: o(self._adapted(o, outputs), **hypers) for o in self.terms}
+
+@patch
+def _adapted(self:KnowledgeDistillationCallback, term, outputs):
+    "`outputs` with the student's maps through the adapters, for a loss that wants them"
+    if self._adapters is None or not (term.same_shape or isinstance(self.adapters, dict)) or not term.takes_features: return outputs
+    return {**outputs, 'fm_s': self._adapters(outputs['fm_s'])}
 
 @patch
 def _logits(self:KnowledgeDistillationCallback, pred):
@@ -249,12 +287,12 @@ def _full(o):
 
 # %% ../../nbs/distill/distillation_callback.ipynb #11ae8519
 @patch
-def _target(self:KnowledgeDistillationCallback):
+def _target(self:KnowledgeDistillationCallback, pred):
     "Labels of the batch, None if it has none; soft ones `(B, C)` under MixUp"
     if not len(self.yb): return None
     y,mix = detuplify(self.yb),getattr(self.learn.loss_func, '__self__', None)
     if not isinstance(mix, MixHandler) or not any('target' in o.needs for o in self.terms): return y
-    y0,y1 = (nn.functional.one_hot(o.long(), self.pred.shape[-1]).float() for o in (y, detuplify(mix.yb1)))
+    y0,y1 = (nn.functional.one_hot(o.long(), pred.shape[1]).float() for o in (y, detuplify(mix.yb1)))
     return torch.lerp(y1, y0, mix.lam.view(-1, 1))
 
 # %% ../../nbs/distill/distillation_callback.ipynb #af0aaca4
@@ -263,11 +301,36 @@ def _mix(self:KnowledgeDistillationCallback, distill):
     "Set the loss that is backpropagated, and apart from it the one that is recorded"
     labelled = len(self.yb)>0
     if not labelled and distill is None: return
+    terms = []
     w = 1-self._w if self.task_weight is None else self.task_weight
-    loss = w*self.learn.loss_grad if labelled and w!=1 else self.learn.loss_grad if labelled else 0.
-    if distill is not None: loss = loss + self._w*distill
+    if labelled and w: terms.append(self.learn.loss_grad if w==1 else w*self.learn.loss_grad)
+    if distill is not None: terms.append(self._w*distill)
+    loss = sum(terms[1:], terms[0]) if terms else 0*self.learn.loss_grad
     self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
     if not labelled: self.learn.yb = self.xb[:1]
+
+# %% ../../nbs/distill/distillation_callback.ipynb #d11f263b
+@patch
+def terms_on(self:KnowledgeDistillationCallback,
+    learn,     # The student's `Learner`; its model runs in the mode that it is in
+    xb:tuple,  # Inputs of a batch, on the student's device
+    yb:tuple,  # Its targets
+)->tuple:
+    "`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs"
+    before = self.learn,learn.__dict__.get('xb'),learn.__dict__.get('yb')
+    self.learn,learn.xb,learn.yb,self._pct = learn,xb,yb,0.
+    try:
+        self._meet()
+        self._try_out()
+        if self._capture: self._capture.__enter__()
+        pred = learn.model(*xb)
+        fm_s = self._capture.maps if self._capture else {}
+        return learn.loss_func(pred, *yb), self._lesson(pred, fm_s, self._target(pred))
+    finally:
+        if self._capture:
+            self._capture.__exit__(None, None, None)
+            self._capture.clear()
+        self._met,(self.learn,learn.xb,learn.yb) = False,before
 
 # %% ../../nbs/distill/distillation_callback.ipynb #d287f1cf
 @patch
@@ -278,11 +341,12 @@ def _release(self:KnowledgeDistillationCallback):
     if self._capture:
         self._capture.__exit__(None, None, None)
         self._capture.clear()
+    if self._cache is not None: self._cache.detach()
     if self._along is not None:
         self._along.leave()
         self.learn.remove_cb(self._along)
-        self._along = None
     self.learn.metrics = [o for o in self.learn.metrics if o not in self._columns]
+    self._along = self._cache = self._ask = None
     self.learn.__dict__.pop('_with_events', None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #72f77118

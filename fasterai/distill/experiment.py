@@ -76,10 +76,14 @@ class Experiment:
                 got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
                 raise ValueError(f"{who} {type(model).__name__} must give one logit for each of the {c} classes, {(len(x), c)}, got {got}")
 
-    def train_teacher(self, epochs:int, seed:int=0):
+    def train_teacher(self,
+        epochs:int,            # Length of the training
+        dls:DataLoaders=None,  # The teacher's own data, perhaps more than the students have; None: theirs
+        seed:int=0,
+    ):
         "Train the teacher alone, with a progress bar"
         bar,ticks = _ticks(epochs)
-        self._fit(self.teacher, epochs, seed, _Tick(bar, ticks, 'teacher'))
+        self._fit(self.teacher, epochs, seed, _Tick(bar, ticks, 'teacher'), dls=dls)
 
     def run(self,
         epochs:int|list[int]=40,   # Lengths of the trainings
@@ -102,9 +106,9 @@ class Experiment:
         if longest and (self.best is None or accs[1]>self.best[0]): self.best = accs[1],distilled
         return accs
 
-    def _fit(self, model, epochs, seed, *cbs):
-        learn = Learner(self.dls, model, metrics=accuracy)
-        same_start(self.dls, seed)
+    def _fit(self, model, epochs, seed, *cbs, dls=None):
+        learn = Learner(dls or self.dls, model, metrics=accuracy)
+        same_start(learn.dls, seed)
         _silent_fit(learn, epochs, self.lr, L(cbs))
         return learn.recorder.values[-1][2]
 

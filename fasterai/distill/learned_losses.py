@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapters import MapNorm, ToGrid, channel_steps, position_steps, token_grid
+from .adapters import MapNorm, ToGrid, carry_over, channel_steps, placed, position_steps, token_grid
 from .losses_base import pairs_of, unit
 
 # %% ../../nbs/distill/learned_losses.ipynb #bff776bb
@@ -31,12 +31,14 @@ class LearnedLoss(nn.Module):
         fm_t:dict=None,    # Teacher's maps
         **kwargs
     )->'LearnedLoss':
-        """Make the parameters for maps like these, on their device; keep those there are if the shapes agree. Initial values come from a copy of the global CPU random
+        """Make the parameters for maps like these, on their device. Built before, keep them if the maps' shapes agree, or their values if only sizes differ. Initial values come from a copy of the global CPU random
         stream, which does not advance. ValueError for maps that the loss cannot compare, with layer and shapes"""
         fm_s,fm_t,self.names = zip(*pairs_of(fm_s or {}, fm_t or {}))
         shapes = [(s.shape[1:], t.shape[1:]) for s,t in zip(fm_s, fm_t)]
         if shapes!=self.shapes:
+            state = self.state_dict()
             with torch.random.fork_rng(devices=[]), torch.no_grad(): self.make(fm_s, fm_t)
+            carry_over(self, state)
             self.shapes = shapes
         return self.to(fm_s[0].device, fm_s[0].dtype)
 
@@ -68,7 +70,7 @@ def _same(s, t):
 # %% ../../nbs/distill/learned_losses.ipynb #95a90b66
 def _mlp(c_s, c_t, axis):
     layer = (lambda i,o: nn.Conv2d(i, o, 1, bias=False)) if axis==1 else (lambda i,o: nn.Linear(i, o, bias=False))
-    return nn.Sequential(layer(c_s, c_t), nn.ReLU(), layer(c_t, c_t), nn.ReLU(), layer(c_t, c_t))
+    return [layer(c_s, c_t), nn.ReLU(), layer(c_t, c_t), nn.ReLU(), layer(c_t, c_t)]
 
 def _on_axis(x, axis, ndim): return x.reshape([-1 if i==axis%ndim else 1 for i in range(ndim)])
 
@@ -87,7 +89,7 @@ class VID(LearnedLoss):
         self.means,self.alphas,self.axes = nn.ModuleList(),nn.ParameterList(),[]
         for i,(s,t) in enumerate(zip(fm_s, fm_t)):
             with self._pair(i, s, t): steps,c_s,c_t,axis = position_steps(s.shape, t.shape)
-            self.means.append(nn.Sequential(*steps, *_mlp(c_s, c_t, axis)))
+            self.means.append(placed(steps, _mlp(c_s, c_t, axis)))
             self.alphas.append(nn.Parameter(torch.full((c_t,), math.log(math.expm1(self.init_var-self.eps)), dtype=t.dtype)))
             self.axes.append(axis)
 
@@ -141,7 +143,7 @@ class CRD(LearnedLoss):
 
     def _embedding(self, shape):
         steps,c,_,_ = position_steps(shape, (1, self.dim))
-        return nn.Sequential(*steps, nn.Linear(c, self.dim))
+        return placed(steps, [nn.Linear(c, self.dim)])
 
     def forward(self,
         fm_s:dict,   # Student's maps `{layer: tensor}`; the last one is compared
@@ -268,7 +270,7 @@ def bn_margin(
     bn:nn.Module, # The teacher's BatchNorm in front of a ReLU
 )->torch.Tensor:
     "The expected negative response of each channel `(C,)` after `bn`, from its scale and shift (OFD: Heo et al., ICCV 2019, arXiv 1904.01866)"
-    b,g = bn.bias.detach().double(),bn.weight.detach().double().abs().clamp(min=1e-12)
+    b,g = bn.bias.detach().cpu().double(),bn.weight.detach().cpu().double().abs().clamp(min=1e-12)  # not every device has float64
     log_p = torch.special.log_ndtr(-b/g)
     mean = b - g*torch.exp(-0.5*(b/g)**2 - 0.5*math.log(2*math.pi) - log_p)
     return torch.where(log_p>math.log(0.001), mean, -3*g).to(bn.bias.dtype)
@@ -304,7 +306,7 @@ class OFD(LearnedLoss):
                 if len(margin)!=c_t: raise ValueError(f"bns[{i}] has {len(margin)} channels, the teacher's map {c_t}")
             channels = channel_steps(c_s, c_t, axis, t.ndim)
             if axis==1: nn.init.kaiming_normal_(channels[0].weight, mode='fan_out')
-            self.connectors.append(nn.Sequential(*steps, *channels))
+            self.connectors.append(placed(steps, channels))
             self.register_buffer(f'margin{i}', margin)
             self.axes.append(axis)
 
