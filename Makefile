@@ -35,7 +35,7 @@ docs: $(VENV)/.installed-docs
 	$(bin)/python -m sphinx -E -W --keep-going -q -b html -c docs nbs _docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo _docs
+	rm -rf $(VENV) build dist *.egg-info demo _docs jupyter_execute
 
 $(VENV)/.installed: setup.py settings.ini pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ def _documented(body, mod):
         if isinstance(o, ast.Assign):
             yield from (('autodata', t.id, []) for t in o.targets if isinstance(t, ast.Name) and t.id in mod.__all__ and not t.id.startswith('__'))
         elif not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith('_'): continue
-        elif 'patch' in ''.join(map(ast.unparse, o.decorator_list)): yield 'automethod', f'{_patched(o)}.{o.name}', []
+        elif 'patch' in (how := ''.join(map(ast.unparse, o.decorator_list))): yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', []
         elif o.name not in mod.__all__: continue
         elif isinstance(o, ast.FunctionDef): yield 'autofunction', o.name, []
         else: yield 'autoclass', o.name, [m.name for m in o.body if isinstance(m, ast.FunctionDef) and ast.get_docstring(m) and (m.name=='__call__' or m.name[0]!='_')]
