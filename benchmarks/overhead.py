@@ -48,7 +48,7 @@ from fasterai.distill.teacher import Teacher
 
 STAGES = ['layer1', 'layer2', 'layer3', 'layer4']
 RESULTS = Path(__file__).parent/'results'
-T = 4.                                                # temperature of the floor, and SoftTarget's own
+T = 5.                                                # the temperature of the floor, as SoftTarget's default
 
 
 # ## Pairs
