@@ -2,7 +2,7 @@
 c = get_config()  # noqa: F821
 c.NbConvertApp.notebooks = ['nbs/index.ipynb']
 c.NbConvertApp.export_format = 'markdown'
-c.NbConvertApp.use_stdout = True
+c.NbConvertApp.writer_class = 'StdoutWriter'
 c.NbConvertApp.log_level = 'WARN'
 c.NbConvertBase.display_data_priority = ['image/png', 'text/markdown', 'text/plain']
 c.TemplateExporter.exclude_input_prompt = True

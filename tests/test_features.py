@@ -197,8 +197,8 @@ def compiler():
 @pytest.mark.parametrize('in_place', [False, True])
 def test_compiled_model(compiler, in_place):
     m = net()
-    if in_place: (model := m).compile(backend='aot_eager')
-    else: model = torch.compile(m, backend='aot_eager')
+    if in_place: (model := m).compile(backend='aot_eager', fullgraph=True)
+    else: model = torch.compile(m, backend='aot_eager', fullgraph=True)
     assert unwrap(model) is m
     c = Capture(model, ['1', '6'])
     assert output_shapes(model, ['1'], x) == {'1': (2, 4, 6, 6)}
@@ -222,6 +222,14 @@ def test_compiled_code_that_is_older_than_the_hooks_is_detected(compiler):
     torch.compiler.reset()
     with c: model(x)
     assert list(c.maps) == ['1', '6']
+
+
+def test_a_compiled_part_that_is_older_than_the_hooks_is_detected(compiler):
+    m = net()
+    m[3] = torch.compile(m[3], backend='aot_eager')
+    m(x)
+    with Capture(m, ['1', '3._orig_mod']) as c: m(x)
+    with pytest.raises(RuntimeError, match=r"never reached layer '3._orig_mod': the model was compiled"): c.maps
 
 
 class Counts(nn.Module):
@@ -249,6 +257,11 @@ def test_a_dry_run_leaves_everything_as_it_was(fails):
 
 def test_a_dry_run_takes_the_models_precision():
     assert output_shapes(net().double(), ['6'], x) == {'6': (2, 2)}
+
+def test_a_dry_run_may_be_the_first_of_a_lazy_model():
+    m = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    assert output_shapes(m, ['1'], x) == {'1': (2, 3)}
+    assert m[1].in_features == 192 and m.training and m[1].training
 
 def test_as_found_takes_several_models():
     a,b = net(),net().eval()

@@ -209,6 +209,62 @@ def _size(n):
         n /= 1000
     return f'{n:.3g} {unit}'
 
+# %% ../../nbs/distill/cache.ipynb #3ba3792b
+def _fields(said): return [[name, str(o.numpy().dtype), list(o.shape[1:])] for name,o in said.items()]
+
+def _row_type(fields):
+    return np.dtype([('tag', '<u4'), ('crc', '<u4'), ('sig', '<f4', (2,)), *((name, d, tuple(shape)) for name,d,shape in fields)], align=True)
+
+def _checksum(raw, row): return zlib.crc32(raw[8:], zlib.crc32(raw[:4], int(row)))
+
+class _ReadOnly:
+    "Stands for a file that cannot be written"
+    def __init__(self, error): self.error = error
+    def close(self): pass
+    def seek(self, *args): raise self.error
+    truncate = seek
+
+class _Store:
+    "The open file: answers by row number"
+    def __init__(self, path, header):
+        self.path,self.header,self.row,self.start = path,header,_row_type(header['fields']),_offset(header)
+        try: self.out = open(path, 'r+b', buffering=0)
+        except OSError as e: self.out = _ReadOnly(e)
+        size = self.start+header['rows']*self.row.itemsize
+        if (short:=size-path.stat().st_size)>0:
+            warnings.warn(f"teacher cache: {path} was cut short by {_size(short)}; the teacher is asked again for what is lost")
+            self.out.truncate(size)
+        self.raw = np.memmap(path, np.uint8, 'r', self.start, (header['rows'], self.row.itemsize)).view(np.ndarray)
+        self.sound = np.zeros(header['rows'], bool)  # checksums seen to be right
+
+    def close(self): self.out.close()
+
+    def missing(self): return np.flatnonzero(self.raw[:, :4].view('<u4')[:, 0]==0)
+
+    def read(self, rows, tag):
+        "What is stored in `rows`, and which of them are whole and of this `tag`"
+        raw = self.raw[rows]
+        rec = raw.view(self.row)[:, 0]
+        there = rec['tag']==tag
+        damaged = [i for i in np.flatnonzero(there & ~self.sound[rows]) if rec['crc'][i]!=_checksum(raw[i], rows[i])]
+        if damaged:
+            there[damaged] = False
+            warnings.warn(f"teacher cache: {len(damaged)} damaged rows in {self.path}; the teacher is asked again for them")
+        self.sound[rows[there]] = True
+        return rec,there
+
+    def write(self, rows, tag, sig, said):
+        "Store the fields of `said`, one `write` for each run of neighbouring rows; OSError if they do not fit on the disk"
+        rec = np.zeros(len(rows), self.row)
+        raw = rec.view(np.uint8).reshape(len(rows), -1)
+        rec['tag'],rec['sig'] = tag,sig.numpy()
+        for name,o in said.items(): rec[name] = o.numpy()
+        rec['crc'] = [_checksum(*o) for o in zip(raw, rows)]
+        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows)!=1)+1):
+            self.out.seek(self.start+int(rows[run[0]])*self.row.itemsize)
+            if self.out.write(raw[run].tobytes())!=raw[run].size: raise OSError("the disk is full")
+        self.sound[rows] = True
+
 # %% ../../nbs/distill/cache.ipynb #4d904a47
 def _to_topk(pred, k):
     top,idx = (logp:=pred.float().log_softmax(1)).topk(k, 1)
@@ -237,7 +293,7 @@ class TeacherCache:
         self._init_state()
 
     def _init_state(self):
-        self.trace,self.off,self._mm,self._out,self._tmp,self._undo = None,None,None,None,None,[]
+        self.trace,self.off,self._store,self._learn,self._ask,self._tmp,self._n_classes,self._undo = *[None]*7,[]
         self.passes = self.hits = self.asked = 0
 
     def __getstate__(self): return {o:getattr(self, o) for o in ('path', 'topk', 'maps', 'dtype', 'eager', 'k', 'seed')}
@@ -263,6 +319,7 @@ class TeacherCache:
         mixers = [cb for cb in learn.cbs if isinstance(cb, MixHandler)]
         self._check_types(dl, mixers)
         self._learn,self._ask,self.layers,self.logits,self.off = learn,partial(teacher, layers=layers, logits=logits),list(layers),logits,None
+        self._epoch = None
         self.trace = _Trace(dl, self.k, self.seed, self.passes)
         try:
             for cb in mixers: self._replay_mix(cb)
@@ -278,8 +335,8 @@ class TeacherCache:
         "Leave the DataLoaders, the callbacks and the file; what was kept stays for the next `attach`. Safe to call at any time"
         if self.trace: self.passes = self.trace.passes; self.trace.close()
         while self._undo: self._undo.pop()()
-        if self._out: self._out.close()
-        self.trace,self._mm,self._out,self._learn,self._ask = (None,)*5
+        if self._store: self._store.close()
+        self.trace,self._store,self._learn,self._ask = [None]*4
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.detach()
@@ -287,39 +344,24 @@ class TeacherCache:
     def ask(self,
         *xb,     # The inputs of the training batch in hand, as the student sees them
     )->tuple:    # Logits and a dict of feature maps; what comes from the cache is float32
-        "What the teacher says about the batch: from the cache, and about samples that are not there, from the teacher itself"
+        "What the teacher says about the batch: from the cache if all of it is there, else from the teacher, and into the cache"
         if self._ask is None: raise ValueError("cache: attach it first")
         if self.off or not self._learn.training or self.trace.rows is None or len(self.trace.rows)!=len(xb[0]): return self._ask(*xb)
         rows,seen = self.trace.rows,signature(xb)
         rec,there = self._read(rows, seen)
-        self.hits,self.asked = self.hits+int(there.sum()),self.asked+int((~there).sum())
-        if there.all(): return self._decode(rec, xb[0].device)
-        if there.any() and all(isinstance(x, torch.Tensor) for x in xb): return self._ask_rest(xb, seen, rec, torch.from_numpy(~there))
+        if there.any() and not there.all() and self._catch_up(): rec,there = self._read(rows, seen)
+        if there.all():
+            self.hits += len(rows)
+            return self._decode(rec, xb[0].device)
+        self.asked += len(rows)
         said = self._ask(*xb)
         self._write(rows, seen, *said)
         return said
 
-    def _ask_rest(self, xb, seen, rec, new):
-        "From the cache what is there, from the teacher the samples marked in `new`"
-        here = new.to(xb[0].device)
-        said = self._ask(*(x[here] for x in xb))
-        self._write(self.trace.rows[new.numpy()], seen[new], *said)
-        pred,fm = self._decode(rec, here.device)
-        if self.logits: pred[here] = said[0].detach().float()
-        for o in self.layers: fm[o][here] = said[1][o].detach().float()
-        return pred,fm
-
     def _read(self, rows, seen):
-        "The stored rows, and which of them hold an answer to these inputs"
-        if self._mm is None: return None,np.zeros(len(rows), bool)
-        raw = self._mm[rows]
-        rec = raw.view(self._row)[:, 0]
-        there = rec['tag']==self.trace.tag
-        damaged = [i for i in np.flatnonzero(there & ~self._sound[rows]) if rec['crc'][i]!=_checksum(raw[i], rows[i])]
-        if damaged:
-            there[damaged] = False
-            warnings.warn(f"teacher cache: {len(damaged)} damaged rows in {self._file()}; the teacher is asked again for them")
-        self._sound[rows[there]] = True
+        "What is stored, and which rows hold an answer to these very inputs"
+        if self._store is None: return None,np.zeros(len(rows), bool)
+        rec,there = self._store.read(rows, self.trace.tag)
         differ = _differ(torch.tensor(rec['sig']), seen).numpy() & there
         if differ.any():
             self._give_up(f"sample {rows[differ][0]} is not the input that the teacher saw: a transform or a callback changes it at random, or the data changed since")
@@ -327,41 +369,30 @@ class TeacherCache:
         return rec,there
 
     def _write(self, rows, seen, pred, fm):
-        if self.off: return
+        if self.off or (said:=self._encode(pred, fm)) is None: return
         try:
-            said = self._encode(pred, fm)
-            if said is None: return
-            if self._mm is None: self._new_file(said)
-            if (fields:=_fields(said))!=self._fields: return self._give_up(f"the teacher's answer has changed from {self._fields} to {fields}")
-            rec = np.zeros(len(rows), self._row)
-            raw = rec.view(np.uint8).reshape(len(rows), -1)
-            rec['tag'],rec['sig'] = self.trace.tag,seen.numpy()
-            for name,o in said.items(): rec[name] = o.numpy()
-            rec['crc'] = [_checksum(*o) for o in zip(raw, rows)]
-            for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows)!=1)+1):
-                self._out.seek(self._offset+int(rows[run[0]])*self._row.itemsize)
-                if self._out.write(raw[run].tobytes())!=raw[run].size: raise OSError('the disk is full')
-            self._sound[rows] = True
+            if self._store is None: self._new_file(said)
+            if (now:=_fields(said))!=(was:=self._store.header['fields']): self._give_up(f"the teacher's answer has changed from {was} to {now}")
+            else: self._store.write(rows, self.trace.tag, seen, said)
         except OSError as e: self._give_up(f"cannot write {self._file()}: {e}")
 
     def _encode(self, pred, fm):
-        "The answer as the file's fields, on the CPU; None if they do not hold it"
-        said = {}
-        if self.logits:
-            self._n_classes = pred.shape[1] if pred.ndim>1 else 1
-            if not self.topk: said['pred'] = pred
-            elif self.topk<self._n_classes: said['pred'],said['idx'] = _to_topk(pred, self.topk)
-            else: return self._give_up(f"topk={self.topk} leaves nothing out of {self._n_classes} classes; say topk=None")
-        said.update({f'map {o}':fm[o] for o in self.layers})
+        "The answer as the file's fields, on the CPU; None if it does not fit"
+        said = {f'map {o}':fm[o] for o in self.layers}
+        if self.logits and self.topk:
+            if self.topk>=pred.shape[1]: return self._give_up(f"topk={self.topk} leaves nothing out of {pred.shape[1]} classes; say topk=None")
+            self._n_classes = pred.shape[1]
+            said['pred'],said['idx'] = _to_topk(pred, self.topk)
+        elif self.logits: said['pred'] = pred
         said = {o:t.detach().as_subclass(torch.Tensor).to(torch.int32 if o=='idx' else self.dtype).cpu() for o,t in said.items()}
         if all(t.isfinite().all() for t in said.values()): return said
-        whole = all(t.isfinite().all() for t in [pred, *fm.values()] if t is not None)
-        self._give_up("the teacher's answer does not fit into float16; say dtype=torch.float32" if whole else "the teacher said NaN or infinity")
+        finite = all(o is None or o.isfinite().all() for o in (pred, *fm.values()))
+        self._give_up(f"the teacher's answer does not fit into {self.dtype}; say dtype=torch.float32" if finite else "the teacher said NaN or infinity")
 
     def _decode(self, rec, device):
-        get = lambda name: torch.from_numpy(np.ascontiguousarray(rec[name])).to(device)
+        def get(name): return torch.from_numpy(np.ascontiguousarray(rec[name])).to(device)
         pred = get('pred').float() if self.logits else None
-        if pred is not None and self.topk: pred = _from_topk(pred, get('idx'), self._n_classes)
+        if self.logits and self.topk: pred = _from_topk(pred, get('idx'), self._store.header['classes'])
         return pred,{o:get(f'map {o}').float() for o in self.layers}
 
     def _give_up(self, why):
@@ -380,7 +411,7 @@ class TeacherCache:
             if why:=self._misfit(header):
                 if self.path: raise ValueError(f"cache: {path} does not fit: {why}. Delete it, or give another path")
                 return path.unlink()
-            self._open(path, header)
+            self._store = _Store(path, header)
         except OSError as e: self._give_up(f"cannot open {self._file()}: {e}")
 
     def _misfit(self, header):
@@ -394,24 +425,12 @@ class TeacherCache:
         return ', '.join(why)
 
     def _new_file(self, said):
-        header = {**self._about, 'fields':_fields(said), 'classes':getattr(self, '_n_classes', None)}
-        row = _row_type(header['fields'])
-        if rank_distrib()==0: print(f"Teacher cache: {header['rows']:,} answers of {_size(row.itemsize)}, {_size(header['rows']*row.itemsize)} in {self.path and self._file() or 'a temporary file'}")
-        _create(self._file(), header, row.itemsize)
+        header = {**self._about, 'fields':_fields(said), 'classes':self._n_classes}
+        size = _row_type(header['fields']).itemsize
+        if rank_distrib()==0: print(f"Teacher cache: {header['rows']:,} answers of {_size(size)}, {_size(header['rows']*size)} in {self.path and self._file() or 'a temporary file'}")
+        _create(self._file(), header, size)
         self._find_file()
-        if self._mm is None: raise OSError(self.off)
-
-    def _open(self, path, header):
-        self._fields,self._n_classes,self._offset = header['fields'],header['classes'],_offset(header)
-        self._row = _row_type(self._fields)
-        size = self._offset+header['rows']*self._row.itemsize
-        try: self._out = open(path, 'r+b', buffering=0)
-        except OSError as e: self._out = _ReadOnly(e)
-        if (short:=size-path.stat().st_size)>0:
-            warnings.warn(f"teacher cache: {path} was cut short by {_size(short)}; the teacher is asked again for what is lost")
-            self._out.truncate(size)
-        self._mm = np.memmap(path, np.uint8, 'r', self._offset, (header['rows'], self._row.itemsize)).view(np.ndarray)
-        self._sound = np.zeros(header['rows'], bool)
+        if self._store is None: raise OSError(self.off)
 
     def _check_types(self, dl, mixers):
         if found := _random_tfms(dl) + [type(cb).__name__ for cb in mixers]:
@@ -441,48 +460,52 @@ class TeacherCache:
         self._undo.append(partial(cb.__dict__.pop, 'before_batch', None))
 
     def _build(self):
-        "Ask about every sample (and view) that is not there yet: size and time are said, a bar shows the progress"
+        "Ask about every sample (and view) that is not there yet"
         if self._undo: raise ValueError("cache: eager=True asks before training, when nothing has been mixed yet; with MixUp or CutMix use eager=False")
-        whole,training,self._learn.training = self.trace,self._learn.training,True
-        rng,passes = whole.dl.rng,whole.passes
+        if not self.k: return self._ask_about(self._missing(), eager=True)
+        trace = self.trace
+        rng,passes,trace.passes = trace.dl.rng,trace.passes,0
         try:
-            with _seeded('build'):
-                if self.k: whole.passes = 0
-                elif rows:=self._missing(): self.trace = _Trace(whole.dl.new(shuffle=False, drop_last=False, n=len(rows), get_idxs=partial(list, rows)))
-                else: return
-                for _ in range(self.k or 1): self._ask_all(self.trace.dl)
-        finally: self.trace,whole.dl.rng,whole.passes,self._learn.training = whole,rng,passes,training
+            for _ in range(self.k): self._ask_all(eager=True)
+        finally: trace.dl.rng,trace.passes = rng,passes
+
+    def _catch_up(self):
+        "Ask about what no batch has held yet, such as a dropped end, once the greater part is known; at most once an epoch"
+        before,self._epoch = self._epoch,getattr(self._learn, 'epoch', 0)
+        if self.k or before==self._epoch or not 0<len(rows:=self._missing())<=self.trace.n//2: return False
+        self._ask_about(rows)
+        return True
 
     def _missing(self):
         "Rows without an answer; of several processes, each has its share"
-        rows = np.arange(self.trace.n) if self._mm is None else np.flatnonzero(self._mm[:, :4].view('<u4')[:, 0]==0)
+        rows = np.arange(self.trace.n) if self._store is None else self._store.missing()
         return rows[rank_distrib()::max(num_distrib(), 1)].tolist()
 
-    def _ask_all(self, dl):
-        start = time.time()
-        for i,b in enumerate(progress_bar(dl, leave=False, display=hasattr(self._learn, 'progress'))):
-            self.ask(*self._inputs(self._learn._set_device(b)))
-            if i==0 and rank_distrib()==0: print(f"Teacher cache: about {(time.time()-start)*len(dl):.0f} s for {dl.n:,} samples")
-            if self.off: return
+    def _ask_about(self, rows, **kwargs):
+        "Ask about `rows`, some of them twice, so that all batches are full"
+        if not rows: return
+        rows,whole = np.resize(rows, len(rows)+-len(rows)%self.trace.dl.bs).tolist(),self.trace
+        with _seeded('new'): dl = whole.dl.new(shuffle=False, drop_last=False, n=len(rows), get_idxs=partial(list, rows))
+        self.trace = _Trace(dl)
+        try: self._ask_all(**kwargs)
+        finally: self.trace = whole
 
-def _fields(said): return [[name, str(o.numpy().dtype), list(o.shape[1:])] for name,o in said.items()]
-
-def _row_type(fields):
-    return np.dtype([('tag', '<u4'), ('crc', '<u4'), ('sig', '<f4', (2,)), *((n, d, tuple(s)) for n,d,s in fields)], align=True)
-
-def _checksum(raw, row): return zlib.crc32(raw[8:], zlib.crc32(raw[:4], int(row)&0xffffffff))
-
-class _ReadOnly:
-    "A file that may be read but not written"
-    def __init__(self, error): self.error = error
-    def close(self): pass
-    def seek(self, *args): raise self.error
-    truncate = seek
+    def _ask_all(self, eager=False):
+        "Ask about the batches of a whole epoch; if `eager`, the time it takes is said, and a bar shows the progress"
+        dl,training,start = self.trace.dl,self._learn.training,time.time()
+        self._learn.training = True
+        try:
+            with _seeded('all'):
+                for i,b in enumerate(progress_bar(dl, leave=False) if eager and hasattr(self._learn, 'progress') else dl):
+                    self.ask(*self._inputs(self._learn._set_device(b)))
+                    if eager and i==0 and rank_distrib()==0: print(f"Teacher cache: about {(time.time()-start)*len(dl):.0f} s for {dl.n:,} samples")
+                    if self.off: return
+        finally: self._learn.training = training
 
 # %% ../../nbs/distill/cache.ipynb #5ff5a5f0
 class Replay(TeacherCache):
     """A `TeacherCache` for augmented data: each sample has `k` views, drawn as ever, that come round again every `k` epochs; each view keeps its
-    batches, and MixUp or CutMix what they mix. (Storing views and answers: Shen and Xing, ECCV 2022, arXiv 2112.01528)"""
+    batches, and MixUp or CutMix what they mix. (Fast knowledge distillation: Shen and Xing, ECCV 2022, arXiv 2112.01528)"""
     def __init__(self,
         k:int=8,             # Views of each sample
         seed:int=0,          # Other seeds, other views

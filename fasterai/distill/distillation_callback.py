@@ -23,6 +23,7 @@ from torch import nn
 from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
 from .adapters import Adapters
+from .cache import as_cache
 from .features import Capture, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
 from .loss_log import LossLog
 from .losses import SoftTarget
@@ -43,8 +44,16 @@ def _guarded(cb, with_events, *args, **kwargs):
     try: return with_events(*args, **kwargs)
     except _cancels: raise
     except BaseException:
+        if cb._fitting: _leave_autocast(cb)
         cb._release()
         raise
+
+def _leave_autocast(cb):
+    "End the autocast of fastai's `MixedPrecision`, if it is on and was not when the fit began"
+    for mp in cb.learn._grab_cbs(MixedPrecision):
+        autocast = getattr(mp, 'autocast', None)
+        if autocast is not None and torch.is_autocast_enabled(autocast.device) and not cb._autocast.get(autocast.device):
+            autocast.__exit__(None, None, None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #0991839e
 class KnowledgeDistillationCallback(Callback):
@@ -53,7 +62,7 @@ class KnowledgeDistillationCallback(Callback):
     Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The table shows the
     training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError, before the first step, for
     misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and a teacher that shares weights with the student."""
-    order,_stateattrs = MixedPrecision.order-5, ('teacher','terms','log','_adapters','_student','_capture')
+    order,_stateattrs = MixedPrecision.order-5, ('teacher','terms','log','_adapters','_student','_capture','_along','_cache','_ask')
 
     def __init__(self,
         teacher:nn.Module,                   # A trained model or `Learner`, a list of them (probabilities are averaged), or a `Teacher`
@@ -98,7 +107,7 @@ class KnowledgeDistillationCallback(Callback):
     def _init_state(self):
         "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
         self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
-        self._fitting,self._met,self._tried,self._w,self._pct,self._along,self._columns = False,False,False,0.,0.,None,[]
+        self._fitting,self._met,self._tried,self._w,self._pct,self._along,self._cache,self._ask,self._columns = False,False,False,0.,0.,None,None,None,[]
 
 
     @property
@@ -120,7 +129,7 @@ class KnowledgeDistillationCallback(Callback):
         "Add the losses' columns to the table, and watch over the fit"
         if self.learn.lock.locked(): return # validate or get_preds: no training
         self._release()
-        self._fitting = True
+        self._fitting,self._autocast = True,{k:torch.is_autocast_enabled(k) for k in ('cpu','cuda')}
         self.log = LossLog(self.loss_names, self.valid)
         self._columns,self._met = self.log.columns(),False
         self.learn.metrics = self.learn.metrics + self._columns
@@ -156,9 +165,17 @@ class KnowledgeDistillationCallback(Callback):
         "Let the captured maps go"
         if self._capture: self._capture.clear()
 
-    def after_train(self): self.log.close()
-    def after_validate(self): self.log.close(training=False)
-    def after_fit(self): self._release()
+    def after_train(self):
+        "Take the epoch's means"
+        if self._fitting: self.log.close()
+
+    def after_validate(self):
+        "Take those of the validation, where the teacher is asked in it"
+        if self._fitting: self.log.close(training=False)
+
+    def after_fit(self):
+        "Leave all as it was"
+        self._release()
 
 # %% ../../nbs/distill/distillation_callback.ipynb #6008827b
 @patch
@@ -177,6 +194,16 @@ def _meet(self:KnowledgeDistillationCallback):
         self._student = model
         self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
     self._met,self._tried = True,False
+    self._ask = self._hire()
+
+@patch
+def _hire(self:KnowledgeDistillationCallback):
+    "What answers a batch: the teacher, for just what the losses name, or its cache"
+    layers,logits = tuple(self.layers_t),any('teacher_pred' in o.needs for o in self.terms)
+    self.teacher.cache = as_cache(self.teacher.cache) # one that outlives the fit, for the next one
+    self._cache = self.teacher.cache if self._fitting else None
+    if self._cache is None: return partial(self.teacher, layers=layers, logits=logits)
+    return self._cache.attach(self.learn, self.teacher, layers, logits).ask
 
 def _task_facts(loss_func):
     "What the task's loss function says of its class axis and of the label it ignores"
@@ -230,8 +257,7 @@ def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
 @patch
 def _lesson(self:KnowledgeDistillationCallback, pred, fm_s, target):
     "Each loss on the batch in hand, by name"
-    needs = set().union(*(o.needs for o in self.terms))
-    teacher_pred,fm_t = self.teacher(*self.xb, layers=self.layers_t, logits='teacher_pred' in needs)
+    teacher_pred,fm_t = self._ask(*self.xb)
     return self._compare(dict(pred=self._logits(pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target))
 
 @patch
@@ -315,11 +341,12 @@ def _release(self:KnowledgeDistillationCallback):
     if self._capture:
         self._capture.__exit__(None, None, None)
         self._capture.clear()
+    if self._cache is not None: self._cache.detach()
     if self._along is not None:
         self._along.leave()
         self.learn.remove_cb(self._along)
-        self._along = None
     self.learn.metrics = [o for o in self.learn.metrics if o not in self._columns]
+    self._along = self._cache = self._ask = None
     self.learn.__dict__.pop('_with_events', None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #72f77118
