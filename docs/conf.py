@@ -10,7 +10,7 @@ from notebooks import linkcode_resolve
 project,author,release = 'fasterai','the fasterai team',fasterai.__version__
 html_title = f'fasterai {release}'
 copyright = 'the fasterai team, Apache 2.0'
-extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx_copybutton', 'sphinx_design', 'notebooks']
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx_copybutton', 'notebooks']
 exclude_patterns = ['**/.ipynb_checkpoints']
 
 nb_execution_mode = 'off'   # pages show the outputs that the notebooks store

@@ -24,7 +24,7 @@ def _documented(body, mod):
         if isinstance(o, ast.Assign):
             yield from (('autodata', t.id, []) for t in o.targets if isinstance(t, ast.Name) and t.id in mod.__all__ and not t.id.startswith('__'))
         elif not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith('_'): continue
-        elif 'patch' in ''.join(map(ast.unparse, o.decorator_list)): yield 'automethod', f'{_patched(o)}.{o.name}', []
+        elif 'patch' in (how := ''.join(map(ast.unparse, o.decorator_list))): yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', []
         elif o.name not in mod.__all__: continue
         elif isinstance(o, ast.FunctionDef): yield 'autofunction', o.name, []
         else: yield 'autoclass', o.name, [m.name for m in o.body if isinstance(m, ast.FunctionDef) and ast.get_docstring(m) and (m.name=='__call__' or m.name[0]!='_')]
@@ -81,7 +81,7 @@ def _table(obj):
 
 def _rows(params):
     for name,o in params.items():
-        if name in ('self', 'cls') or name=='return' and not (o['docment'] or _type(o['anno'])): continue
+        if name in ('self', 'cls', 'kwargs') and not o['docment'] or name=='return' and not (o['docment'] or _type(o['anno'])): continue
         t,d = _type(o['anno']),o.get('default', inspect.Parameter.empty)
         yield ('Returns' if name=='return' else f'``{name}``', t and f'``{t}``', '' if d is inspect.Parameter.empty else f'``{_default(d)}``',
                _rst(' '.join((o['docment'] or '').split())))
@@ -112,7 +112,8 @@ def _elsewhere(name):
     "URL of a name of fastai's, fastcore's or PyTorch's"
     if not re.search(r'[A-Z._]', name): return # an everyday word
     head,_,rest = name.partition('.')
-    return NbdevLookup('fastai fastcore').doc(f'{_alias[head]}.{rest}' if head in _alias else name)
+    find = NbdevLookup('fastai fastcore').doc
+    return find(f'{_alias[head]}.{rest}' if head in _alias else name) or find(f'Learner.{name}')
 
 def link_names(app, doctree, docname):
     objects = app.env.get_domain('py').objects
