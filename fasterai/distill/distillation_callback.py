@@ -24,7 +24,7 @@ from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
 from .adapters import Adapters
 from .cache import as_cache
-from .features import Capture, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
+from .features import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
 from .loss_log import LossLog
 from .losses import SoftTarget
 from .matching import match_feature_layers
@@ -107,7 +107,7 @@ class KnowledgeDistillationCallback(Callback):
     def _init_state(self):
         "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
         self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
-        self._fitting,self._met,self._tried,self._w,self._pct,self._along,self._cache,self._ask,self._columns = False,False,False,0.,0.,None,None,None,[]
+        self._fitting,self._met,self._tried,self._compiled,self._w,self._pct,self._along,self._cache,self._ask,self._columns = False,False,False,False,0.,0.,None,None,None,[]
 
 
     @property
@@ -119,6 +119,11 @@ class KnowledgeDistillationCallback(Callback):
     def _on(self):
         "Is the teacher asked on this batch?"
         return self._w>0 and self._fitting and (self.training or self.valid and not self.learn.lock.locked())
+
+    @property
+    def _listens(self):
+        "Are the student's maps captured on this batch? Compiled code must see its hooks from the first batch on"
+        return self._capture is not None and (self._on or self._compiled and self.training and self._fitting)
 
     def weight_at(self, pct:float)->float:
         "Weight of the distillation loss once `pct` of the training is done; 0 outside `start_pct` to `end_pct`"
@@ -145,13 +150,12 @@ class KnowledgeDistillationCallback(Callback):
         searching = hasattr(self.learn, 'lr_finder')
         self._pct = self.pct_train
         self._w = self.weight if searching else self.weight_at(self._pct)
-        if not self._on: return
-        if not self._tried: self._try_out()
-        if self._capture: self._capture.__enter__()
+        if self._on and not self._tried: self._try_out()
+        if self._listens: self._capture.__enter__()
 
     def after_pred(self):
         "Stop listening"
-        if self._capture and self._on: self._capture.__exit__(None, None, None)
+        if self._listens: self._capture.__exit__(None, None, None)
 
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
@@ -183,9 +187,9 @@ def _meet(self:KnowledgeDistillationCallback):
     "Check teacher and student, and bring them to one device"
     if self.teacher is None: raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
     student,model = unwrap(self.learn.model),self.learn.model
-    mine = {id(o) for o in (*student.modules(), *student.parameters())}
-    if any(id(o) in mine for m in self.teacher.models for o in (*m.modules(), *m.parameters())):
-        raise ValueError("teacher and student share modules or parameters, so training would change the teacher: pass `copy.deepcopy` of the model as teacher")
+    def weights(m): return {id(o) for o in (m, *m.parameters(), *m.buffers())}
+    if any(weights(student) & weights(unwrap(m)) for m in self.teacher.models):
+        raise ValueError("teacher and student share weights, so training would change the teacher: pass `copy.deepcopy` of the model as teacher")
     if not any(p.requires_grad for p in student.parameters()): raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     self._device = next(student.parameters()).device
     self.teacher.to(self._device)
@@ -193,6 +197,7 @@ def _meet(self:KnowledgeDistillationCallback):
     if self._student is not model:
         self._student = model
         self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
+        self._compiled = any(map(_is_compiled, [model, *student.modules()]))
     self._met,self._tried = True,False
     self._ask = self._hire()
 
@@ -291,6 +296,7 @@ def _target(self:KnowledgeDistillationCallback, pred):
     "Labels of the batch, None if it has none; soft ones `(B, C)` under MixUp"
     if not len(self.yb): return None
     y,mix = detuplify(self.yb),getattr(self.learn.loss_func, '__self__', None)
+    if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.ndim>1 and y.shape[-1]==1: y = y.squeeze(-1) # a table's labels
     if not isinstance(mix, MixHandler) or not any('target' in o.needs for o in self.terms): return y
     y0,y1 = (nn.functional.one_hot(o.long(), pred.shape[1]).float() for o in (y, detuplify(mix.yb1)))
     return torch.lerp(y1, y0, mix.lam.view(-1, 1))
