@@ -44,12 +44,15 @@ def _page(cells, docname):
         if found.keys() & {'export', 'exports', 'exporti'}:
             if entries := '\n'.join(_entries(c['source'], modname)): yield new_markdown_cell(f'```{{eval-rst}}\n{entries}\n```')
             continue
-        if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_only_style(o)]
+        if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
         yield c
         if modname and c is cells[0]: yield new_markdown_cell(f'```{{eval-rst}}\n.. py:module:: {modname}\n```')
         elif c is cells[0] and '/' in docname: yield new_markdown_cell(f'{{download}}`Download this notebook <{docname.split("/")[-1]}.ipynb>`')
 
-def _is_only_style(out): return re.fullmatch(r'\s*<style>.*?</style>\s*', ''.join(out.get('data', {}).get('text/html', '')), re.S)
+def _is_noise(out):
+    "What a progress bar leaves behind: a finished bar, a style, an empty line"
+    html = ''.join(out.get('data', {}).get('text/html', '-'))
+    return '<progress' in html or not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
 
 def read_notebook(app, docname, source):
     if app.env.doc2path(docname).suffix!='.ipynb': return
