@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 bin = $(VENV)/bin
 
-.PHONY: demo test prepare readme clean
+.PHONY: demo test prepare readme tutorials docs clean
 
 demo: $(VENV)/.installed
 	$(bin)/fasterai_distill --out demo
@@ -23,8 +23,19 @@ prepare: $(VENV)/.installed-dev
 readme: $(VENV)/.installed-dev
 	$(bin)/python -m nbconvert --config docs/readme.py > README.md
 
+# Train what the tutorials train and store their outputs; `make tutorials NB=nbs/howto/own_loss.ipynb` does one. Needs the data sets, or a network.
+NB ?= nbs/tutorials/*.ipynb nbs/howto/*.ipynb
+tutorials: export PYTHONWARNINGS=ignore
+tutorials: $(VENV)/.installed-dev
+	$(bin)/python -m nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=3600 $(NB)
+	$(bin)/nbdev-clean
+
+# The site, into _docs/; no network is needed.
+docs: $(VENV)/.installed-docs
+	$(bin)/python -m sphinx -E -W --keep-going -q -b html -c docs nbs _docs
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo _docs
+	rm -rf $(VENV) build dist *.egg-info demo _docs jupyter_execute
 
 $(VENV)/.installed: setup.py settings.ini pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -33,4 +44,8 @@ $(VENV)/.installed: setup.py settings.ini pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(bin)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(bin)/python -m pip install -q -e '.[docs]'
 	touch $@

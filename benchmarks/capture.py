@@ -3,7 +3,9 @@
 Steps with and without `Capture` take turns, so that other work on the machine meets both alike; CPU time is compared, since wall time
 on a shared machine says more about the neighbours. On a GPU the wall time of synchronized steps is compared. The ratio of two steps is
 noisy by more than the answer, so what capture does is also timed alone, around four modules that do nothing, and given as a share of the step."""
+import json
 import time
+from pathlib import Path
 from statistics import median, quantiles
 
 import torch
@@ -40,7 +42,8 @@ def measure(
     rounds:int=100, # Pairs of steps
     bs:int=16,     # Batch size
     size:int=64,   # Side of the images
-    device:str='cpu',
+    device:str='cpu', # Where
+    out:Path=None, # JSON file for the result
 )->dict:
     "Print and return the paired ratio of a step with capture to one without: median and quartiles; and the cost of the capture alone"
     torch.manual_seed(0)
@@ -70,4 +73,5 @@ def measure(
                step_ms=round(1e3*median(steps), 2), ratio=round(median(ratios), 4), quartiles=(round(low, 4), round(high, 4)),
                alone_us=round(1e6*cost, 1), alone_percent=round(100*cost/median(steps), 3))
     print(res)
+    if out: Path(out).write_text(json.dumps(res, indent=1)+'\n')
     return res

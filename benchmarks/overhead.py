@@ -5,9 +5,9 @@
     python benchmarks/overhead.py --only SoftTarget,Attention --rounds 4 --out -
 
 All variants live in one process and train the same student. A round visits each once, in shuffled order and right after a visit of the floor;
-a visit is one epoch of a few batches. What is reported are medians and quartiles of the paired ratios, so a machine that is busy for a while
-slows both sides of a pair. Peak memory is measured apart, each variant in a process of its own. Data is synthetic, and weights are
-random: neither changes the time of a step."""
+a visit is a fit of a few batches and one of validation. The first batch is timed apart, with all else that a fit does only once. What is
+reported are medians and quartiles of the paired ratios, so a machine that is busy for a while slows both sides of a pair. Peak memory
+is measured apart, each variant in a process of its own. Data and weights are random: neither changes the time of a step."""
 import argparse
 import csv
 import importlib.util
@@ -48,7 +48,7 @@ from fasterai.distill.teacher import Teacher
 
 STAGES = ['layer1', 'layer2', 'layer3', 'layer4']
 RESULTS = Path(__file__).parent/'results'
-T = 4.                                                # temperature of the floor, and SoftTarget's own
+T = 5.                                                # the temperature of the floor, as SoftTarget's default
 
 
 # ## Pairs
@@ -78,24 +78,30 @@ def make_bench(name, steps=None):
     torch.manual_seed(0)
     def data(n): return TensorDataset(torch.randn(n, *p['shape'], device=device), torch.randint(0, p['c'], (n,), device=device))
     def loader(data, **kwargs): return Loader(data, bs=p['bs'], num_workers=0, device=device, **kwargs)
-    train,valid = data(steps*p['bs']),loader(data(p['bs']))
+    train,valid = data((steps+1)*p['bs']),loader(data(p['bs']))
     dls,augmented = [DataLoaders(loader(train, shuffle=True, after_batch=tfms), valid, device=device) for tfms in (None, [Flip()])]
     return SimpleNamespace(name=name, dls=dls, augmented=augmented, device=device, steps=steps, bs=p['bs'], amp=p['amp'], loss_func=CrossEntropyLossFlat(),
                            student=p['student']().to(device), teacher=p['teacher']().to(device).eval(), new_teacher=p['teacher'],
                            stages=['1', '2'] if name=='toy' else STAGES)
 
 
-# ## Visits: a function that trains for an epoch, and returns seconds of wall and CPU time a training step, and of the whole epoch
+# ## Visits: a function that trains for an epoch, and returns its times
 
 def _now(device):
     if device.type=='cuda': torch.cuda.synchronize(device)
     return time.perf_counter(), time.process_time()
 
 class Clock(Callback):
-    "The time from the first training batch to the last"
+    "The times of a fit: the end of its first training batch, and of its last"
     order = -1000
-    def before_train(self): self.t = _now(self.dls.device)
-    def after_train(self): self.t = [b-a for a,b in zip(self.t, _now(self.dls.device))]
+    def before_train(self): self.times = []
+    def after_batch(self):
+        if self.training and not self.times: self.times.append(_now(self.dls.device))
+    def after_train(self): self.times.append(_now(self.dls.device))
+
+def _parts(b, start, first, last, end):
+    "Seconds of wall and CPU time a step; of the epoch, and of the start with the first batch, which neither of them counts"
+    return *((e-s)/b.steps for s,e in zip(first, last)), end[0]-first[0], first[0]-start[0]
 
 def visit_fastai(b, *cbs, dls=None):
     clock,amp = Clock(),[MixedPrecision()]*b.amp
@@ -103,9 +109,9 @@ def visit_fastai(b, *cbs, dls=None):
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     def visit():
-        t = _now(b.device)
+        start = _now(b.device)
         learn.fit(1)
-        return *(s/b.steps for s in clock.t), _now(b.device)[0]-t[0]
+        return _parts(b, start, *clock.times, _now(b.device))
     return visit
 
 def visit_by_hand(b, teacher=True):
@@ -115,6 +121,7 @@ def visit_by_hand(b, teacher=True):
     autocast = (lambda: torch.autocast(b.device.type, dtype=torch.float16)) if b.amp else nullcontext
     def train():
         b.student.train()
+        first = None
         for x,y in b.dls.train:
             x = x.as_subclass(torch.Tensor)
             with autocast():
@@ -127,28 +134,28 @@ def visit_by_hand(b, teacher=True):
             scaler.step(opt)
             scaler.update()
             opt.zero_grad()
+            first = first or _now(b.device)
+        return first, _now(b.device)
     @torch.no_grad()
     def validate():
         b.student.eval()
         for x,y in b.dls.valid:
             with autocast(): b.loss_func(b.student(x.as_subclass(torch.Tensor)), y).item()
     def visit():
-        t0 = _now(b.device)
-        train()
-        t1 = _now(b.device)
+        start,(first,last) = _now(b.device),train()
         validate()
-        return *((e-s)/b.steps for s,e in zip(t0, t1)), _now(b.device)[0]-t0[0]
+        return _parts(b, start, first, last, _now(b.device))
     return visit
 
 def visit_forward(b):
     "The teacher's forward, and nothing else"
     @torch.no_grad()
     def visit():
-        t = _now(b.device)
+        start,first = _now(b.device),None
         for x,_ in b.dls.train:
             with torch.autocast(b.device.type, dtype=torch.float16, enabled=b.amp): b.teacher(x.as_subclass(torch.Tensor))
-        t = [(e-s)/b.steps for s,e in zip(t, _now(b.device))]
-        return *t, t[0]*b.steps
+            first = first or _now(b.device)
+        return _parts(b, start, first, last := _now(b.device), last)
     return visit
 
 
@@ -207,7 +214,7 @@ def load_original(path):
 # ## Measuring
 
 def measure(b, names, rounds):
-    "Per variant a list of (floor's visit, its visit), and the names of those that cannot run here"
+    "Per variant a list of (floor's visit, its visit), without those that cannot run here; Ctrl-C ends it early"
     makers,visits = variants(b),{}
     floor = makers[FLOOR]()
     for name in names:
@@ -215,10 +222,12 @@ def measure(b, names, rounds):
         except Exception as e: visits.pop(name, None); print(f'left out: {name} ({type(e).__name__}: {str(e)[:200]})', file=sys.stderr)
     got,rng = {n:[] for n in visits},random.Random(0)
     floor()
-    for r in range(rounds):
-        for name in rng.sample(list(visits), len(visits)): got[name].append((floor(), visits[name]()))
-        print(f'round {r+1} of {rounds}', end='\r', file=sys.stderr)
-    return got
+    try:
+        for r in range(rounds):
+            for name in rng.sample(list(visits), len(visits)): got[name].append((floor(), visits[name]()))
+            print(f'round {r+1} of {rounds}', end='\r', file=sys.stderr)
+    except KeyboardInterrupt: print('stopped early: what has been measured follows', file=sys.stderr)
+    return {n:o for n,o in got.items() if o}
 
 def quartiles(xs): return stats.quantiles(xs, n=4, method='inclusive') if len(xs)>1 else [xs[0]]*3
 
@@ -230,7 +239,7 @@ def row(b, name, pairs, plain):
     to_plain = stats.median((v[0]/f[0])/(pv[0]/pf[0]) for (f,v),(pf,pv) in zip(pairs, plain)) if plain else float('nan')
     return dict(variant=name, ratio=med, ratio_q25=q1, ratio_q75=q3, to_plain=to_plain, cpu_ratio=stats.median(ratio(1)), epoch_ratio=epoch, epoch_q25=e1, epoch_q75=e3,
                 step_ms=step*1e3, cpu_ms=stats.median(v[1] for _,v in pairs)*1e3, over_floor_ms=stats.median(v[0]-f[0] for f,v in pairs)*1e3,
-                cpu_over_floor_ms=stats.median(v[1]-f[1] for f,v in pairs)*1e3, samples_per_s=b.bs/step, rounds=len(pairs))
+                cpu_over_floor_ms=stats.median(v[1]-f[1] for f,v in pairs)*1e3, start_ms=stats.median(v[3] for _,v in pairs)*1e3, samples_per_s=b.bs/step, rounds=len(pairs))
 
 def peak(pair, name):
     "Peak memory in MB of a process that visits `name` twice: of the device, or of the process where there is none"
@@ -254,7 +263,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--pair', choices=pairs, default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--rounds', type=int, default=16)
-    p.add_argument('--steps', type=int, help='training batches a visit')
+    p.add_argument('--steps', type=int, help='training batches a visit, after the first')
     p.add_argument('--only', help='names of variants, or parts of them, with commas')
     p.add_argument('--threads', type=int, help='of the CPU; default 2, for the toy 1')
     p.add_argument('--memory', action='store_true', help='peak memory too, each variant in three processes of its own')

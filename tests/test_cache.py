@@ -29,6 +29,7 @@ N,BS = 48,8
 
 class Blobs:
     "`(x, i)`: sample i of n, `jitter`ed by Python's, NumPy's and PyTorch's generators"
+    split_idx = 0
     def __init__(self, n=N, jitter=0., skip=(), seed=0):
         self.x,self.jitter,self.skip = torch.randn(n, 3, 6, 6, generator=torch.manual_seed(seed)),jitter,skip
     def __len__(self): return len(self.x)
@@ -247,9 +248,11 @@ class TestTraining:
         dls,cache = loaders(),TeacherCache()
         learn,teacher = learner(dls, Teacher()),Teacher()
         with cache.attach(learn, teacher):
+            learn.training = True
+            cache.ask(dls.train.one_batch()[0])
             learn.training = False
             x,_ = dls.valid.one_batch()
-            assert torch.equal(cache.ask(x)[0], teacher(x)[0]) and cache.asked==0
+            assert torch.equal(cache.ask(x)[0], teacher(x)[0]) and cache.asked==BS and cache.off is None
 
     def test_another_fit_and_lr_find_go_on_with_what_is_there(self, tmp_path):
         teacher,cache = Teacher(),TeacherCache()

@@ -660,6 +660,14 @@ def test_compiled_student_and_teacher():
     for a,b in zip(learn.model.parameters(), ref.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_a_compiled_student_whose_distillation_starts_late():
+    torch.compiler.reset()
+    learn = learner(torch.compile(net(), backend='eager'))
+    kd = KD(teacher(), Attention, **layers, start_pct=0.5)
+    learn.fit(2, cbs=kd)
+    assert (kd.log.history.weight>0).sum()==len(learn.dls.train) and kd.log.history.distill_loss.notna().sum()==len(learn.dls.train)
+
+
 def test_a_compiled_student_that_ran_unhooked_is_told_apart():
     torch.compiler.reset()
     learn = learner(torch.compile(net(), backend='eager'))

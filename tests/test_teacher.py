@@ -213,7 +213,7 @@ def test_fold_leaves_convolutions_with_other_readers():
 def test_a_captured_convolution_is_unfolded_when_it_is_asked_for(net, x):
     teacher = Teacher(net, fuse=True)
     teacher(x)
-    assert '3.conv1' in teacher.nets[0].folded
+    assert '3.conv1' in teacher.nets[0].folded and '5 BatchNorms folded' in repr(teacher)
     fm = teacher(x, layers=['3.conv1:input', '3.conv1', '3.bn1'])[1]
     want = plain_maps(net, x, ['2', '3.conv1', '3.bn1'])
     assert '3.conv1' not in teacher.nets[0].folded and '4.conv1' in teacher.nets[0].folded
@@ -253,7 +253,7 @@ def test_auto_takes_the_fastest(net, x, monkeypatch, capsys, dtype, cl):
     teacher(x); teacher(x)
     assert teacher.nets[0].made==dict(dtype=dtype, channels_last=cl, fuse=True)
     said = capsys.readouterr().out
-    assert said.count('\n')==1 and str(dtype)[6:] in said and 'as it is 1e+03 ms' in said and ('channels_last' in said)==cl
+    assert said.count('\n')==1 and str(dtype)[6:] in said and '5 BatchNorms folded' in said and 'as it is 1000.0 ms' in said and ('channels_last' in said)==cl
 
 def test_auto_takes_no_copy_where_nothing_is_faster(net, x, monkeypatch, capsys):
     fake_clock(monkeypatch, [])

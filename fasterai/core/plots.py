@@ -24,7 +24,10 @@ _rc = {'figure.facecolor':'none', 'axes.facecolor':'none', 'savefig.facecolor':'
 @contextmanager
 def look():
     "matplotlib settings of the library's figures, inside the `with`"
-    with plt.rc_context(_rc): yield
+    was = {k:plt.rcParams[k] for k in _rc} # not `rc_context`: around a session's first figure it would undo that pyplot became interactive
+    plt.rcParams.update(_rc)
+    try: yield
+    finally: plt.rcParams.update(was)
 
 def new_axes(
     rows:int=1,      # Rows of axes

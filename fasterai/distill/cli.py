@@ -25,15 +25,16 @@ from ..core.names import unknown_name
 from . import losses
 from .distillation_callback import match_feature_layers
 from .experiment import Experiment
+from .losses import available_losses
 from .terms import Term
 
 # %% ../../nbs/distill/cli.ipynb #d6e8d9c7
 def loss_by_name(
-    name:str,      # One of the names in `fasterai.distill.losses`
+    name:str,      # One of `available_losses`
     T:float=None,  # Temperature, for losses that have one
 ):
     "The loss function called `name`, at temperature `T`. Raises ValueError for an unknown name or a temperature it does not take"
-    if name not in losses.__all__: raise ValueError(unknown_name('loss', name, losses.__all__))
+    if name not in (known := available_losses()): raise ValueError(unknown_name('loss', name, known))
     loss = getattr(losses, name)
     if T is None: return loss
     if 'T' not in Term(loss).hypers: raise ValueError(f"loss {name} has no temperature: leave out --T")
@@ -54,7 +55,12 @@ def write_report(
         torch.save({k:v.cpu() for k,v in exp.best[1].state_dict().items()}, tmp/'student.pth')
         for f in list(tmp.iterdir()): os.replace(f, out/f.name)
 
-def _ints(s): return [int(o) for o in str(s).split(',')]
+def _numbers(name, s, least=1):
+    "Whole numbers from text such as '10,40'; ValueError with the argument's name"
+    try: ns = [int(o) for o in str(s).split(',')]
+    except ValueError: raise ValueError(f"{name} must be a whole number, or several with commas between, got {s!r}") from None
+    if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
+    return ns
 
 # %% ../../nbs/distill/cli.ipynb #9d5b8fbf
 def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=None, T=None, epochs=None, teacher_epochs=None, seeds=None, lr=None,
@@ -63,7 +69,8 @@ def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=Non
     digits = path is None
     def default(value, on_digits, on_images): return value if value is not None else on_digits if digits else on_images
     weight,bs,lr = default(weight, 0.9, 0.5),default(bs, 25, 64),default(lr, 1e-2, 1e-3)
-    epochs,seeds = _ints(default(epochs, '10,60', '10')),default(seeds, 8, 1)
+    epochs,[seeds] = _numbers('epochs', default(epochs, '10,60', '10')),_numbers('seeds', default(seeds, 8, 1))
+    for name,n in dict(size=size, bs=bs).items(): _numbers(name, n)
     loss = loss_by_name(loss, 4 if digits and T is None and loss=='SoftTarget' else T)
     dls = digits_dls(100, bs=bs) if digits else image_dls(path, size=size, bs=bs, pattern=pattern, augment=augment, num_workers=workers)
     set_seed(0)

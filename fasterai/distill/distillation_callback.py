@@ -24,11 +24,11 @@ from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
 from .adapters import Adapters
 from .cache import as_cache
-from .features import Capture, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
+from .features import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
 from .loss_log import LossLog
 from .losses import SoftTarget
 from .matching import match_feature_layers
-from .teacher import as_teacher
+from .teacher import Teacher, as_teacher
 from .terms import FROM_TASK, as_terms
 from .train_along import TrainAlong
 
@@ -81,7 +81,7 @@ class KnowledgeDistillationCallback(Callback):
         valid:bool=False,                    # Run the teacher in validation too, for a column `valid_distill_loss`?
     ):
         self._init_state()
-        self.teacher,self.terms = as_teacher(teacher),as_terms(loss)
+        self.teacher,self.terms,self._made_teacher = as_teacher(teacher),as_terms(loss),not isinstance(teacher, Teacher)
         self.layers_s,self.layers_t = layer_pairs(activations_student, activations_teacher)
         self.weight,self.task_weight,self.adapters = weight,task_weight,adapters
         self.schedule = None if schedule is None else as_schedule(schedule)
@@ -107,7 +107,8 @@ class KnowledgeDistillationCallback(Callback):
     def _init_state(self):
         "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
         self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
-        self._fitting,self._met,self._tried,self._w,self._pct,self._along,self._cache,self._ask,self._columns = False,False,False,0.,0.,None,None,None,[]
+        self._fitting,self._met,self._compiled,self._w,self._pct,self._columns = False,False,False,0.,0.,[]
+        self._tried = self._along = self._cache = self._ask = None
 
 
     @property
@@ -119,6 +120,11 @@ class KnowledgeDistillationCallback(Callback):
     def _on(self):
         "Is the teacher asked on this batch?"
         return self._w>0 and self._fitting and (self.training or self.valid and not self.learn.lock.locked())
+
+    @property
+    def _listens(self):
+        "Are the student's maps captured on this batch? Compiled code must see its hooks from the first batch on"
+        return self._capture is not None and (self._on or self._compiled and self.training and self._fitting)
 
     def weight_at(self, pct:float)->float:
         "Weight of the distillation loss once `pct` of the training is done; 0 outside `start_pct` to `end_pct`"
@@ -145,13 +151,12 @@ class KnowledgeDistillationCallback(Callback):
         searching = hasattr(self.learn, 'lr_finder')
         self._pct = self.pct_train
         self._w = self.weight if searching else self.weight_at(self._pct)
-        if not self._on: return
-        if not self._tried: self._try_out()
-        if self._capture: self._capture.__enter__()
+        if self._on and self._tried!=(shapes := _shapes(self.xb)): self._try_out(shapes)
+        if self._listens: self._capture.__enter__()
 
     def after_pred(self):
         "Stop listening"
-        if self._capture and self._on: self._capture.__exit__(None, None, None)
+        if self._listens: self._capture.__exit__(None, None, None)
 
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
@@ -183,18 +188,20 @@ def _meet(self:KnowledgeDistillationCallback):
     "Check teacher and student, and bring them to one device"
     if self.teacher is None: raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
     student,model = unwrap(self.learn.model),self.learn.model
-    mine = {id(o) for o in (*student.modules(), *student.parameters())}
-    if any(id(o) in mine for m in self.teacher.models for o in (*m.modules(), *m.parameters())):
-        raise ValueError("teacher and student share modules or parameters, so training would change the teacher: pass `copy.deepcopy` of the model as teacher")
+    def weights(m): return {id(o) for o in (m, *m.parameters(), *m.buffers())}
+    if any(weights(student) & weights(unwrap(m)) for m in self.teacher.models):
+        raise ValueError("teacher and student share weights, so training would change the teacher: pass `copy.deepcopy` of the model as teacher")
     if not any(p.requires_grad for p in student.parameters()): raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     self._device = next(student.parameters()).device
     self.teacher.to(self._device)
     self._task = _task_facts(self.learn.loss_func)
+    if self._made_teacher: self.teacher.axis = self._task.get('axis', 1)
     if self._student is not model:
-        self._student = model
+        self._student,self._tried = model,None
         self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
-    self._met,self._tried = True,False
-    self._ask = self._hire()
+        self._compiled = any(map(_is_compiled, [model, *student.modules()]))
+    self._met,self._ask = True,self._hire()
+    if self._tried: self._join()
 
 @patch
 def _hire(self:KnowledgeDistillationCallback):
@@ -214,9 +221,10 @@ def _task_facts(loss_func):
 
 # %% ../../nbs/distill/distillation_callback.ipynb #cafaa66e
 @patch
-def _try_out(self:KnowledgeDistillationCallback):
-    "Build adapters and learned losses from the first batch, and call every loss once"
-    self._tried = True
+def _try_out(self:KnowledgeDistillationCallback, shapes):
+    "Build adapters and learned losses from the batch, and call every loss once"
+    self._leave()
+    self._tried = shapes
     if not any(o.takes_features or hasattr(o.base, 'build') for o in self.terms): return
     student = unwrap(self.learn.model)
     with as_found(student):
@@ -229,6 +237,8 @@ def _try_out(self:KnowledgeDistillationCallback):
             if isinstance(o.base, nn.Module): o.base.to(self._device)
         self._compare({**outputs, 'target': self._target(pred)})
     self._join()
+
+def _shapes(xb): return [tuple(o.shape[1:]) if isinstance(o, torch.Tensor) else type(o) for o in xb]
 
 @patch
 def _make_adapters(self:KnowledgeDistillationCallback, fm_s, fm_t):
@@ -245,6 +255,14 @@ def _join(self:KnowledgeDistillationCallback):
     self._along = TrainAlong(params)
     self.learn.add_cb(self._along)
     self._along.join()
+
+@patch
+def _leave(self:KnowledgeDistillationCallback):
+    "Take what learns beside the student out of its optimizer"
+    if self._along is None: return
+    self._along.leave()
+    self.learn.remove_cb(self._along)
+    self._along = None
 
 # %% ../../nbs/distill/distillation_callback.ipynb #d74c3a3f
 @patch(as_prop=True)
@@ -291,6 +309,7 @@ def _target(self:KnowledgeDistillationCallback, pred):
     "Labels of the batch, None if it has none; soft ones `(B, C)` under MixUp"
     if not len(self.yb): return None
     y,mix = detuplify(self.yb),getattr(self.learn.loss_func, '__self__', None)
+    if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.ndim>1 and y.shape[-1]==1: y = y.squeeze(-1) # a table's labels
     if not isinstance(mix, MixHandler) or not any('target' in o.needs for o in self.terms): return y
     y0,y1 = (nn.functional.one_hot(o.long(), pred.shape[1]).float() for o in (y, detuplify(mix.yb1)))
     return torch.lerp(y1, y0, mix.lam.view(-1, 1))
@@ -321,7 +340,7 @@ def terms_on(self:KnowledgeDistillationCallback,
     self.learn,learn.xb,learn.yb,self._pct = learn,xb,yb,0.
     try:
         self._meet()
-        self._try_out()
+        self._try_out(_shapes(xb))
         if self._capture: self._capture.__enter__()
         pred = learn.model(*xb)
         fm_s = self._capture.maps if self._capture else {}
@@ -342,11 +361,9 @@ def _release(self:KnowledgeDistillationCallback):
         self._capture.__exit__(None, None, None)
         self._capture.clear()
     if self._cache is not None: self._cache.detach()
-    if self._along is not None:
-        self._along.leave()
-        self.learn.remove_cb(self._along)
+    self._leave()
     self.learn.metrics = [o for o in self.learn.metrics if o not in self._columns]
-    self._along = self._cache = self._ask = None
+    self._cache = self._ask = None
     self.learn.__dict__.pop('_with_events', None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #72f77118

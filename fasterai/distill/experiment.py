@@ -66,7 +66,8 @@ class Experiment:
         self.check()
 
     def check(self):
-        "Raises ValueError for a teacher or a student that does not fit the data, before any training"
+        "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses, before any training"
+        KnowledgeDistillationCallback(self.teacher, self.loss, **self.kd)
         x,c = self.dls.one_batch()[0],self.dls.c
         for who,model in (('teacher',self.teacher), ('student',self.make_student())):
             try:

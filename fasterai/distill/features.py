@@ -81,8 +81,10 @@ def _unzip(pairs, t):
     return [p[0] for p in pairs],[p[1] for p in pairs]
 
 # %% ../../nbs/distill/features.ipynb #923eccb7
-def tensors_in(o):
-    "All tensors in a tensor, or in nested tuples, lists and mappings"
+def tensors_in(
+    o, # A tensor, or tuples, lists and mappings of them, nested as you like
+)->Iterable[Tensor]:
+    "All tensors in `o`, in order"
     if isinstance(o, Tensor): yield o
     elif isinstance(o, (tuple, list)):
         for p in o: yield from tensors_in(p)

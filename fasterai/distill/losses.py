@@ -20,5 +20,5 @@ _all_ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'HardTarget', '
 
 # %% ../../nbs/distill/losses.ipynb #e782a9df
 def available_losses()->list[str]:
-    "Names of the losses, `standardize` aside"
+    "Names of the losses (`standardize`, which makes one of another, aside)"
     return [o for o in __all__ if o[0].isupper()]

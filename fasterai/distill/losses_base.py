@@ -199,4 +199,6 @@ def gram(
     y:Tensor=None, # `(..., M, D)`; None for `x` itself
 )->Tensor:
     "Inner products `(..., N, M)`, in the dtype of `x` even under autocast"
-    with torch.autocast(x.device.type, enabled=False): return x@(x if y is None else y).mT
+    y = x if y is None else y
+    if not torch.amp.is_autocast_available(x.device.type): return x@y.mT
+    with torch.autocast(x.device.type, enabled=False): return x@y.mT

@@ -129,6 +129,13 @@ def _var_mean(x, name):
     return torch.var_mean(_channels(x), 2)
 
 # %% ../../nbs/distill/losses_features.ipynb #e98d2f56
+def _gram_of_positions(x): return gram(unit(x).mT)/x.shape[1]
+
+def _mean_kernel(g, a, b):
+    "Mean squared cosine, of inner products and squared lengths; 0 with a dead channel"
+    n = a.unsqueeze(2)*b.unsqueeze(1)
+    return (g.square()/n.masked_fill(n==0, torch.inf)).mean()
+
 def NST(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher feature maps, paired by position; other widths and sizes are fine
@@ -138,8 +145,9 @@ def NST(
 )->Tensor:
     "MMD of the channels' selectivity with a squared dot product as kernel, summed over pairs. Huang and Wang, 2017, arXiv 1707.01219. ValueError for vectors or an unequal number of tokens"
     def one(s, t, names):
-        s,t = (unit(_channels(x)) for x in _positions(s, t, names, 'NST'))
-        if s.shape[2]**2<=s.shape[1]*t.shape[1]: return (gram(s.mT)/s.shape[1]-gram(t.mT)/t.shape[1]).square().sum((1, 2)).mean()
-        kernel = lambda x,y: gram(x, y).square().mean()
-        return kernel(s, s)+kernel(t, t)-2*kernel(s, t)
+        s,t = (_channels(x) for x in _positions(s, t, names, 'NST'))
+        if s.shape[2]**2<=s.shape[1]*t.shape[1]: return (_gram_of_positions(s)-_gram_of_positions(t)).square().sum((1, 2)).mean()
+        ss,tt,st = gram(s),gram(t),gram(s, t)
+        a,b = ss.diagonal(dim1=1, dim2=2),tt.diagonal(dim1=1, dim2=2)
+        return _mean_kernel(ss, a, a)+_mean_kernel(tt, b, b)-2*_mean_kernel(st, a, b)
     return over_pairs(one, fm_s, fm_t, layer_weights)

@@ -226,9 +226,10 @@ class standardize:
         params = inspect.signature(loss).parameters
         update_wrapper(self, loss)
         self.loss,self.over = loss,over
+        self.__name__ = f"standardize({getattr(loss, '__name__', loss)}{', over=batch' if over=='batch' else ''})"
         self.axis = params['axis'].default if 'axis' in params else 1
 
-    def __repr__(self): return f"standardize({getattr(self.loss, '__name__', self.loss)}{', over=batch' if self.over=='batch' else ''})"
+    def __repr__(self): return self.__name__
 
     def __call__(self,
         pred:Tensor,         # Student logits

@@ -200,7 +200,7 @@ def _take(capture):
 # %% ../../nbs/distill/teacher.ipynb #e5137594
 def _trial(net, xb, channels_last=None, fuse=None, select=None, axis=1):
     "Time the formats for `net` on `xb`: the options of the fastest safe one (none: `net` as it is), and a line that says why"
-    device,best,why = xb[0].device,{},'nothing safe is faster'
+    device,best,said,why = xb[0].device,{},_say(),'nothing safe is faster'
     ref = _logits(_forward(frozen_copy(net, torch.float32), xb, torch.float32), select)
     t0 = t_best = _best_time(partial(_forward, net, xb), device)
     half = [torch.bfloat16] + [torch.float16]*(device.type=='cuda')
@@ -208,13 +208,16 @@ def _trial(net, xb, channels_last=None, fuse=None, select=None, axis=1):
         for cl in [False, True] if channels_last is None else [channels_last]:
             opts = dict(dtype=dtype, channels_last=cl, fuse=fuse is not False)
             try:
-                f = partial(_forward, _quietly(frozen_copy, net, **opts), xb, dtype, cl)
+                copy = _quietly(frozen_copy, net, **opts)
+                f = partial(_forward, copy, xb, dtype, cl)
                 err,same = _closeness(_logits(f(), select).float(), ref, axis)
                 if not (err<=0.03 and same>=0.95): continue
                 t = _best_time(f, device)
             except RuntimeError: continue                        # an operation that the device lacks in this format
-            if t<min(t_best, 0.97*t0): best,t_best,why = opts,t,f"top class the same for {same:.1%}, relative error {err:.2%}"
-    return best, f"{_say(**best)} on {device}: {t_best*1e3:.3g} ms for {len(xb[0])} samples, as it is {t0*1e3:.3g} ms ({why})"
+            if t>=min(t_best, 0.97*t0): continue
+            best,t_best,why = opts,t,f"top class the same for {same:.1%}, relative error {err:.2%}"
+            said = _say(**{**opts, 'fuse': len(copy.folded)})
+    return best, f"{said} on {device}: {t_best*1e3:.1f} ms for {len(xb[0])} samples, as it is {t0*1e3:.1f} ms ({why})"
 
 def _quietly(f, *args, **kwargs):
     with warnings.catch_warnings():
@@ -240,7 +243,7 @@ def _best_time(f, device, n=3):
 
 def _say(dtype=None, channels_last=None, fuse=None, compile=False):
     said = [str(dtype).removeprefix('torch.')]*(dtype is not None) + ['channels_last']*bool(channels_last)
-    said += ['BatchNorm folded']*bool(fuse) + ['compiled']*(compile is not False)
+    said += ['BatchNorms folded' if fuse is True else f'{fuse} BatchNorms folded']*bool(fuse) + ['compiled']*(compile is not False)
     return ', '.join(said) or 'as it is'
 
 # %% ../../nbs/distill/teacher.ipynb #8530c6f9
@@ -408,8 +411,9 @@ class Teacher:
         return f"Teacher({nets}{weights}; {self._how()})"
 
     def _how(self):
-        made = self.nets[0].opts if self.nets[0].made is None else self.nets[0].made
-        return 'the fastest safe format, tried on the first batch' if made.get('dtype')=='auto' else _say(**made, compile=self.nets[0].compile)
+        net = self.nets[0]
+        made = net.opts if net.made is None else {**net.made, 'fuse': len(net.folded)}
+        return 'the fastest safe format, tried on the first batch' if made.get('dtype')=='auto' else _say(**made, compile=net.compile)
 
     def summary(self,
         *xb,          # A batch of inputs
@@ -421,10 +425,10 @@ class Teacher:
         self(*xb, layers=layers, logits=logits)
         ask,n = partial(self, *xb, layers=layers, logits=logits),len(xb[0])
         t = _best_time(ask, self.device)
-        lines = [repr(self), f"{self._gflops(ask)/n:.3g} GFLOPs a sample; {t*1e3:.3g} ms for a batch of {n} on {self.device}"]
+        lines = [repr(self), f"{self._gflops(ask)/n:.3g} GFLOPs a sample; {t*1e3:.1f} ms for a batch of {n} on {self.device}"]
         if student is not None:
             s = _best_time(_step(_as_module(student), xb, self), self.device)
-            lines.append(f"{t/(t+s):.0%} of the step, in which the student's forward and backward take {s*1e3:.3g} ms")
+            lines.append(f"{t/(t+s):.0%} of the step, in which the student's forward and backward take {s*1e3:.1f} ms")
         return PrettyString('\n'.join(lines))
 
     def _gflops(self, ask):

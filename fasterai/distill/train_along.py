@@ -26,7 +26,9 @@ class TrainAlong(Callback):
     ): self.params,self.joined = L(params),None
 
     def join(self):
-        "Put the parameters at the end of the optimizer's last group"
+        "Put the parameters at the end of the optimizer's last group; in a distributed training, with the values of rank 0"
+        if self._world>1:
+            for p in self.params: dist.broadcast(p.data, 0)
         opt,n = self.learn.opt,len(self.params)
         self.joined,opt.state_dict = opt,lambda: self._without(opt)
         self._extend(opt)
@@ -45,9 +47,12 @@ class TrainAlong(Callback):
     def before_step(self):
         "Average over the ranks and clip, as the student's gradients are"
         grads = L(p.grad for p in self.params if p.grad is not None)
-        if dist.is_available() and dist.is_initialized() and hasattr(self.learn, 'distributed'):
-            for g in grads: dist.all_reduce(g.div_(dist.get_world_size()))
+        if self._world>1:
+            for g in grads: dist.all_reduce(g.div_(self._world))
         for c in self.learn._grab_cbs(GradientClip): nn.utils.clip_grad_norm_(self.params, c.max_norm, c.norm_type)
+
+    @property
+    def _world(self): return dist.get_world_size() if hasattr(self.learn, 'distributed_trainer') and dist.is_initialized() else 1
 
     def _extend(self, opt):
         if not isinstance(opt, OptimWrapper):

@@ -1,0 +1,39 @@
+"The site: Sphinx reads the notebooks of `nbs/`. `make docs` builds it into `_docs/`; a warning is an error"
+import sys
+from pathlib import Path
+
+here = Path(__file__).parent
+sys.path[:0] = [str(here), str(here.parent)]
+import fasterai
+from notebooks import linkcode_resolve
+
+project,author,release = 'fasterai','the fasterai team',fasterai.__version__
+html_title = f'fasterai {release}'
+copyright = 'the fasterai team, Apache 2.0'
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx_copybutton', 'notebooks']
+exclude_patterns = ['**/.ipynb_checkpoints']
+
+nb_execution_mode = 'off'   # pages show the outputs that the notebooks store
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'deflist']
+myst_heading_anchors = 4
+suppress_warnings = ['mystnb.unknown_mime_type']  # widgets; each comes with text as well
+
+autodoc_typehints = 'none'  # they are in the tables
+autodoc_inherit_docstrings = False
+autodoc_member_order = 'bysource'
+autodoc_class_signature = 'mixed'
+python_use_unqualified_type_names = add_module_names = False
+toc_object_entries = False
+
+html_theme = 'pydata_sphinx_theme'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+mathjax_path = 'tex-svg.js'  # MathJax 3.2.2, Apache 2.0; here so that the site needs no other host
+html_copy_source = html_show_sourcelink = False
+html_sidebars = {'index': []}
+html_theme_options = dict(
+    github_url='https://github.com/FasterAI-Labs/fasterai', navbar_align='left', header_links_before_dropdown=6, show_toc_level=2,
+    navbar_persistent=[], navbar_end=['search-button', 'theme-switcher', 'navbar-icon-links'], secondary_sidebar_items=['page-toc'],
+    footer_start=['copyright'], footer_end=[], show_prev_next=True, back_to_top_button=True, pygments_light_style='a11y-high-contrast-light',
+    pygments_dark_style='github-dark')

@@ -1,0 +1,148 @@
+"Sphinx extension: exported cells become API entries, parameters tables, and names in backticks links"
+import ast, inspect, json, re
+from importlib import import_module
+from pathlib import Path
+
+from docutils import nodes
+from fastcore.docments import docments
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
+from nbformat.v4 import new_markdown_cell
+from sphinx.util.nodes import make_refnode
+
+root = Path(__file__).parent.parent
+
+# Exported cells -> API entries
+
+def _directives(src):
+    "nbdev's directives of a cell, such as `export`"
+    return {m.split()[0]:m for m in re.findall(r'^#\s*\|\s*(\S.*)$', src, re.M)}
+
+def _documented(body, mod):
+    "(directive, name, members) of each public definition"
+    for o in body:
+        if isinstance(o, ast.Assign):
+            yield from (('autodata', t.id, []) for t in o.targets if isinstance(t, ast.Name) and t.id in mod.__all__ and not t.id.startswith('__'))
+        elif not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith('_'): continue
+        elif 'patch' in (how := ''.join(map(ast.unparse, o.decorator_list))): yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', []
+        elif o.name not in mod.__all__: continue
+        elif isinstance(o, ast.FunctionDef): yield 'autofunction', o.name, []
+        else: yield 'autoclass', o.name, [m.name for m in o.body if isinstance(m, ast.FunctionDef) and ast.get_docstring(m) and (m.name=='__call__' or m.name[0]!='_')]
+
+def _patched(f): return ast.unparse(f.args.args[0].annotation)
+
+def _entries(src, modname):
+    "A cell's definitions as autodoc directives"
+    for kind,name,members in _documented(ast.parse(src).body, import_module(modname)):
+        yield f'.. {kind}:: {modname}.{name}\n' + (f'   :members: {", ".join(members)}\n' if members else '')
+
+def _page(cells, docname):
+    modname = next((f"fasterai.{d['default_exp'].split()[1]}" for c in cells if 'default_exp' in (d := _directives(c['source']))), None)
+    for c in cells:
+        found = _directives(c['source']) if c['cell_type']=='code' else {}
+        if c['cell_type']=='raw' or found.keys() & {'hide', 'default_exp'}: continue
+        if found.keys() & {'export', 'exports', 'exporti'}:
+            if entries := '\n'.join(_entries(c['source'], modname)): yield new_markdown_cell(f'```{{eval-rst}}\n{entries}\n```')
+            continue
+        if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
+        yield c
+        if modname and c is cells[0]: yield new_markdown_cell(f'```{{eval-rst}}\n.. py:module:: {modname}\n```')
+        elif c is cells[0] and '/' in docname: yield new_markdown_cell(f'{{download}}`Download this notebook <{docname.split("/")[-1]}.ipynb>`')
+
+def _is_noise(out):
+    "What a progress bar leaves behind: a finished bar, a style, an empty line"
+    html = ''.join(out.get('data', {}).get('text/html', '-'))
+    return '<progress' in html or not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
+
+def read_notebook(app, docname, source):
+    if app.env.doc2path(docname).suffix!='.ipynb': return
+    nb = json.loads(source[0])
+    for c in nb['cells']: c['source'] = ''.join(c['source'])
+    nb['cells'] = list(_page(nb['cells'], docname))
+    if docname==app.config.root_doc: nb['cells'].append(new_markdown_cell((Path(app.confdir)/'contents.md').read_text()))
+    source[0] = json.dumps(nb)
+
+# Docstrings and docments
+
+def _rst(s):
+    "Text with names in backticks as RST"
+    parts = re.split(r'`([^`]+)`', s or '')
+    return ''.join(rf'\ ``{p}``\ ' if i%2 else re.sub(r'([*|_\\])', r'\\\1', p) for i,p in enumerate(parts))
+
+def _type(anno): return '' if anno is inspect.Parameter.empty else re.sub(r'(\w+\.)+(?=\w)', '', inspect.formatannotation(anno) if not isinstance(anno, str) else anno)
+
+def _default(v): return getattr(v, '__name__', None) or repr(v)
+
+def _table(obj):
+    "The documented parameters and the result as a list-table"
+    params = docments(obj, full=True)
+    if not any(o['docment'] for o in params.values()): return
+    yield from ('', '.. list-table::', '   :header-rows: 1', '   :class: docments', '')
+    for row in [('Parameter', 'Type', 'Default', 'Details'), *_rows(params)]:
+        for i,col in enumerate(row): yield f"   {'*' if i==0 else ' '} - {col}"
+    yield ''
+
+def _rows(params):
+    for name,o in params.items():
+        if name in ('self', 'cls', 'kwargs') and not o['docment'] or name=='return' and not (o['docment'] or _type(o['anno'])): continue
+        t,d = _type(o['anno']),o.get('default', inspect.Parameter.empty)
+        yield ('Returns' if name=='return' else f'``{name}``', t and f'``{t}``', '' if d is inspect.Parameter.empty else f'``{_default(d)}``',
+               _rst(' '.join((o['docment'] or '').split())))
+
+def add_docments(app, what, name, obj, options, lines):
+    if what=='data': lines.clear()
+    if what=='class' and vars(obj).get('__init__').__doc__: lines += ['', obj.__init__.__doc__]
+    lines[:] = [_rst(l) for l in lines]
+    if what in ('function', 'method', 'class'): lines += _table(obj)
+
+def linkcode_resolve(domain, info):
+    obj = inspect.unwrap(getattr(obj, 'fget', obj) if (obj := _find(info['module'], info['fullname'])) else obj)
+    try: f,(lines,n) = inspect.getsourcefile(obj),inspect.getsourcelines(obj)
+    except TypeError: return # a value, not a definition
+    cfg = get_config(path=root)
+    return f'{cfg.git_url}/blob/{cfg.branch}/{Path(f).relative_to(root).as_posix()}#L{n}-L{n+len(lines)-1}'
+
+def _find(modname, name):
+    o = import_module(modname)
+    for part in name.split('.'): o = getattr(o, part, None)
+    return o
+
+# Names in backticks -> links
+
+_alias = {'nn':'torch.nn', 'F':'torch.nn.functional'}
+
+def _elsewhere(name):
+    "URL of a name of fastai's, fastcore's or PyTorch's"
+    if not re.search(r'[A-Z._]', name): return # an everyday word
+    head,_,rest = name.partition('.')
+    find = NbdevLookup('fastai fastcore').doc
+    return find(f'{_alias[head]}.{rest}' if head in _alias else name) or find(f'Learner.{name}')
+
+def link_names(app, doctree, docname):
+    objects = app.env.get_domain('py').objects
+    ours = {}
+    for full,o in sorted(objects.items(), key=lambda o: o[1].docname==docname):  # this page's own last, to win
+        ours[full] = ours['.'.join(full.split('.')[-2 if o.objtype in ('method', 'property', 'attribute') else -1:])] = o
+    for lit in list(doctree.findall(nodes.literal)):
+        name = lit.astext().removesuffix('()')
+        if isinstance(lit.parent, nodes.reference) or lit.get('language') or not re.fullmatch(r'[A-Za-z][\w.]*', name): continue
+        if o := ours.get(name): ref = make_refnode(app.builder, docname, o.docname, o.node_id, lit.deepcopy(), name)
+        elif url := _elsewhere(name): ref = nodes.reference('', '', lit.deepcopy(), refuri=url, internal=False)
+        else: continue
+        lit.replace_self(ref)
+
+def write_markdown(app, exc):
+    "Beside each notebook's page its text as Markdown, `page.html.md`: what the modules' docstrings name"
+    if exc or app.builder.name!='html': return
+    for doc in app.env.found_docs:
+        if (f := app.env.doc2path(doc)).suffix!='.ipynb': continue
+        cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(f.read_text(encoding='utf-8'))['cells']]
+        text = '\n\n'.join(f'```python\n{s}\n```' if kind=='code' else s for kind,s in cells if s and 'hide' not in _directives(s))
+        (Path(app.outdir)/f'{doc}.html.md').write_text(text+'\n', encoding='utf-8')
+
+def setup(app):
+    app.connect('source-read', read_notebook)
+    app.connect('autodoc-process-docstring', add_docments)
+    app.connect('doctree-resolved', link_names)
+    app.connect('build-finished', write_markdown)
+    return dict(parallel_read_safe=True, parallel_write_safe=True)

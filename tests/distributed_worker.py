@@ -1,0 +1,54 @@
+"One process of a distributed training on the CPU; `test_distributed.py` starts two. Saves its gradients and what it saw"
+import os, sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator  # noqa: F401, before fastai.distributed, which needs it
+from fastai.distributed import DistributedDL, DistributedTrainer  # noqa: F401
+from torch import nn
+
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.losses import Attention, FitNet, SoftTarget
+from helpers import GradsAt, data, learner, n_hooks, state
+
+DistributedDL._broadcast = lambda self, t, rank: t  # fastai sends it through a GPU; the data here is not shuffled
+
+
+def model(w, seed):
+    "Without BatchNorm, whose statistics are each process's own"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Sequential(nn.Conv2d(3, w, 3, 2, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
+
+
+class Scale(nn.Module):
+    "An adapter without a norm, the same in each process only if it is sent around"
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 1)
+        for p in self.parameters(): nn.init.constant_(p, 0.1*(1+int(os.environ.get('RANK', 0))))
+
+    def forward(self, x): return self.conv(x)
+
+
+def run(bs, distributed):
+    dls = data(n=16, bs=bs)
+    dls.train.shuffle = False
+    learn,g,teacher = learner(model(4, 0), dls, wd=0.),GradsAt(),model(8, 1)
+    before = state(teacher)
+    kd = KnowledgeDistillationCallback(teacher, {SoftTarget: 1, Attention: 100, FitNet: 1}, '0', '0', adapters={'0': Scale()}, weight=0.7)
+    class Adapter(GradsAt):
+        def before_step(self): self.grads.append([p.grad.clone() for p in kd.learned.parameters()])
+    a = Adapter()
+    if distributed:
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, cbs=[kd, g, a])
+    else: learn.fit(1, cbs=[kd, g, a])
+    after = state(teacher)
+    return dict(student=g.grads, adapter=a.grads, hooks=n_hooks(learn.model, teacher), names=list(learn.model.state_dict()), rows=len(kd.log.history),
+                teacher_same=all(torch.equal(before[k], after[k]) for k in before), weights=state(kd.learned))
+
+
+if __name__=='__main__':
+    rank = int(os.environ['RANK'])
+    torch.save(run(8, True), Path(sys.argv[1])/f'{rank}.pth')

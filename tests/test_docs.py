@@ -1,0 +1,140 @@
+"The site builds without a warning, knows every public name, leads nowhere that is not there, and needs no other host"
+import http.server, pkgutil, re, shutil, subprocess, sys, threading, warnings
+from functools import partial
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+for o in ('sphinx', 'myst_nb', 'pydata_sphinx_theme', 'sphinx_copybutton'): pytest.importorskip(o)
+import fasterai
+
+root = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp('site')
+    r = subprocess.run([sys.executable, '-m', 'sphinx', '-E', '-W', '--keep-going', '-q', '-b', 'html', '-c', 'docs', '-d', out/'.doctrees', 'nbs', out/'html'],
+                       cwd=root, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    return out/'html'
+
+
+class _Page(HTMLParser):
+    "What a page defines, links to, and loads"
+    def __init__(self, file):
+        super().__init__()
+        self.ids,self.links,self.loads = set(),[],[]
+        self.feed(file.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
+        if tag=='a' and a.get('href'): self.links.append(a['href'])
+        if a.get('src'): self.loads.append(a['src'])
+        if tag=='link' and a.get('href') and a.get('rel') in ('stylesheet', 'preload', 'icon', 'prefetch', 'preconnect'): self.loads.append(a['href'])
+
+
+@pytest.fixture(scope='module')
+def pages(site): return {f: _Page(f) for f in site.rglob('*.html')}
+
+
+def _modules():
+    return [import_module(m.name) for m in pkgutil.walk_packages(fasterai.__path__, 'fasterai.') if not m.ispkg and not m.name.endswith('_modidx')]
+
+
+def test_every_public_name_has_an_entry(site):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from sphinx.util.inventory import InventoryFile
+        inv = InventoryFile.loads((site/'objects.inv').read_bytes(), uri='')
+    known = {n for kind,objs in inv.data.items() if kind.startswith('py:') for n in objs}
+    names = {(m.__name__, n) for m in _modules() for n in m.__all__}
+    def home(m, n):
+        o = getattr(import_module(m), n)
+        return f"{o.__module__}.{n}" if getattr(o, '__name__', None)==n and str(getattr(o, '__module__', '')).startswith('fasterai') else None
+    missing = [f'{m}.{n}' for m,n in sorted(names) if (home(m, n) or f'{m}.{n}') not in known and not any(k.endswith(f'.{n}') for k in known if home(m, n) is None)]
+    assert len(names)>100 and not missing, missing
+
+
+def test_links_and_anchors_resolve(site, pages):
+    checked,bad = 0,[]
+    for f,page in pages.items():
+        for href in {*page.links, *page.loads}:
+            if re.match(r'[a-z]+:', href): continue
+            path,frag = urldefrag(href)
+            to = f if not path else (f.parent/unquote(path.split('?')[0])).resolve()
+            checked += 1
+            if not to.exists(): bad.append((f.name, href))
+            elif frag and to.suffix=='.html' and unquote(frag) not in pages[to].ids: bad.append((f.name, href))
+    assert checked>1000 and not bad, bad
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    far = {src for p in pages.values() for src in p.loads if re.match(r'(https?:)?//', src)}
+    for f in site.rglob('*.css'): far |= set(re.findall(r'(?:@import\s+|url\()["\']?((?:https?:)?//[^"\')\s]+)', f.read_text(encoding='utf-8')))
+    assert not far
+
+
+def test_names_parameters_and_sources(site):
+    page = (site/'distill/losses_logits.html').read_text(encoding='utf-8')
+    assert 'id="fasterai.distill.losses_logits.SoftTarget"' in page
+    assert re.search(r'<td><p><code[^>]*>.*?teacher_pred.*?</code></p></td>', page, re.S) and 'Teacher logits, same shape' in page
+    line = next(i for i,l in enumerate((root/'fasterai/distill/losses_logits.py').read_text().splitlines(), 1) if l.startswith('def SoftTarget'))
+    assert f'/blob/main/fasterai/distill/losses_logits.py#L{line}-L' in page
+    home = (site/'index.html').read_text(encoding='utf-8')
+    assert re.search(r'href="https://docs.fast.ai/[^"]*"[^>]*><code[^>]*><span class="pre">Learner</span>', home)
+    assert 'distill/matching.html#fasterai.distill.matching.match_feature_layers' in home
+    assert '_download' in (site/'tutorials/quick_start.html').read_text(encoding='utf-8')
+
+
+def test_every_module_says_where_its_page_is(site):
+    for m in _modules():
+        url = re.search(r'https://FasterAI-Labs.github.io/fasterai/(\S+)', m.__doc__)[1]
+        assert len((site/url).read_text(encoding='utf-8'))>100 and (site/url.removesuffix('.md')).exists()
+
+
+# A browser looks at the pages in frames of a desktop's and a phone's width, in both themes, and writes what it finds into this page
+
+_probe = '''<body><script>
+const wait = ms => new Promise(r => setTimeout(r, ms))
+async function look(url, width, theme) {
+  localStorage.setItem('mode', theme); localStorage.setItem('theme', theme)
+  const f = document.createElement('iframe'); f.width = width; f.height = 900; f.src = url; document.body.append(f)
+  await new Promise(r => f.onload = r); await wait(700)
+  const d = f.contentDocument, r = d.documentElement
+  const found = d.querySelectorAll('#search-results li').length
+  const row = [url, width, theme, r.dataset.theme, r.scrollWidth-r.clientWidth, found, d.querySelectorAll('mjx-container').length].join(' ')
+  f.remove(); return row }
+(async () => { const rows = []
+  for (const url of PAGES) for (const width of [1440, 390]) for (const theme of ['light', 'dark']) rows.push(await look(url, width, theme))
+  document.body.innerHTML = '<pre id=rows>' + rows.join('\\n') + '</pre>' })()
+</script></body>'''
+
+chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+@pytest.mark.skipif(chromium is None, reason='no browser')
+def test_in_a_browser(site, tmp_path):
+    seen = ['index.html', 'tutorials/quick_start.html', 'howto/pair_layers.html', 'tutorials/theory.html', 'distill/losses_logits.html', 'distill/distillation_callback.html', 'search.html?q=temperature']
+    (site/'probe.html').write_text(_probe.replace('PAGES', str(seen)))
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        r = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
+                            '--disable-sync', '--enable-logging=stderr', f'--user-data-dir={tmp_path}', '--virtual-time-budget=120000', '--timeout=240000', '--dump-dom',
+                            f'http://127.0.0.1:{server.server_port}/probe.html'], capture_output=True, text=True, timeout=300)
+    finally:
+        server.shutdown()
+        (site/'probe.html').unlink()
+    rows = [l.split() for l in re.search(r'<pre id="rows">(.*?)</pre>', r.stdout, re.S)[1].splitlines()]
+    assert len(rows)==4*len(seen)
+    assert all(theme==got for _,_,theme,got,*_ in rows), rows
+    assert not [o for o in rows if int(o[4])>0], 'wider than the window'
+    assert all(int(o[5])>5 for o in rows if 'search' in o[0]) and all(int(o[6])>0 for o in rows if 'losses' in o[0]), rows
+    assert not [l for l in r.stderr.splitlines() if 'CONSOLE' in l and re.search('Uncaught|Error|Failed|404', l)]
