@@ -26,6 +26,7 @@ from . import losses
 from .distillation_callback import match_feature_layers
 from .experiment import Experiment
 from .losses import available_losses
+from .report import compare, plot_compare, plot_soft_targets, save_report
 from .terms import Term
 
 # %% ../../nbs/distill/cli.ipynb #d6e8d9c7
@@ -42,19 +43,24 @@ def loss_by_name(
 
 # %% ../../nbs/distill/cli.ipynb #c3d115ab
 def write_report(
-    exp:Experiment, # After its `run`
-    out:Path,       # Folder, made if missing
+    exp:Experiment,      # After its `run`
+    out:Path,            # Folder, made if missing
+    settings:dict=None,  # Shown on the page
 ):
-    "Write `table.csv`, `runs.csv`, `report.png` and `student.pth` to `out`, each file whole or not at all"
+    "Write `report.html` with its plots and `report.csv`, `table.csv` and `runs.csv` (the seeds), and `student.pth` to `out`"
     out.mkdir(parents=True, exist_ok=True)
+    learners = exp.learners()
+    table = compare(learners)
+    figures = {'Seeds': exp.plot(), 'Accuracy against cost': plot_compare(table), 'Soft targets of the teacher': plot_soft_targets(learners['teacher'])}
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         tmp = Path(tmp)
+        save_report(tmp, table, figures, {'verdict': exp.verdict(), 'seeds': sorted(set(exp.runs.seed)), **(settings or {})}, 'Did distilling help?')
         exp.table().to_csv(tmp/'table.csv', index=False)
         exp.runs.to_csv(tmp/'runs.csv', index=False)
-        exp.plot()[0].figure.savefig(tmp/'report.png', dpi=150)
         torch.save({k:v.cpu() for k,v in exp.best[1].state_dict().items()}, tmp/'student.pth')
-        for f in list(tmp.iterdir()): os.replace(f, out/f.name)
+        for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
 
+# %% ../../nbs/distill/cli.ipynb #9d5b8fbf
 def _numbers(name, s, least=1):
     "Whole numbers from text such as '10,40'; ValueError with the argument's name"
     try: ns = [int(o) for o in str(s).split(',')]
@@ -62,7 +68,7 @@ def _numbers(name, s, least=1):
     if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
     return ns
 
-# %% ../../nbs/distill/cli.ipynb #9d5b8fbf
+# %% ../../nbs/distill/cli.ipynb #7d807292
 def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=None, T=None, epochs=None, teacher_epochs=None, seeds=None, lr=None,
             size=64, bs=None, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None):
     "What `fasterai_distill` does, with its arguments; returns the `Experiment`"
@@ -85,8 +91,9 @@ def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=Non
     if not teacher_weights: exp.train_teacher(teacher_epochs or default(None, 10, max(epochs)), digits_dls() if digits else None)
     exp.run(epochs, seeds)
     print(f"\n\n{exp.table().to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
-    write_report(exp, Path(out))
-    print(f"\nIn {out}: table.csv, runs.csv, report.png, and student.pth, the weights of the distilled student that scored best ({exp.best[0]:.1%})")
+    made = dict(images=path or 'handwritten digits', teacher=names[0], student=names[1], loss=Term(loss), weight=weight, epochs=epochs, learning_rate=lr, batch_size=bs)
+    write_report(exp, Path(out), made)
+    print(f"\nIn {out}: report.html, its plots and tables, and student.pth, the weights of the distilled student that scored best ({exp.best[0]:.1%})")
     return exp
 
 # %% ../../nbs/distill/cli.ipynb #e5f357a8
