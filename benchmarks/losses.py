@@ -148,7 +148,7 @@ def peak(f):
 
 def measure(name, loss, plain, xs, what, teacher, repeats):
     run, base = partial(step, loss, xs), partial(step, plain, xs)
-    a, b = float(loss(*xs)), float(plain(*xs))
+    a, b = (float(f(*xs).detach()) for f in (loss, plain))
     assert math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6), f'{name} {what}: {a} but the plain expression gives {b}'
     t, t0 = seconds([run, base], repeats)
     size = sum(x.numel()*x.element_size() for x in (xs[0] if isinstance(xs[0], list) else xs[:1]))

@@ -164,6 +164,10 @@ def test_two_inputs():
     dls = DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0, n_inp=2)]*2, device='cpu')
     assert _two(*(Learner(dls, Two(), loss_func=CrossEntropyLossFlat(), metrics=accuracy) for _ in range(2))).macs['alone']==6
 
+def test_costs_are_of_one_batch_size(y):
+    t = _two(*(_given(torch.randn(N, 4), y, dls=_dls(y, bs=bs)) for bs in (40, 8)))
+    assert t.batch_size.tolist()==[8, 8] and t.peak_mb.nunique()==1
+
 def test_on_a_test_set(y):
     other = torch.arange(20)%4
     learn = _given(_logits_with(torch.arange(N)<10, y), y)

@@ -25,15 +25,17 @@ from ..core.names import unknown_name
 from . import losses
 from .distillation_callback import match_feature_layers
 from .experiment import Experiment
+from .losses import available_losses
+from .report import compare, plot_compare, plot_soft_targets, save_report
 from .terms import Term
 
 # %% ../../nbs/distill/cli.ipynb #d6e8d9c7
 def loss_by_name(
-    name:str,      # One of the names in `fasterai.distill.losses`
+    name:str,      # One of `available_losses`
     T:float=None,  # Temperature, for losses that have one
 ):
     "The loss function called `name`, at temperature `T`. Raises ValueError for an unknown name or a temperature it does not take"
-    if name not in losses.__all__: raise ValueError(unknown_name('loss', name, losses.__all__))
+    if name not in (known := available_losses()): raise ValueError(unknown_name('loss', name, known))
     loss = getattr(losses, name)
     if T is None: return loss
     if 'T' not in Term(loss).hypers: raise ValueError(f"loss {name} has no temperature: leave out --T")
@@ -41,29 +43,40 @@ def loss_by_name(
 
 # %% ../../nbs/distill/cli.ipynb #c3d115ab
 def write_report(
-    exp:Experiment, # After its `run`
-    out:Path,       # Folder, made if missing
+    exp:Experiment,      # After its `run`
+    out:Path,            # Folder, made if missing
+    settings:dict=None,  # Shown on the page
 ):
-    "Write `table.csv`, `runs.csv`, `report.png` and `student.pth` to `out`, each file whole or not at all"
+    "Write `report.html` with its plots and `report.csv`, `table.csv` and `runs.csv` (the seeds), and `student.pth` to `out`"
     out.mkdir(parents=True, exist_ok=True)
+    learners = exp.learners()
+    table = compare(learners)
+    figures = {'Seeds': exp.plot(), 'Accuracy against cost': plot_compare(table), 'Soft targets of the teacher': plot_soft_targets(learners['teacher'])}
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         tmp = Path(tmp)
+        save_report(tmp, table, figures, {'verdict': exp.verdict(), 'seeds': sorted(set(exp.runs.seed)), **(settings or {})}, 'Did distilling help?')
         exp.table().to_csv(tmp/'table.csv', index=False)
         exp.runs.to_csv(tmp/'runs.csv', index=False)
-        exp.plot()[0].figure.savefig(tmp/'report.png', dpi=150)
         torch.save({k:v.cpu() for k,v in exp.best[1].state_dict().items()}, tmp/'student.pth')
-        for f in list(tmp.iterdir()): os.replace(f, out/f.name)
-
-def _ints(s): return [int(o) for o in str(s).split(',')]
+        for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
 
 # %% ../../nbs/distill/cli.ipynb #9d5b8fbf
+def _numbers(name, s, least=1):
+    "Whole numbers from text such as '10,40'; ValueError with the argument's name"
+    try: ns = [int(o) for o in str(s).split(',')]
+    except ValueError: raise ValueError(f"{name} must be a whole number, or several with commas between, got {s!r}") from None
+    if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
+    return ns
+
+# %% ../../nbs/distill/cli.ipynb #7d807292
 def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=None, T=None, epochs=None, teacher_epochs=None, seeds=None, lr=None,
             size=64, bs=None, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None):
     "What `fasterai_distill` does, with its arguments; returns the `Experiment`"
     digits = path is None
     def default(value, on_digits, on_images): return value if value is not None else on_digits if digits else on_images
     weight,bs,lr = default(weight, 0.9, 0.5),default(bs, 25, 64),default(lr, 1e-2, 1e-3)
-    epochs,seeds = _ints(default(epochs, '10,60', '10')),default(seeds, 8, 1)
+    epochs,[seeds] = _numbers('epochs', default(epochs, '10,60', '10')),_numbers('seeds', default(seeds, 8, 1))
+    for name,n in dict(size=size, bs=bs).items(): _numbers(name, n)
     loss = loss_by_name(loss, 4 if digits and T is None and loss=='SoftTarget' else T)
     dls = digits_dls(100, bs=bs) if digits else image_dls(path, size=size, bs=bs, pattern=pattern, augment=augment, num_workers=workers)
     set_seed(0)
@@ -78,8 +91,9 @@ def distill(path=None, teacher=None, student=None, loss='SoftTarget', weight=Non
     if not teacher_weights: exp.train_teacher(teacher_epochs or default(None, 10, max(epochs)), digits_dls() if digits else None)
     exp.run(epochs, seeds)
     print(f"\n\n{exp.table().to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
-    write_report(exp, Path(out))
-    print(f"\nIn {out}: table.csv, runs.csv, report.png, and student.pth, the weights of the distilled student that scored best ({exp.best[0]:.1%})")
+    made = dict(images=path or 'handwritten digits', teacher=names[0], student=names[1], loss=Term(loss), weight=weight, epochs=epochs, learning_rate=lr, batch_size=bs)
+    write_report(exp, Path(out), made)
+    print(f"\nIn {out}: report.html, its plots and tables, and student.pth, the weights of the distilled student that scored best ({exp.best[0]:.1%})")
     return exp
 
 # %% ../../nbs/distill/cli.ipynb #e5f357a8

@@ -28,7 +28,7 @@ from .features import Capture, _is_compiled, as_found, get_model_layers, get_mod
 from .loss_log import LossLog
 from .losses import SoftTarget
 from .matching import match_feature_layers
-from .teacher import as_teacher
+from .teacher import Teacher, as_teacher
 from .terms import FROM_TASK, as_terms
 from .train_along import TrainAlong
 
@@ -81,7 +81,7 @@ class KnowledgeDistillationCallback(Callback):
         valid:bool=False,                    # Run the teacher in validation too, for a column `valid_distill_loss`?
     ):
         self._init_state()
-        self.teacher,self.terms = as_teacher(teacher),as_terms(loss)
+        self.teacher,self.terms,self._made_teacher = as_teacher(teacher),as_terms(loss),not isinstance(teacher, Teacher)
         self.layers_s,self.layers_t = layer_pairs(activations_student, activations_teacher)
         self.weight,self.task_weight,self.adapters = weight,task_weight,adapters
         self.schedule = None if schedule is None else as_schedule(schedule)
@@ -107,7 +107,8 @@ class KnowledgeDistillationCallback(Callback):
     def _init_state(self):
         "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
         self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
-        self._fitting,self._met,self._tried,self._compiled,self._w,self._pct,self._along,self._cache,self._ask,self._columns = False,False,False,False,0.,0.,None,None,None,[]
+        self._fitting,self._met,self._compiled,self._w,self._pct,self._columns = False,False,False,0.,0.,[]
+        self._tried = self._along = self._cache = self._ask = None
 
 
     @property
@@ -150,7 +151,7 @@ class KnowledgeDistillationCallback(Callback):
         searching = hasattr(self.learn, 'lr_finder')
         self._pct = self.pct_train
         self._w = self.weight if searching else self.weight_at(self._pct)
-        if self._on and not self._tried: self._try_out()
+        if self._on and self._tried!=(shapes := _shapes(self.xb)): self._try_out(shapes)
         if self._listens: self._capture.__enter__()
 
     def after_pred(self):
@@ -194,12 +195,13 @@ def _meet(self:KnowledgeDistillationCallback):
     self._device = next(student.parameters()).device
     self.teacher.to(self._device)
     self._task = _task_facts(self.learn.loss_func)
+    if self._made_teacher: self.teacher.axis = self._task.get('axis', 1)
     if self._student is not model:
-        self._student = model
+        self._student,self._tried = model,None
         self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
         self._compiled = any(map(_is_compiled, [model, *student.modules()]))
-    self._met,self._tried = True,False
-    self._ask = self._hire()
+    self._met,self._ask = True,self._hire()
+    if self._tried: self._join()
 
 @patch
 def _hire(self:KnowledgeDistillationCallback):
@@ -219,9 +221,10 @@ def _task_facts(loss_func):
 
 # %% ../../nbs/distill/distillation_callback.ipynb #cafaa66e
 @patch
-def _try_out(self:KnowledgeDistillationCallback):
-    "Build adapters and learned losses from the first batch, and call every loss once"
-    self._tried = True
+def _try_out(self:KnowledgeDistillationCallback, shapes):
+    "Build adapters and learned losses from the batch, and call every loss once"
+    self._leave()
+    self._tried = shapes
     if not any(o.takes_features or hasattr(o.base, 'build') for o in self.terms): return
     student = unwrap(self.learn.model)
     with as_found(student):
@@ -234,6 +237,8 @@ def _try_out(self:KnowledgeDistillationCallback):
             if isinstance(o.base, nn.Module): o.base.to(self._device)
         self._compare({**outputs, 'target': self._target(pred)})
     self._join()
+
+def _shapes(xb): return [tuple(o.shape[1:]) if isinstance(o, torch.Tensor) else type(o) for o in xb]
 
 @patch
 def _make_adapters(self:KnowledgeDistillationCallback, fm_s, fm_t):
@@ -250,6 +255,14 @@ def _join(self:KnowledgeDistillationCallback):
     self._along = TrainAlong(params)
     self.learn.add_cb(self._along)
     self._along.join()
+
+@patch
+def _leave(self:KnowledgeDistillationCallback):
+    "Take what learns beside the student out of its optimizer"
+    if self._along is None: return
+    self._along.leave()
+    self.learn.remove_cb(self._along)
+    self._along = None
 
 # %% ../../nbs/distill/distillation_callback.ipynb #d74c3a3f
 @patch(as_prop=True)
@@ -327,7 +340,7 @@ def terms_on(self:KnowledgeDistillationCallback,
     self.learn,learn.xb,learn.yb,self._pct = learn,xb,yb,0.
     try:
         self._meet()
-        self._try_out()
+        self._try_out(_shapes(xb))
         if self._capture: self._capture.__enter__()
         pred = learn.model(*xb)
         fm_s = self._capture.maps if self._capture else {}
@@ -348,11 +361,9 @@ def _release(self:KnowledgeDistillationCallback):
         self._capture.__exit__(None, None, None)
         self._capture.clear()
     if self._cache is not None: self._cache.detach()
-    if self._along is not None:
-        self._along.leave()
-        self.learn.remove_cb(self._along)
+    self._leave()
     self.learn.metrics = [o for o in self.learn.metrics if o not in self._columns]
-    self._along = self._cache = self._ask = None
+    self._cache = self._ask = None
     self.learn.__dict__.pop('_with_events', None)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #72f77118

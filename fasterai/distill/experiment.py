@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from ..core.plots import COLORS, GREY, new_axes
 from ..core.stats import paired_test
 from .distillation_callback import KnowledgeDistillationCallback
 from .features import as_found
@@ -66,7 +67,8 @@ class Experiment:
         self.check()
 
     def check(self):
-        "Raises ValueError for a teacher or a student that does not fit the data, before any training"
+        "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses, before any training"
+        KnowledgeDistillationCallback(self.teacher, self.loss, **self.kd)
         x,c = self.dls.one_batch()[0],self.dls.c
         for who,model in (('teacher',self.teacher), ('student',self.make_student())):
             try:
@@ -89,7 +91,7 @@ class Experiment:
         epochs:int|list[int]=40,   # Lengths of the trainings
         seeds:int|list[int]=8,     # Number of seeds, or the seeds
     ):
-        "Train all students, with a progress bar; returns self. `best` is the distilled student that scored best at the greatest length"
+        "Train all students, with a progress bar; returns self. `best` holds the accuracy of the distilled student that scored best at the greatest length, that student, and its twin that trained alone"
         epochs,seeds = listify(epochs),list(range(seeds)) if isinstance(seeds, int) else seeds
         bar,ticks = _ticks(2*sum(epochs)*len(seeds))
         for n in epochs:
@@ -103,7 +105,7 @@ class Experiment:
         distilled = deepcopy(alone)
         accs = [self._fit(alone, epochs, seed, _Tick(bar, ticks, f'seed {seed}, alone')),
                 self._fit(distilled, epochs, seed, _Tick(bar, ticks, f'seed {seed}, distilled'), KnowledgeDistillationCallback(self.teacher, self.loss, **self.kd))]
-        if longest and (self.best is None or accs[1]>self.best[0]): self.best = accs[1],distilled
+        if longest and (self.best is None or accs[1]>self.best[0]): self.best = accs[1],distilled,alone
         return accs
 
     def _fit(self, model, epochs, seed, *cbs, dls=None):
@@ -145,17 +147,22 @@ def verdict(self:Experiment, alpha:float=0.05)->str:
                      f"{(self.runs.epochs==n).sum()} seeds): {say(t)}" for n,t in found.items())
 
 @patch
+def learners(self:Experiment)->dict:
+    "The teacher and the two students of `best` as `Learner`s, for `compare` and its plots"
+    models = dict(teacher=self.teacher, alone=self.best[2], distilled=self.best[1])
+    return {k:Learner(self.dls, m, metrics=accuracy) for k,m in models.items()}
+
+@patch
 def plot(self:Experiment):
     "Each seed's two students joined by a line, for each length of training, and the teacher; returns the axes"
-    import matplotlib.pyplot as plt
     groups = list(self.runs.groupby('epochs'))
-    fig,axs = plt.subplots(1, len(groups), figsize=(1+2.4*len(groups), 3), sharey=True, squeeze=False, layout='constrained')
-    teacher = self.table().accuracy[0]
-    for ax,(n,g) in zip(axs[0], groups):
-        ax.plot([0,1], g[['alone','distilled']].T, 'o-', color='tab:gray', alpha=0.6, ms=4)
-        ax.plot([0,1], g[['alone','distilled']].mean(), 'o-', color='tab:orange', lw=2.5)
-        ax.axhline(teacher, color='tab:blue', ls='--', lw=1)
-        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone','distilled'], xlim=(-0.3,1.3))
-    axs[0][0].set_ylabel('accuracy')
-    axs[0][0].annotate('teacher', (-0.25, teacher), va='bottom', color='tab:blue', fontsize=8)
-    return axs[0]
+    axs = new_axes(1, len(groups), size=(2.6, 3), sharey=True)[0]
+    learn = Learner(self.dls, self.teacher, metrics=accuracy)
+    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)): teacher = learn.validate()[1]
+    for ax,(n,g) in zip(axs, groups):
+        ax.plot([0,1], g[['alone','distilled']].T, 'o-', color=GREY, alpha=0.6, ms=4)
+        ax.plot([0,1], g[['alone','distilled']].mean(), 'o-', color=COLORS[1], lw=2.5)
+        ax.axhline(teacher, color=COLORS[0], ls='--', lw=1)
+        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone','distilled'], xlim=(-0.3,1.3), ylabel='accuracy' if ax is axs[0] else '')
+    axs[0].annotate('teacher', (-0.25, teacher), va='bottom', color=COLORS[0], fontsize=8)
+    return axs

@@ -130,7 +130,7 @@ def model_cost(
     xs = _xs(x)
     if not xs or not all(isinstance(t, torch.Tensor) and t.ndim and len(t) for t in xs):
         raise ValueError(f"x must be a batch with at least one sample, or a tuple of such, got {type(x).__name__} {getattr(x, 'shape', '')}")
-    xs = to_model(model, tuple(t.detach().as_subclass(torch.Tensor) for t in xs))
+    xs = to_model(model, tuple(t.detach().as_subclass(torch.Tensor).clone() for t in xs))  # a slice would hold on to its whole batch
     one,bs = tuple(t[:1] for t in xs),len(xs[0])
     (med,p90),(batch,_) = (latency_ms(model, b, min_time, threads) for b in (one, xs))
     return dict(params=n_params(model), size_mb=size_mb(model), macs=macs(model, one), latency_ms=med, latency_p90_ms=p90,

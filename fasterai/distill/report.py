@@ -226,14 +226,15 @@ def compare(
     outs = {n: _predict(n, l, dls[n]) for n,l in learners.items()}
     _check_alike(list(learners), dls, outs)
     scores = {n: {m: _score(found[n][m], l, *outs[n], n_boot, seed) for m in names} for n,l in learners.items()}
-    rows = {}
+    xbs = {n: _xb(dls[n]) for n in learners} if cost else {}
+    bs,rows = min((len(xb[0]) for xb in xbs.values()), default=0),{}  # of one size, so that throughput and memory compare
     for n,l in learners.items():
         row = rows[n] = {}
         for m in names:
             row[m],row[f'{m}_lo'],row[f'{m}_hi'] = (s := scores[n][m])[0],*_interval(s[2])
             if baseline is not None: row[f'{m}_diff'],row[f'{m}_p'],(row[f'{m}_diff_lo'],row[f'{m}_diff_hi']) = _against(s, scores[baseline][m])
         row.update(_fidelity(l, *outs[n], learners.get(teacher), outs[teacher][0] if teacher else None))
-        if cost: row.update(model_cost(l.model, _xb(dls[n]), min_time))
+        if cost: row.update(model_cost(l.model, tuple(x[:bs] for x in xbs[n]), min_time))
     res = Comparison.from_dict(rows, orient='index')
     res.attrs = dict(metrics=names, teacher=teacher, baseline=baseline, n=len(outs[next(iter(outs))][1][0]))
     return res

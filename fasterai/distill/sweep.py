@@ -213,7 +213,7 @@ class Sweep:
             for name,color,style in (('alone', GREY, '--'), ('teacher', GREY, ':')): self._level(ax, self._of(name)[metric], name, color, style)
             ax.set(xlabel=p, ylabel=metric if ax is axs[0] else '')
             ax.grid(True, axis='y')
-            with look(): ax.legend(fontsize='small')
+            with look(): ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
         return axs
 
     def _line(self, ax, runs, p, metric, color, label):
