@@ -43,7 +43,7 @@ $(VENV)/.installed: setup.py settings.ini pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(bin)/python -m pip install -q -e '.[dev]'
+	$(bin)/python -m pip install -q -e '.[dev,docs]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
