@@ -360,8 +360,12 @@ class TestReplay:
 
 def fill(path, **kw): train(loaders(), Teacher(), TeacherCache(path, dtype=torch.float32, **kw), n=1)
 
+def alone(f, *args):
+    torch.set_num_threads(1) # OpenMP's threads do not survive a fork
+    f(*args)
+
 def in_process(f, *args):
-    p = get_context('fork').Process(target=f, args=args)
+    p = get_context('fork').Process(target=alone, args=(f, *args))
     p.start()
     return p
 
