@@ -9,14 +9,14 @@ demo: $(VENV)/.installed
 	$(bin)/fasterai_distill --out demo
 
 test: $(VENV)/.installed-dev
-	$(bin)/nbdev-test --n-workers 2
+	$(bin)/nbdev-test --n-workers 2 --skip-folder-re '^(tutorials|howto)'
 	$(bin)/python -m pytest
 
 # After editing a notebook: export, clean, store the outputs, and write the README.
 prepare: export PYTHONWARNINGS=ignore
 prepare: $(VENV)/.installed-dev
 	$(bin)/nbdev-export
-	$(bin)/nbdev-test --save --n-workers 2
+	$(bin)/nbdev-test --save --n-workers 2 --skip-folder-re '^(tutorials|howto)'
 	$(bin)/nbdev-clean
 	$(MAKE) readme
 
@@ -43,7 +43,7 @@ $(VENV)/.installed: setup.py settings.ini pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(bin)/python -m pip install -q -e '.[dev]'
+	$(bin)/python -m pip install -q -e '.[dev,docs]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -681,6 +681,67 @@ def test_repr_says_what_is_trained():
     assert KD(teacher(), weight=2, task_weight=1).equation()=='1*task + 2*SoftTarget(T=5)'
 
 
+def test_predict_show_results_and_the_other_ways_to_fit(tmp_path):
+    import fastai.vision.data
+    from fastai.callback.progress import CSVLogger
+    from fasterai.core.digits import digits_dls, digits_net
+    dls = digits_dls(n_train=40, bs=20, n_valid=20)
+    learn = learner(digits_net(4), dls, opt_func=Adam, path=tmp_path, cbs=KD(digits_net(8), [SoftTarget, Attention], {'0': '0'}))
+    learn.fit_flat_cos(1, 1e-3)
+    learn.fit(2, cbs=CSVLogger())
+    head,*rows = (tmp_path/'history.csv').read_text().splitlines()
+    assert head.endswith('SoftTarget_loss,Attention_loss,time') and len(rows)==2
+    assert learn.predict(dls.valid_ds[0][0])[0] in '0123456789'
+    learn.show_results(max_n=2)
+    assert len(learn.tta(n=1)[0])==20
+    assert not n_hooks(learn.model) and len(learn.metrics)==0
+
+
+def test_a_later_epoch_goes_on_where_the_schedule_was():
+    learn = learner()
+    kd = KD(teacher(), weight=0.8, schedule=lin)
+    learn.fit(4, start_epoch=2, cbs=kd)
+    n = len(learn.dls.train)
+    assert kd.log.history.weight.tolist()==pytest.approx([0.8*i/(4*n) for i in range(2*n, 4*n)])
+
+
+def test_save_load_and_resume(tmp_path):
+    a = learner(path=tmp_path, opt_func=Adam)
+    kd = KD(teacher(), FitNet, **layers)
+    a.fit(2, cbs=kd)
+    a.save('half')
+    torch.save(kd.learned.state_dict(), tmp_path/'adapters.pth')
+    b = learner(path=tmp_path, opt_func=Adam)
+    b.create_opt()
+    b.load('half')
+    kd2 = KD(teacher(), FitNet, **layers)
+    b.model.eval()
+    kd2.terms_on(b, *[(o,) for o in b.dls.one_batch()]) # a batch shows what to build
+    kd2.learned.load_state_dict(torch.load(tmp_path/'adapters.pth'))
+    for dl,other in zip(a.dls.loaders, b.dls.loaders): other.rng = copy.deepcopy(dl.rng)
+    a.fit(1, cbs=kd)
+    b.fit(1, cbs=kd2)
+    assert same(state(a.model), state(b.model)) and same(state(kd.learned), state(kd2.learned))
+
+
+def test_data_parallel_is_refused_by_name():
+    model = nn.DataParallel(net())
+    model.device_ids = [0, 1]
+    with pytest.raises(ValueError, match='DataParallel'): learner(model).fit(1, cbs=KD(teacher(), Attention, **layers))
+
+
+def test_terms_on_a_batch_leave_the_learner_as_it_was():
+    learn = learner()
+    kd = KD(teacher(), {SoftTarget: 2, FitNet: 1}, **layers)
+    before,(x,y) = state(learn.model),learn.dls.one_batch()
+    learn.model.eval()
+    task,parts = kd.terms_on(learn, (x,), (y,))
+    torch.testing.assert_close(task, F.cross_entropy(learn.model(x), y))
+    torch.testing.assert_close(parts['SoftTarget'], SoftTarget(learn.model(x), teacher().eval()(x)))
+    assert parts['FitNet'].requires_grad and same(before, state(learn.model)) and not n_hooks(learn.model) and kd.learn is None
+    assert not any(isinstance(o, KD) for o in learn.cbs) and learn.opt is None
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_no_hidden_synchronisation():

@@ -34,8 +34,8 @@ def test_readme_is_the_index(copy):
 
 
 floors = [
-    {'core.names', 'core.stats', 'core.plots', 'core.digits', 'core.images', 'distill.loss_log', 'distill.train_along', 'distill.cache'},
-    {'core.schedule', 'core.archs', 'distill.terms', 'distill.features', 'distill.adapters', 'distill.losses_base'},
+    {'core.names', 'core.stats', 'core.plots', 'core.seeds', 'core.digits', 'core.images', 'distill.train_along', 'distill.cache'},
+    {'core.schedule', 'core.archs', 'distill.loss_log', 'distill.terms', 'distill.features', 'distill.adapters', 'distill.losses_base'},
     {'distill.losses_logits', 'distill.losses_features', 'distill.losses_relational', 'distill.matching', 'distill.teacher', 'distill.measure', 'distill.learned_losses'},
     {'distill.losses', 'distill.pictures'},
     {'distill.distillation_callback', 'distill.report'},

@@ -29,12 +29,7 @@ from .features import as_found, to_model, unwrap
 @contextmanager
 def _as_in_training(model):
     "Training mode and a graph inside; modes and buffers as before afterwards"
-    buffers = [(b, b.clone()) for b in model.buffers()] # batch norm moves its statistics without raising `_version`, which `as_found` goes by
-    with as_found(model):
-        try:
-            with torch.enable_grad(): yield model.train()
-        finally:
-            for b,was in buffers: b.copy_(was)
+    with as_found(model), torch.enable_grad(): yield model.train()
 
 def _batches(learn, ds_idx, n):
     "The first `n` batches of a new shuffled pass, as (inputs, targets), on the model's device"

@@ -10,11 +10,15 @@ __all__ = []
 # %% ../../nbs/distill/all.ipynb #66118679
 from ..core import schedule
 from ..core.schedule import *
-from . import distillation_callback, learned_losses, losses
+from . import advice, distillation_callback, learned_losses, losses, report, sweep as sweeps
+from .advice import *
+from .cache import Replay, TeacherCache
 from .distillation_callback import *
 from .learned_losses import *
 from .losses import *
+from .report import *
+from .sweep import *
 from .teacher import Teacher
 
 # %% ../../nbs/distill/all.ipynb #b5e4ba19
-__all__ = ['Teacher', *schedule.__all__, *distillation_callback.__all__, *learned_losses.__all__, *losses.__all__]
+__all__ = ['Teacher', 'TeacherCache', 'Replay'] + [n for room in (schedule, losses, learned_losses, distillation_callback, report, sweeps, advice) for n in room.__all__]

@@ -16,6 +16,7 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
                                   CancelStepException, CancelTrainException, CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import RNNCallback
 from fastai.torch_core import find_bs
 from fastcore.basics import detuplify, patch
 from torch import nn
@@ -344,6 +345,7 @@ def terms_on(self:KnowledgeDistillationCallback,
         if self._capture: self._capture.__enter__()
         pred = learn.model(*xb)
         fm_s = self._capture.maps if self._capture else {}
+        if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
         return learn.loss_func(pred, *yb), self._lesson(pred, fm_s, self._target(pred))
     finally:
         if self._capture:

@@ -193,7 +193,7 @@ def as_found(
     "Evaluation mode and no graph inside; afterwards every mode, attribute, buffer and random state is as before, whatever happened"
     mods = [m for model in models for m in unwrap(model).modules()]
     attrs = [(m, type(m), m.training, dict(vars(m))) for m in mods]
-    buffers = [(b, b._version, b.clone()) for m in mods for b in m._buffers.values() if b is not None]
+    buffers = [(b, b.clone()) for m in mods for b in m._buffers.values() if b is not None]
     devices = {p.device for m in mods for p in m._parameters.values() if p is not None and p.is_cuda}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled(mods):
@@ -206,8 +206,7 @@ def as_found(
                 vars(m).update(were)
             m.training = mode
         with torch.no_grad():
-            for b,version,was in buffers:
-                if b._version!=version: b.copy_(was)
+            for b,was in buffers: b.copy_(was) # always: BatchNorm moves its statistics without raising `_version`
 
 def _uncompiled(mods):
     if not any(map(_is_compiled, mods)) or not hasattr(torch.compiler, 'set_stance'): return nullcontext()

@@ -14,6 +14,8 @@ from fastai.learner import ValueMetric
 from fastcore.basics import store_attr
 from torch import Tensor
 
+from ..core.plots import new_axes
+
 # %% ../../nbs/distill/loss_log.ipynb #7c579391
 class LossLog:
     "Losses by batch: their means over an epoch, and their `history` over the training's steps"
@@ -60,9 +62,8 @@ class LossLog:
     ):
         "Draw the losses and the weight over the steps; returns the axes. Raises ValueError before any training"
         if not len(self.history): raise ValueError("nothing to plot yet: train first")
-        import matplotlib.pyplot as plt
         names = list(self.history)
-        _,axs = plt.subplots(1, len(names), figsize=(3*len(names), 2.2), layout='constrained')
+        axs = new_axes(1, len(names), size=(3, 2.2))[0]
         for ax,k in zip(axs, names):
             h = self.history[k].dropna()
             ax.plot(h if k=='weight' or not smooth else h.ewm(alpha=1-smooth).mean())

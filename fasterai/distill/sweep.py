@@ -12,7 +12,6 @@ import csv
 import inspect
 import io
 import os
-import random
 import re
 import time
 from copy import deepcopy
@@ -35,6 +34,7 @@ from torch import nn
 
 from ..core.names import unknown_name
 from ..core.plots import COLORS, GREY, look, new_axes
+from ..core.seeds import same_start
 from ..core.stats import paired_test
 from .distillation_callback import KnowledgeDistillationCallback
 from .features import as_found
@@ -127,11 +127,6 @@ def _fit(learn, epochs, cbs):
     watched = any(isinstance(c, TrackerCallback) for c in learn.cbs) # SaveModelCallback and its like decide by the epochs' validation
     learn.fit_one_cycle(epochs, cbs=L(cbs) + ([] if watched else [_SkipValidation()]))
 
-def _seeded(learn, seed):
-    for dl in getattr(learn.dls, 'loaders', ()):
-        if hasattr(dl, 'rng'): dl.rng = random.Random(seed)
-    set_seed(seed)
-
 def _measure(learn):
     "Validation loss and metrics by name"
     with as_found(learn.model), learn.no_bar(), learn.no_logging(): return dict(zip(_measured(learn), map(float, learn.validate())))
@@ -141,7 +136,7 @@ def _measured(learn): return ['valid_loss', *L(learn.metrics).attrgot('name')]
 def _run(make_learner, seed, epochs, fit, cbs):
     set_seed(seed)
     learn,start = make_learner(),time.time()
-    _seeded(learn, seed)
+    same_start(learn.dls, seed)
     with learn.no_bar(), learn.no_logging(): fit(learn, epochs, cbs())
     seconds = time.time()-start
     return {**_measure(learn), 'seconds':round(seconds, 2)}
