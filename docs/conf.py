@@ -21,6 +21,7 @@ suppress_warnings = ['mystnb.unknown_mime_type']  # widgets; each comes with tex
 
 autodoc_typehints = 'none'  # they are in the tables
 autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True
 autodoc_member_order = 'bysource'
 autodoc_class_signature = 'mixed'
 python_use_unqualified_type_names = add_module_names = False

