@@ -54,6 +54,11 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
     (dict(size=0), 'size'),
     (dict(epochs='ten'), 'epochs'),
     (dict(seeds=0), 'seeds'),
+    (dict(lr=0.), 'lr'),
+    (dict(T=0.), 'T'),
+    (dict(teacher_epochs=0), 'teacher_epochs'),
+    (dict(weight=float('nan')), 'weight'),
+    (dict(workers=-1), 'workers'),
 ])
 def test_what_is_wrong_is_said_before_training(images, tmp_path, args, what, capsys):
     args = {**dict(path=images, out=tmp_path/'out', teacher='resnet18', student='resnet18', epochs=1, size=16, bs=8, workers=0), **args}
@@ -71,4 +76,6 @@ def test_weights_of_another_number_of_classes(images, tmp_path):
 def test_the_command_says_errors_in_a_line():
     res = subprocess.run([command, 'nowhere'], capture_output=True, text=True)
     assert res.returncode==1 and res.stderr.strip().splitlines()[-1]=="fasterai_distill: no folder 'nowhere'"
-    assert 'teacher_weights' in subprocess.run([command, '--help'], capture_output=True, text=True).stdout
+    for way in ('--teacher_weights', '--teacher-weights'):
+        res = subprocess.run([command, '.', way, 'nothing.pth', '--T', '4', '--loss=Attention'], capture_output=True, text=True, cwd=Path(__file__).parent)
+        assert 'no temperature' in res.stderr

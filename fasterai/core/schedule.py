@@ -30,6 +30,7 @@ class Schedule:
 
     def __post_init__(self):
         if not callable(self.sched_func): raise TypeError(f"sched_func must be f(start, end, pos) or a fastai annealer, got {self.sched_func!r}")
+        object.__setattr__(self, '_pos_only', _takes_pos_only(self.sched_func))
         if not 0<=self.start_pct<self.end_pct<=1: raise ValueError(f"need 0 <= start_pct < end_pct <= 1, got {self.start_pct} and {self.end_pct}")
 
     def progress(self,
@@ -37,7 +38,7 @@ class Schedule:
     )->float:
         "The value in force once `pct` of the training is done"
         pos = (pct-self.start_pct)/(self.end_pct-self.start_pct)
-        if _takes_pos_only(self.sched_func): return float(self.sched_func(min(max(pos, 0.), 1.)))
+        if self._pos_only: return float(self.sched_func(min(max(pos, 0.), 1.)))
         return float(self.sched_func(self.start_val, self.end_val, min(pos, 1.)) if pos>=0 else self.start_val)
 
     def plot(self,

@@ -205,11 +205,15 @@ def _wide(x): return x.as_subclass(torch.Tensor).to(torch.promote_types(x.dtype,
 
 def carry_over(
     module:nn.Module, # A module built anew
-    state:dict,       # `state_dict` of the one it replaces
+    old:nn.Module,    # The one that it replaces
 ):
-    "Load `state` into `module` if their names and shapes agree"
-    shapes = lambda d: {k: v.shape for k,v in d.items()}
-    if shapes(module.state_dict())==shapes(state): module.load_state_dict(state)
+    "Let `module` have the very parameters and buffers of `old`, so that an optimizer goes on with them, if names and shapes agree"
+    shapes = lambda m: {k: v.shape for k,v in m.state_dict().items()}
+    if shapes(module)!=shapes(old): return
+    for name,m in module.named_modules():
+        if m._parameters or m._buffers:
+            o = old.get_submodule(name)
+            m._parameters,m._buffers = o._parameters,o._buffers
 
 class Adapters(nn.Module):
     """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al., ICLR 2015, arXiv 1412.6550).
@@ -271,5 +275,5 @@ def build(cls:Adapters,
             if same_shape and out.shape[1:]!=t.shape[1:]: raise ValueError(f"{pair}: the adapter gives {tuple(out.shape)}; {remedy}")
             pairs[k] = m
     new = cls(pairs)
-    if old is not None: carry_over(new, old.state_dict())
+    if old is not None: carry_over(new, old)
     return new

@@ -8,6 +8,8 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/distillation_callback.htm
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
 # %% ../../nbs/distill/distillation_callback.ipynb #7a1dc0f8
+import math
+from copy import deepcopy
 from functools import partial
 from typing import Callable
 
@@ -23,7 +25,7 @@ from torch import nn
 
 from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
-from .adapters import Adapters
+from .adapters import Adapters, adapter
 from .cache import as_cache
 from .features import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
 from .loss_log import LossLog
@@ -51,7 +53,7 @@ def _guarded(cb, with_events, *args, **kwargs):
 
 def _leave_autocast(cb):
     "End the autocast of fastai's `MixedPrecision`, if it is on and was not when the fit began"
-    for mp in cb.learn._grab_cbs(MixedPrecision):
+    for mp in cb._host._grab_cbs(MixedPrecision):
         autocast = getattr(mp, 'autocast', None)
         if autocast is not None and torch.is_autocast_enabled(autocast.device) and not cb._autocast.get(autocast.device):
             autocast.__exit__(None, None, None)
@@ -63,7 +65,8 @@ class KnowledgeDistillationCallback(Callback):
     Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The table shows the
     training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError, before the first step, for
     misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and a teacher that shares weights with the student."""
-    order,_stateattrs = MixedPrecision.order-5, ('teacher','terms','log','_adapters','_student','_capture','_along','_cache','_ask')
+    order,_stateattrs = MixedPrecision.order-5, (
+        'teacher','terms','log','schedule','schedules','adapters','select','_adapters','_student','_capture','_along','_cache','_ask','_columns','_task','_host','_saved','_loading','_tried','_placers')
 
     def __init__(self,
         teacher:nn.Module,                   # A trained model or `Learner`, a list of them (probabilities are averaged), or a `Teacher`
@@ -91,9 +94,13 @@ class KnowledgeDistillationCallback(Callback):
         self._check_arguments()
 
     def _check_arguments(self):
-        if self.weight<0: raise ValueError(f"weight must not be negative, got {self.weight}")
-        if self.task_weight is None and self.weight>1:
-            raise ValueError(f"weight={self.weight} would give the task loss the weight {1-self.weight:g}: pass task_weight=1 to set the two apart")
+        weights = [self.weight_at(i/100) for i in range(101)] + [self.weight]
+        if not all(0<=w<math.inf for w in weights): raise ValueError(f"weight must be 0 or more all the way, got {min(weights)} to {max(weights)}")
+        if self.task_weight is not None and not 0<=self.task_weight<math.inf: raise ValueError(f"task_weight must be 0 or more, got {self.task_weight}")
+        if self.task_weight is None and max(weights)>1:
+            raise ValueError(f"a weight of {max(weights):g} would give the task loss the weight {1-max(weights):g}: pass task_weight=1 to set the two apart")
+        if not (self.adapters is None or self.adapters=='auto' or isinstance(self.adapters, dict)):
+            raise ValueError(f"adapters must be 'auto', None, or a dict of student layer to module, got {self.adapters!r}")
         if not 0<=self.window[0]<self.window[1]<=1: raise ValueError(f"need 0 <= start_pct < end_pct <= 1, got {self.window[0]} and {self.window[1]}")
         hypers = [k for o in self.terms for k in o.hypers]
         for k in self.schedules:
@@ -109,7 +116,8 @@ class KnowledgeDistillationCallback(Callback):
         "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
         self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
         self._fitting,self._met,self._compiled,self._w,self._pct,self._columns = False,False,False,0.,0.,[]
-        self._tried = self._along = self._cache = self._ask = None
+        self._tried,self._task,self.schedules = {},{},{}
+        self.schedule = self.adapters = self.select = self._along = self._cache = self._ask = self._saved = self._loading = self._host = self._placers = None
 
 
     @property
@@ -132,10 +140,16 @@ class KnowledgeDistillationCallback(Callback):
         if not (self.window[0]<=pct and (pct<self.window[1] or self.window[1]==1)): return 0.
         return self.weight*(1. if self.schedule is None else self.schedule.progress(pct))
 
+    def __setattr__(self, name, value):
+        "Clean up when the learner lets the callback go in the middle of a fit"
+        if name=='learn' and value is None and vars(self).get('_fitting'): self._release()
+        super().__setattr__(name, value)
+
     def before_fit(self):
         "Add the losses' columns to the table, and watch over the fit"
         if self.learn.lock.locked(): return # validate or get_preds: no training
         self._release()
+        self._host = self.learn # fastai forgets it before the guard is through
         self._fitting,self._autocast = True,{k:torch.is_autocast_enabled(k) for k in ('cpu','cuda')}
         self.log = LossLog(self.loss_names, self.valid)
         self._columns,self._met = self.log.columns(),False
@@ -146,22 +160,27 @@ class KnowledgeDistillationCallback(Callback):
         "At the first epoch, bring teacher and student together"
         self.log.start()
         if not self._met: self._meet()
+        self.learned.train()
 
     def before_batch(self):
         "Set the weight in force, and while it is not 0 listen to the student's layers"
-        searching = hasattr(self.learn, 'lr_finder')
-        self._pct = self.pct_train
-        self._w = self.weight if searching else self.weight_at(self._pct)
-        if self._on and self._tried!=(shapes := _shapes(self.xb)): self._try_out(shapes)
+        if self.training:
+            self._pct = self.pct_train
+            self._w = self.weight if hasattr(self.learn, 'lr_finder') else self.weight_at(self._pct)
+        if self._on: self._try_out()
         if self._listens: self._capture.__enter__()
 
     def after_pred(self):
         "Stop listening"
         if self._listens: self._capture.__exit__(None, None, None)
 
+    def before_validate(self):
+        "Adapters and learned losses learn nothing from the validation"
+        if self._fitting: self.learned.eval()
+
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
-        if self._on: parts = self._lesson(self.pred, self._capture.maps if self._capture else {}, self._target(self.pred))
+        if self._on: parts = self._lesson(self.pred, self._capture.maps if self._capture else {}, self._target(self._logits(self.pred)))
         elif self.training: parts = {}
         else: return
         self.log.add([self.learn.loss_grad if len(self.yb) else None, *(parts.get(o.name) for o in self.terms)], self._w, find_bs(self.xb), self.training)
@@ -169,7 +188,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_batch(self):
         "Let the captured maps go"
-        if self._capture: self._capture.clear()
+        self._stop_listening()
 
     def after_train(self):
         "Take the epoch's means"
@@ -196,13 +215,14 @@ def _meet(self:KnowledgeDistillationCallback):
     self._device = next(student.parameters()).device
     self.teacher.to(self._device)
     self._task = _task_facts(self.learn.loss_func)
-    if self._made_teacher: self.teacher.axis = self._task.get('axis', 1)
+    if self._made_teacher: self.teacher.axis,self.teacher.average = self._task.get('axis', 1),_average(self.learn.loss_func)
     if self._student is not model:
-        self._student,self._tried = model,None
+        self._student,self._tried = model,{}
         self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
         self._compiled = any(map(_is_compiled, [model, *student.modules()]))
     self._met,self._ask = True,self._hire()
     if self._tried: self._join()
+    if hasattr(self.learn, 'lr_finder'): self._saved = self._snapshot()
 
 @patch
 def _hire(self:KnowledgeDistillationCallback):
@@ -220,26 +240,36 @@ def _task_facts(loss_func):
     facts = {k:getattr(loss_func, k, getattr(getattr(loss_func, 'func', None), k, None)) for k in FROM_TASK}
     return {k:v for k,v in facts.items() if v is not None}
 
+def _average(loss_func):
+    "What an ensemble of teachers is to average for a task with this loss"
+    f = getattr(loss_func, 'func', loss_func)
+    if isinstance(f, (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)): return 'sigmoid'
+    return 'none' if isinstance(f, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)) else 'softmax'
+
 # %% ../../nbs/distill/distillation_callback.ipynb #cafaa66e
 @patch
-def _try_out(self:KnowledgeDistillationCallback, shapes):
-    "Build adapters and learned losses from the batch, and call every loss once"
-    self._leave()
-    self._tried = shapes
+def _try_out(self:KnowledgeDistillationCallback):
+    "Build adapters and learned losses from a batch of a new size, and call every loss once"
+    size = tuple(tuple(o.shape[1:]) if isinstance(o, torch.Tensor) else type(o) for o in self.xb)
+    if size in self._tried:
+        self._adapters,self._placers = self._tried[size]
+        return
     if not any(o.takes_features or hasattr(o.base, 'build') for o in self.terms): return
     student = unwrap(self.learn.model)
     with as_found(student):
         with Capture(student, self.layers_s, detach=True, kind='layer of the student') as fm: pred = student(*self.xb)
         teacher_pred,fm_t = self.teacher(*self.xb, layers=self.layers_t)
         outputs = dict(pred=self._logits(pred), teacher_pred=teacher_pred, fm_s=fm.maps, fm_t=fm_t)
-        self._adapters = self._make_adapters(fm.maps, fm_t)
+        self._adapters,self._placers = self._tried[size] = self._make_adapters(fm.maps, fm_t),_placers(fm.maps, fm_t)
         for o in self.terms:
             if hasattr(o.base, 'build'): o.base.build(**self._adapted(o, outputs))
             if isinstance(o.base, nn.Module): o.base.to(self._device)
-        self._compare({**outputs, 'target': self._target(pred)})
-    self._join()
-
-def _shapes(xb): return [tuple(o.shape[1:]) if isinstance(o, torch.Tensor) else type(o) for o in xb]
+        if self._loading is not None: self.learned.load_state_dict(self._loading)
+        buffers = [(b, b.clone()) for b in self.learned.buffers()]
+        self._compare({**outputs, 'target': self._target(outputs['pred'])})
+        for b,was in buffers: b.copy_(was)
+    self._loading = None
+    if self._along is None or {*map(id, self._along.params)}!={*map(id, self.learned.parameters())}: self._join()
 
 @patch
 def _make_adapters(self:KnowledgeDistillationCallback, fm_s, fm_t):
@@ -248,10 +278,16 @@ def _make_adapters(self:KnowledgeDistillationCallback, fm_s, fm_t):
     if not own and not (needed and self.adapters=='auto'): return None
     return Adapters.build(fm_s, fm_t, own=self.adapters if own else None, same_shape=needed, old=self._adapters)
 
+def _placers(fm_s, fm_t):
+    "For losses that compare position by position: modules without parameters that lay tokens out as a grid, or a grid as tokens; None if there are no such pairs"
+    pairs = {k: adapter(s.shape, t.shape).place if s.ndim!=t.ndim and min(s.ndim, t.ndim)>2 else None for (k,s),t in zip(fm_s.items(), fm_t.values())}
+    return Adapters(pairs) if any(pairs.values()) else None
+
 @patch
 def _join(self:KnowledgeDistillationCallback):
     "Let what learns beside the student train with its optimizer, until `_release`"
-    params = list(self.learned.train().parameters())
+    self._leave()
+    params = list(self.learned.train(self.training).parameters())
     if not params or not self._fitting: return
     self._along = TrainAlong(params)
     self.learn.add_cb(self._along)
@@ -262,10 +298,30 @@ def _leave(self:KnowledgeDistillationCallback):
     "Take what learns beside the student out of its optimizer"
     if self._along is None: return
     self._along.leave()
-    self.learn.remove_cb(self._along)
+    self._host.remove_cb(self._along)
     self._along = None
 
 # %% ../../nbs/distill/distillation_callback.ipynb #d74c3a3f
+@patch
+def load_learned(self:KnowledgeDistillationCallback,
+    state:dict, # `kd.learned.state_dict()` of an earlier callback with the same losses and layers
+):
+    "Go on from what adapters and learned losses knew, once the first batch has built them again"
+    self._loading = state
+
+@patch
+def _snapshot(self:KnowledgeDistillationCallback):
+    "All that a training changes in adapters and learned losses"
+    return [(o.base, deepcopy(vars(o.base))) for o in self.terms if isinstance(o.base, nn.Module)],*deepcopy((self._adapters, self._placers, self._tried))
+
+@patch
+def _restore(self:KnowledgeDistillationCallback, snapshot):
+    "Undo what happened since, as `lr_find` does with the student"
+    modules,self._adapters,self._placers,self._tried = snapshot
+    for m,was in modules:
+        vars(m).clear()
+        vars(m).update(was)
+
 @patch(as_prop=True)
 def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
     "Adapters and learned losses, once the first batch has built them; their `state_dict` is no part of the student's"
@@ -290,8 +346,9 @@ def _compare(self:KnowledgeDistillationCallback, outputs):
 @patch
 def _adapted(self:KnowledgeDistillationCallback, term, outputs):
     "`outputs` with the student's maps through the adapters, for a loss that wants them"
-    if self._adapters is None or not (term.same_shape or isinstance(self.adapters, dict)) or not term.takes_features: return outputs
-    return {**outputs, 'fm_s': self._adapters(outputs['fm_s'])}
+    if not term.takes_features or self.adapters is None: return outputs
+    adapt = self._adapters if term.same_shape or isinstance(self.adapters, dict) else self._placers if term.same_positions else None
+    return outputs if adapt is None else {**outputs, 'fm_s': adapt(outputs['fm_s'])}
 
 @patch
 def _logits(self:KnowledgeDistillationCallback, pred):
@@ -341,32 +398,38 @@ def terms_on(self:KnowledgeDistillationCallback,
     self.learn,learn.xb,learn.yb,self._pct = learn,xb,yb,0.
     try:
         self._meet()
-        self._try_out(_shapes(xb))
+        self._try_out()
         if self._capture: self._capture.__enter__()
         pred = learn.model(*xb)
         fm_s = self._capture.maps if self._capture else {}
         if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
-        return learn.loss_func(pred, *yb), self._lesson(pred, fm_s, self._target(pred))
+        return learn.loss_func(pred, *yb), self._lesson(pred, fm_s, self._target(self._logits(pred)))
     finally:
-        if self._capture:
-            self._capture.__exit__(None, None, None)
-            self._capture.clear()
+        self._stop_listening()
         self._met,(self.learn,learn.xb,learn.yb) = False,before
 
 # %% ../../nbs/distill/distillation_callback.ipynb #d287f1cf
 @patch
+def _stop_listening(self:KnowledgeDistillationCallback):
+    "Take the hooks off the student, and let go of what they captured"
+    if not self._capture: return
+    self._capture.__exit__(None, None, None)
+    self._capture.clear()
+
+@patch
 def _release(self:KnowledgeDistillationCallback):
     "Undo all that a fit needed; called when it ends, however it ends"
     if not self._fitting: return
-    self._fitting = False
-    if self._capture:
-        self._capture.__exit__(None, None, None)
-        self._capture.clear()
+    self._fitting,learn = False,self._host
+    self.log.close() # what an interrupted epoch has seen
+    self._stop_listening()
     if self._cache is not None: self._cache.detach()
     self._leave()
-    self.learn.metrics = [o for o in self.learn.metrics if o not in self._columns]
+    if self._saved is not None: self._restore(self._saved)
+    learn.metrics = [o for o in learn.metrics if o not in self._columns]
     self._cache = self._ask = None
-    self.learn.__dict__.pop('_with_events', None)
+    learn.__dict__.pop('_with_events', None)
+    self._host,self._saved,self._columns = None,None,[]
 
 # %% ../../nbs/distill/distillation_callback.ipynb #72f77118
 @patch

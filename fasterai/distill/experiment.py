@@ -57,7 +57,7 @@ class Experiment:
     ):
         store_attr(but='kd')
         self.kd = kd
-        self.runs,self.best = pd.DataFrame(columns=['epochs','seed','alone','distilled']),None
+        self.runs,self.pairs = pd.DataFrame(columns=['epochs','seed','alone','distilled']),{}
         self.check()
 
     def check(self):
@@ -85,22 +85,39 @@ class Experiment:
         epochs:int|list[int]=40,   # Lengths of the trainings
         seeds:int|list[int]=8,     # Number of seeds, or the seeds
     ):
-        "Train all students, with a progress bar; returns self. `best` holds the accuracy of the distilled student that scored best at the greatest length, that student, and its twin that trained alone"
+        "Train all students that have not been trained yet, with a progress bar; returns self"
         epochs,seeds = listify(epochs),list(range(seeds)) if isinstance(seeds, int) else seeds
-        bar,ticks = _ticks(2*sum(epochs)*len(seeds))
-        for n in epochs:
-            for seed in seeds: self.runs.loc[len(self.runs)] = [n, seed, *self._pair(n, seed, n==max(epochs), bar, ticks)]
+        done = set(zip(self.runs.epochs, self.runs.seed))
+        todo = [(n,seed) for n in epochs for seed in seeds if (n,seed) not in done]
+        bar,ticks = _ticks(2*sum(n for n,_ in todo))
+        for n,seed in todo: self.runs.loc[len(self.runs)] = [n, seed, *self._pair(n, seed, bar, ticks)]
         self.runs = self.runs.astype(dict(epochs=int, seed=int))
         return self
 
-    def _pair(self, epochs, seed, longest, bar, ticks):
+    def _pair(self, epochs, seed, bar, ticks):
         same_start(self.dls, seed)
         alone = self.make_student()
         distilled = deepcopy(alone)
         accs = [self._fit(alone, epochs, seed, _Tick(bar, ticks, f'seed {seed}, alone')),
                 self._fit(distilled, epochs, seed, _Tick(bar, ticks, f'seed {seed}, distilled'), KnowledgeDistillationCallback(self.teacher, self.loss, **self.kd))]
-        if longest and (self.best is None or accs[1]>self.best[0]): self.best = accs[1],distilled,alone
+        if epochs>max((n for n,_ in self.pairs), default=0): self.pairs.clear() # the students of the longest training are kept
+        if epochs>=max((n for n,_ in self.pairs), default=0): self.pairs[epochs,seed] = alone,distilled
         return accs
+
+    def _longest(self): return self.runs[self.runs.epochs==self.runs.epochs.max()]
+
+    @property
+    def best(self)->tuple:
+        "Accuracy of the distilled student that scored best at the greatest length, and that student"
+        r = self._longest().sort_values('distilled').iloc[-1]
+        return r.distilled,self.pairs[r.epochs,r.seed][1]
+
+    @property
+    def typical(self)->tuple:
+        "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
+        runs = self._longest()
+        r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
+        return self.pairs[r.epochs,r.seed]
 
     def _fit(self, model, epochs, seed, *cbs, dls=None):
         learn = Learner(dls or self.dls, model, metrics=accuracy)
@@ -142,8 +159,9 @@ def verdict(self:Experiment, alpha:float=0.05)->str:
 
 @patch
 def learners(self:Experiment)->dict:
-    "The teacher and the two students of `best` as `Learner`s, for `compare` and its plots"
-    models = dict(teacher=self.teacher, alone=self.best[2], distilled=self.best[1])
+    "The teacher and the `typical` students as `Learner`s, for `compare` and its plots"
+    alone,distilled = self.typical
+    models = dict(teacher=self.teacher, alone=alone, distilled=distilled)
     return {k:Learner(self.dls, m, metrics=accuracy) for k,m in models.items()}
 
 @patch

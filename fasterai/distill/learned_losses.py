@@ -10,6 +10,7 @@ __all__ = ['LearnedLoss', 'VID', 'CRD', 'hcl', 'ReviewKD', 'bn_margin', 'batch_m
 # %% ../../nbs/distill/learned_losses.ipynb #41871324
 import math
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,15 @@ class LearnedLoss(nn.Module):
         fm_t:dict=None,    # Teacher's maps
         **kwargs
     )->'LearnedLoss':
-        """Make the parameters for maps like these, on their device. Built before, keep them if the maps' shapes agree, or their values if only sizes differ. Initial values come from a copy of the global CPU random
+        """Make the parameters for maps like these, on their device. Built before, keep them unless channels differ. Initial values come from a copy of the global CPU random
         stream, which does not advance. ValueError for maps that the loss cannot compare, with layer and shapes"""
         fm_s,fm_t,self.names = zip(*pairs_of(fm_s or {}, fm_t or {}))
         shapes = [(s.shape[1:], t.shape[1:]) for s,t in zip(fm_s, fm_t)]
         if shapes!=self.shapes:
-            state = self.state_dict()
+            old = copy(self)
+            old._modules,old._parameters,old._buffers = dict(self._modules),dict(self._parameters),dict(self._buffers)
             with torch.random.fork_rng(devices=[]), torch.no_grad(): self.make(fm_s, fm_t)
-            carry_over(self, state)
+            carry_over(self, old)
             self.shapes = shapes
         return self.to(fm_s[0].device, fm_s[0].dtype)
 

@@ -38,14 +38,17 @@ class LossLog:
         training:bool=True,
     ):
         "Record a batch, without a synchronisation"
-        some = next(o for o in losses if o is not None)
+        some = next((o for o in losses if o is not None), None)
+        if some is None: return
         row = torch.stack([some.new_full((), torch.nan, dtype=torch.float32) if o is None else o.detach().as_subclass(Tensor).float() for o in losses])
         self.rows[training].append((row, weight, bs, [o is not None for o in losses]))
 
     def close(self, training:bool=True):
         "Take the means of the batches recorded, weighted by their size, and add those of the training to `history`"
+        self.means.pop(training, None)
         if not self.rows[training]: return
         rows,weight,bs,known = zip(*self.rows[training])
+        self.rows[training] = []
         rows,bs,known = torch.stack(rows).cpu(),torch.tensor(bs)[:,None],torch.tensor(known)
         sums = torch.where(known, rows*bs, 0).sum(0)
         self.means[training] = dict(zip(self.names, (sums/(known*bs).sum(0)).tolist()))

@@ -44,6 +44,8 @@ def Attention(
     def one(s, t, names): return F.mse_loss(*(_attention(x, p) for x in _positions(s, t, names, 'Attention')))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
+Attention.same_positions = True
+
 # %% ../../nbs/distill/losses_features.ipynb #06d36720
 def FitNet(
     fm_s:Mapping|list,       # Student feature maps, any shape
@@ -151,3 +153,5 @@ def NST(
         a,b = ss.diagonal(dim1=1, dim2=2),tt.diagonal(dim1=1, dim2=2)
         return _mean_kernel(ss, a, a)+_mean_kernel(tt, b, b)-2*_mean_kernel(st, a, b)
     return over_pairs(one, fm_s, fm_t, layer_weights)
+
+NST.same_positions = True

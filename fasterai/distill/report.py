@@ -298,13 +298,14 @@ def save_report(
     figures:dict=None,     # Title -> figure, or axes of one
     settings:dict=None,    # What made the results: arguments, seeds
     title:str='Did it work?',
+    summary:str='',        # Lines of text below the title
 )->Path:
     "Write `report.html` (self-contained), `report.csv` and a PNG of each figure; returns the path of the page"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder/'report.csv')
     shown = table.readable().T if isinstance(table, Comparison) else table
-    parts = [f'<h1>{escape(title)}</h1>', shown.to_html(border=0)]
+    parts = [f'<h1>{escape(title)}</h1>', *(f'<p>{escape(o)}</p>' for o in summary.splitlines()), shown.to_html(border=0)]
     for name,fig in (figures or {}).items():
         png = _png(fig if isinstance(fig, Figure) else np.ravel(fig)[0].figure)
         (folder/f"{''.join(c if c.isalnum() else '_' for c in name).lower()}.png").write_bytes(png)

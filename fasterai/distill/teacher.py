@@ -64,15 +64,20 @@ def ensemble_logits(
     preds:list,        # Logits of each teacher, all of one shape `(B, C, ...)`
     weights=None,      # A positive weight for each; None is equal weights
     axis:int=1,        # The class axis
+    average='softmax', # What is averaged: probabilities of classes ('softmax') or of labels ('sigmoid'), or the outputs ('none')
 )->Tensor:
-    "The log of the weighted average of probabilities, `(B, C, ...)` in fp32; ValueError when the shapes differ"
+    "Logits of the weighted average, `(B, C, ...)` in fp32; ValueError when the shapes differ, or for an unknown `average`"
+    if average not in _averages: raise ValueError(unknown_name('average', average, _averages))
     if len({p.shape for p in preds})>1:
         raise ValueError(f"the teachers of an ensemble must agree in output shape, got {' and '.join(str(tuple(p.shape)) for p in preds)}")
     w = torch.ones(len(preds)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
     w = (w/w.sum()).to(preds[0].device).view(-1, *[1]*preds[0].ndim)
     z = torch.stack([p.float() for p in preds])
-    if z.ndim<3 or preds[0].shape[axis]==1: return (z*w).sum(0)
+    if average=='sigmoid': return (F.logsigmoid(z)+w.log()).logsumexp(0) - (F.logsigmoid(-z)+w.log()).logsumexp(0)
+    if average=='none' or z.ndim<3 or preds[0].shape[axis]==1: return (z*w).sum(0)
     return (z.log_softmax(axis if axis<0 else axis+1) + w.log()).logsumexp(0)
+
+_averages = 'softmax','sigmoid','none'
 
 # %% ../../nbs/distill/teacher.ipynb #5bbde908
 _foldable = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
@@ -342,11 +347,13 @@ class Teacher:
         fuse=None,          # A copy with BatchNorms folded into convolutions? None: only if dtype='auto' finds it faster
         select=None,        # From a network's output to its logits; None takes a tensor, or the first of a tuple
         axis=1,             # The class axis of the logits
+        average='softmax',  # What an ensemble averages: probabilities of classes ('softmax') or of several labels ('sigmoid'), or outputs ('none')
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
         self.models = [_as_module(m) for m in (models if isinstance(models, (list, tuple, nn.ModuleList)) else [models])]
         if not self.models: raise ValueError("models is empty: a teacher needs at least one network")
         n,self.weights,self.cache,self.select,self.axis = len(self.models),_as_weights(weights, len(self.models)),cache,select,axis
+        self.average = average
         if isinstance(tfms, (list, tuple)) and len(tfms)!=n: raise ValueError(f"tfms has {len(tfms)} entries for {n} networks")
         tfms = tfms if isinstance(tfms, (list, tuple)) else [tfms]*n
         opts = dict(dtype=_as_dtype(dtype), channels_last=channels_last, fuse=fuse)
@@ -375,7 +382,7 @@ class Teacher:
         if device!=self.device: self.to(device)
         with _same_rng(device):
             preds,fm = self._ask(xb, layers, logits)
-            pred = None if not logits else preds[0].float() if len(preds)==1 else ensemble_logits(preds, self.weights, self.axis)
+            pred = None if not logits else preds[0].float() if len(preds)==1 else ensemble_logits(preds, self.weights, self.axis, self.average)
         if not self.checked: self._check(xb, pred, fm)
         return pred, fm
 

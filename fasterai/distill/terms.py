@@ -9,6 +9,7 @@ __all__ = ['OUTPUTS', 'FROM_TASK', 'Term', 'as_terms']
 
 # %% ../../nbs/distill/terms.ipynb #e8ebf92e
 import inspect
+import math
 from collections import Counter
 from functools import partial
 from typing import Callable
@@ -41,6 +42,7 @@ class Term:
         weight:float=1.,  # Factor of the loss in the sum of all terms
     ):
         if not callable(loss): raise TypeError(f"loss must be a function or an nn.Module, got {loss!r}; several go in a list, or a dict of loss to weight")
+        if not 0<=weight<math.inf: raise ValueError(f"the weight of a loss must be 0 or more, got {weight}")
         base,bound = _unwrap(loss)
         if isinstance(base, type): raise TypeError(f"loss must be an instance, got the class {base.__name__}: write {base.__name__}()")
         self.loss,self.weight,self.base = loss,weight,base
@@ -70,6 +72,10 @@ class Term:
     def same_shape(self)->bool:
         "Does the loss compare maps element by element, so that student maps must have the teacher's shape?"
         return getattr(self.base, 'same_shape', False)
+    @property
+    def same_positions(self)->bool:
+        "Does it compare them position by position, so that tokens must be laid out as the other's grid?"
+        return getattr(self.base, 'same_positions', False)
 
     def __call__(self,
         outputs:dict,  # What the batch offers, by the names of `OUTPUTS`
