@@ -3,8 +3,12 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import warnings
+from functools import partial
 from multiprocessing import get_context
+from operator import itemgetter, mul
 
 import numpy as np
 import pytest
@@ -23,7 +27,8 @@ from fastai.vision.augment import Brightness, Resize
 from torch import nn
 
 import fasterai.distill.cache as mod
-from fasterai.distill.cache import Replay, TeacherCache, _Trace
+from fasterai.distill.cache import Replay, TeacherCache, _Trace, digest
+from fasterai.distill.teacher import Teacher as Frozen
 
 N,BS = 48,8
 
@@ -88,6 +93,92 @@ def state(dl): return {k:v for k,v in dl.__dict__.items() if k not in ('rng', '_
 
 @pytest.fixture
 def path(tmp_path): return tmp_path/'teacher.cache'
+
+
+HEAD = 0
+def of_global(o): return o[HEAD]
+def through_global(o): return of_global(o)
+def with_default(o, i=0): return o[i]
+def scaled(k): return lambda x: x*k
+def nested(k): return lambda x: [(lambda y: y*k)(o) for o in x]
+class Times:
+    def __init__(self, k): self.k = k
+    def __call__(self, x): return x*self.k
+    def power(self, x): return x**self.k
+class Slotted:
+    __slots__ = 'k',
+    def __init__(self, k): self.k = k
+    def __call__(self, x): return x*self.k
+class TimesNet(nn.Module):
+    def __init__(self, k): super().__init__(); self.k = k
+    def forward(self, x): return x*self.k
+
+class TestDigest:
+    net = nn.Linear(2, 2)
+    def of(self, **kw): return digest(Frozen(self.net, **kw))
+
+    @pytest.mark.parametrize('f,g', [
+        (lambda o: o[0], lambda o: o[1]), (lambda x: x*2, lambda x: x*3), (lambda x: x.sin(), lambda x: x.cos()), (lambda x: x+2., lambda x: x-2.),
+        (lambda x: (lambda y: y*2.)(x), lambda x: (lambda y: y*3.)(x)), (lambda x, *k: x, lambda x, k=None: x),
+        (scaled(2), scaled(3)), (scaled(torch.zeros(2000)), scaled(torch.eye(2000)[1000])), (scaled([1, {'a':2}]), scaled([1, {'a':3}])), (scaled({1, 2}), scaled({1, 3})),
+        (lambda x, k=2: x*k, lambda x, k=3: x*k), (lambda x, *, k=2: x*k, lambda x, *, k=3: x*k), (scaled(scaled(2)), scaled(scaled(3))),
+        (partial(mul, 2), partial(mul, 3)), (partial(scaled(2), k=1), partial(scaled(3), k=1)), (itemgetter(0), itemgetter(1)), (torch.sin, torch.cos),
+        (Times(2), Times(3)), (Times(torch.zeros(2000)), Times(torch.eye(2000)[1000])), (Times(2).power, Times(3).power), (Times(2), Times(2).power), (Slotted(2), Slotted(3)),
+        (TimesNet(2), TimesNet(3)), (nn.BatchNorm2d(2), nn.BatchNorm2d(2).requires_grad_(False).apply(lambda m: m.running_mean.add_(1)))])
+    @pytest.mark.parametrize('arg', ['select', 'tfms'])
+    def test_another_function_is_another_teacher(self, arg, f, g): assert self.of(**{arg:f})!=self.of(**{arg:g})
+
+    @pytest.mark.parametrize('make', [lambda: lambda o: o[0], lambda: scaled(2), lambda: scaled(torch.ones(3)), lambda: scaled(object()), lambda: partial(mul, scaled(2)), lambda: Times([2.]),
+        lambda: Times(2).power, lambda: TimesNet(2), lambda: nested(2), lambda: itemgetter('logits'), lambda: nn.Upsample(scale_factor=2)])
+    def test_the_same_function_made_again_is_the_same_teacher(self, make): assert self.of(tfms=make(), select=make())==self.of(tfms=make(), select=make())
+
+    def test_class_axis_and_average(self):
+        assert self.of(axis=1)!=self.of(axis=-1)
+        a,b = Frozen(self.net),Frozen(self.net)
+        a.average,b.average = 'logits','probabilities'
+        assert digest(a)!=digest(b)
+
+    def test_select_is_not_taken_for_a_transform(self): assert self.of(select=scaled(2))!=self.of(tfms=scaled(2))
+
+    def test_a_global_that_the_function_reads(self, monkeypatch):
+        before = self.of(select=of_global),self.of(select=through_global)
+        monkeypatch.setitem(globals(), 'HEAD', 1)
+        assert self.of(select=of_global)!=before[0] and self.of(select=through_global)!=before[1]
+
+    def test_what_refers_to_itself_or_to_nothing_yet(self):
+        def again(n):
+            def f(x): return f(x-n) if x>n else x
+            return f
+        def unset(n):
+            def f(x): return later(x)*n
+            if n<0: later = abs
+            return f
+        assert self.of(tfms=unset(1))==self.of(tfms=unset(1))!=self.of(tfms=unset(2))
+        t = Times(2); t.me = t
+        assert self.of(tfms=again(1))==self.of(tfms=again(1))!=self.of(tfms=again(2)) and self.of(tfms=t)==self.of(tfms=t)
+
+    def test_use_does_not_change_it(self):
+        f = lambda x: x*2+HEAD
+        before = self.of(tfms=f)
+        for i in range(2000): f(i) # the interpreter rewrites the code that runs often
+        assert self.of(tfms=f)==before
+
+    def test_the_same_in_another_process(self):
+        code = ("import torch\nfrom functools import partial\nfrom fasterai.distill.cache import digest\nfrom fasterai.distill.teacher import Teacher\n"
+                "net = torch.nn.Linear(2, 2)\nfor p in net.parameters(): p.data.fill_(0.5)\n"
+                "def pick(o, head='b', keys={'a', 'b', 'c'}): return o if head in {'x', 'y', 'z'} else o[head]\n"
+                "said = digest(Teacher(net, select=partial(pick, head='c'), tfms=lambda x: x*2))\n")
+        here = {}
+        exec(code, here)
+        there = subprocess.run([sys.executable, '-W', 'ignore', '-c', code+'print(said)'], env={**os.environ, 'PYTHONHASHSEED':'7'}, capture_output=True, text=True, check=True)
+        assert there.stdout.strip()==here['said']
+
+    def test_another_head_does_not_take_the_stored_answers(self, path):
+        class TwoHeads(nn.Module):
+            def forward(self, x): return x.mean((2, 3)).repeat(1, 2)[:, :4],-x.mean((2, 3)).repeat(1, 2)[:, :4]
+        net = TwoHeads()
+        train(loaders(), Frozen(net, select=lambda o: o[0]), TeacherCache(path), n=1)
+        with pytest.raises(ValueError, match='another teacher'): train(loaders(), Frozen(net, select=lambda o: o[1]), TeacherCache(path), n=1)
 
 
 class TestTrace:

@@ -16,10 +16,11 @@ from torch.utils.data import TensorDataset
 
 from fasterai.distill.losses import Logits, SoftTarget
 from fasterai.distill.sweep import sweep
+from fasterai.distill.teacher import Teacher
 
-def _dls():
+def _dls(n=48):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(48, 4, generator=g)
+    x = torch.randn(n, 4, generator=g)
     y = (x[:, 0]>0).long()+(x[:, 1]>0).long()
     return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=8, shuffle=s, num_workers=0) for s in (True, False)), device='cpu')
 
@@ -51,27 +52,73 @@ class StopAt(Callback):
 
 @pytest.mark.parametrize('cut', [1, 4, 9])
 def test_a_resumed_sweep_equals_an_uninterrupted_one(teacher, tmp_path, cut):
-    whole,StopAt.left = _sweep(teacher, path=tmp_path/'whole.csv'),cut
     def fit(learn, epochs, cbs): learn.fit_one_cycle(epochs, cbs=[*([cbs] if cbs else []), StopAt()])
+    StopAt.left = 0
+    whole,StopAt.left = _sweep(teacher, path=tmp_path/'whole.csv', fit=fit),cut
     part = tmp_path/'part.csv'
     with pytest.raises(KeyboardInterrupt): _sweep(teacher, path=part, fit=fit)
     done = part.read_text().count('\n')
     assert done==1+1+cut-1 # header, teacher, and the runs before the cut
     with open(part, 'a') as f: f.write('distilled,1,0.')
     torch.rand(7) # another state of the random stream
-    resumed = _sweep(teacher, path=part)
+    resumed = _sweep(teacher, path=part, fit=fit)
     assert _numbers(resumed).equals(_numbers(whole))
     strip = lambda p: [l.rsplit(',', 1)[0] for l in p.read_text().splitlines()]
     assert strip(part)==strip(tmp_path/'whole.csv')
 
-def test_nothing_is_trained_twice(teacher, tmp_path):
-    _sweep(teacher, path=tmp_path/'r.csv')
+def _counting():
+    "A `fit`, and the list that it adds to with each training"
     fits = []
     def fit(learn, epochs, cbs): fits.append(1); learn.fit(epochs, cbs=cbs)
-    _sweep(teacher, path=tmp_path/'r.csv', fit=fit)
-    assert not fits
+    return fit,fits
+
+def test_nothing_is_trained_twice(teacher, tmp_path):
+    fit,fits = _counting()
+    first = _sweep(teacher, path=tmp_path/'r.csv', fit=fit)
+    assert len(fits)==2+2*2*2
+    again = _sweep(teacher, path=tmp_path/'r.csv', fit=fit)
+    assert len(fits)==10 and again.runs.equals(first.runs)
     more = _sweep(teacher, grid={'T':[1, 4, 9], 'weight':[0.5, 0.9]}, path=tmp_path/'r.csv', fit=fit)
-    assert len(fits)==1*2*2 and len(more.runs)==1+2+3*2*2
+    assert len(fits)==10+1*2*2 and len(more.runs)==1+2+3*2*2
+
+def test_another_way_of_training_is_another_run(teacher, tmp_path):
+    fit,fits = _counting()
+    def shorter(learn, epochs, cbs): fit(learn, 0, cbs)
+    a,b = (_sweep(teacher, {'T':[4]}, path=tmp_path/'r.csv', fit=f) for f in (fit, shorter))
+    assert len(fits)==2*(2+2) and not _numbers(a).equals(_numbers(b)) and len(a.runs)==len(b.runs)==1+2+2
+    assert (tmp_path/'r.csv').read_text().count('teacher,')==1 # judged once: nobody trains it
+
+def _apart(path, teacher, make, **kw):
+    "Runs of `make` and `teacher` in the file of other ones, having asserted that they are those of a file of their own; and the number of fits"
+    (fit,fits),(plain,_) = _counting(),_counting()
+    shared,own = (sweep(make, teacher, {'T':[4]}, epochs=1, seeds=(0, 1), path=p, fit=f, progress=False, **kw) for p,f in ((path, fit), (None, plain)))
+    assert _numbers(shared).equals(_numbers(own))
+    return shared.runs.set_index(['run', 'seed']).valid_loss,len(fits)
+
+def test_rows_of_another_teacher_are_not_taken(teacher, tmp_path):
+    set_seed(7)
+    other = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    (a,n),(b,m) = _apart(tmp_path/'r.csv', teacher, student),_apart(tmp_path/'r.csv', other, student)
+    assert n==4 and m==2                                              # the student alone has no teacher
+    assert a.loc['alone'].equals(b.loc['alone']) and (a.loc['distilled']!=b.loc['distilled']).all()
+    by_hand = CrossEntropyLossFlat()(other.eval()(SHARED.valid.dataset.tensors[0]), SHARED.valid.dataset.tensors[1]).item()
+    assert b.loc['teacher'].item()==pytest.approx(by_hand, rel=1e-5)!=a.loc['teacher'].item()
+    assert _apart(tmp_path/'r.csv', Learner(SHARED, teacher, loss_func=CrossEntropyLossFlat()), student)[1]==0 # the same weights
+
+def test_rows_of_another_head_are_not_taken(teacher, tmp_path):
+    (a,n),(b,m) = (_apart(tmp_path/'r.csv', Teacher(teacher, select=f), student) for f in (lambda o: o, lambda o: -o))
+    assert (n, m)==(4, 2) and (a.loc['distilled']!=b.loc['distilled']).all()
+
+def test_rows_of_another_learner_are_not_taken(teacher, tmp_path):
+    def wider(): return Learner(SHARED, nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)), loss_func=CrossEntropyLossFlat(), metrics=[accuracy, error_rate], lr=0.05)
+    def slower(): learn = student(); learn.lr = 1e-3; return learn
+    assert [_apart(tmp_path/'r.csv', teacher, make)[1] for make in (student, wider, slower, student)]==[4, 4, 4, 0]
+    assert (tmp_path/'r.csv').read_text().count('teacher,')==1
+
+def test_rows_of_other_data_are_not_taken(teacher, tmp_path):
+    def fewer(): learn = student(); learn.dls = _dls(40); return learn
+    (a,n),(b,m) = _apart(tmp_path/'r.csv', teacher, student),_apart(tmp_path/'r.csv', teacher, fewer)
+    assert (n, m)==(4, 4) and a.loc['teacher'].item()!=b.loc['teacher'].item()
 
 def test_other_settings_are_other_runs(teacher, tmp_path):
     a = _sweep(teacher, {'T':[4]}, path=tmp_path/'r.csv', weight=0.9)

@@ -21,10 +21,10 @@ from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
 
 # %% ../../nbs/core/images.ipynb #f1eb6786
-_splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='valid')
+_splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
 
 def _split_of(path, f):
-    "'train' or 'valid' if `f` lies below such a folder of `path`, else None"
+    "'train', 'valid' or 'test' if `f` lies below such a folder of `path`, else None"
     return _splits.get(f.relative_to(path).parts[0].lower())
 
 def _labels(path, files, pattern):
@@ -54,8 +54,11 @@ def image_dls(
     for f in bad: print(f"skipped {f}: not a readable image")
     files = [f for f in sorted(files) if f not in bad]
     sides = [_split_of(path, f) for f in files]
+    if 'valid' not in sides: sides = ['valid' if s=='test' else s for s in sides]
     split = {'train','valid'} <= set(sides)
-    if split: files,sides = zip(*[(f,s) for f,s in zip(files, sides) if s])
+    if split:
+        if n := sides.count('test'): print(f"left out {n} images in the test folder: there are others for validation")
+        files,sides = zip(*[(f,s) for f,s in zip(files, sides) if s in ('train','valid')])
     labels = dict(zip(files, _labels(path, files, pattern)))
     _check_classes(path, Counter(labels.values()), pattern)
     if split: _check_sides(labels, sides)

@@ -8,6 +8,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/cache.html.md"""
 __all__ = ['signature', 'digest', 'TeacherCache', 'Replay', 'as_cache']
 
 # %% ../../nbs/distill/cache.ipynb #ffcedf56
+import dis
 import hashlib
 import json
 import os
@@ -18,9 +19,11 @@ import tempfile
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -50,19 +53,55 @@ def _differ(a, b):
     return ((a-b).abs()>1e-4*b[:, 1:]+1e-12).any(1)
 
 # %% ../../nbs/distill/cache.ipynb #e4261d20
+_atoms = bool,int,float,complex,str,bytes,type(None),type(...)
+
 def digest(
     teacher, # A Module, several, or a `Teacher`
 )->str:
     "A fingerprint of all that a teacher's answers depend on; the same in any process and memory format"
-    h = hashlib.blake2b(digest_size=16)
-    facts = [getattr(teacher, 'weights', None)] + [(o.opts, o.tfm, getattr(o.tfm, '__dict__', '')) for o in getattr(teacher, 'nets', [])]
-    models = getattr(teacher, 'models', teacher)
-    for m in [models] if isinstance(models, torch.nn.Module) else models:
-        h.update(re.sub(r' at 0x[0-9a-fA-F]+', '', f'{m} {facts}').encode())
-        for name,t in m.state_dict().items():
-            h.update(f'{name} {getattr(t, "dtype", t)} {list(getattr(t, "shape", []))}'.encode())
-            if isinstance(t, torch.Tensor): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+    if isinstance(teacher, torch.nn.Module): teacher = [teacher]
+    facts = [getattr(teacher, o, None) for o in ('weights', 'select', 'axis', 'average')] + [(o.opts, o.tfm) for o in getattr(teacher, 'nets', [])]
+    return _tell([facts, *map(_net_parts, getattr(teacher, 'models', teacher))], {})
+
+def _tell(o, known):
+    "A hash of `o` by its parts: equal objects have the same in any process. `known` holds what was met on the way"
+    if type(o) in _atoms: return repr(o)
+    if id(o) not in known:
+        known[id(o)] = o,'a part of itself'
+        told = ' '.join([type(o).__qualname__, *(_tell(p, known) for p in _parts(o, known))])
+        known[id(o)] = o,hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    return known[id(o)][1]
+
+def _parts(o, known):
+    "What makes `o` the object that it is"
+    if type(o) in (list, tuple): return o
+    if type(o) is dict: return o.items()
+    if type(o) in (set, frozenset): return sorted(_tell(p, known) for p in o)
+    if isinstance(o, torch.Tensor): return [str(o.dtype), list(o.shape), hashlib.blake2b(_bytes(o)).hexdigest()]
+    if isinstance(o, torch.nn.Module): return [_net_parts(o), {k:v for k,v in vars(o).items() if k[0]!='_' and k!='training'}]
+    if isinstance(o, (type, ModuleType)): return [getattr(o, '__module__', ''), getattr(o, '__qualname__', o.__name__)]
+    if isinstance(o, MethodType): return [o.__self__, o.__func__]
+    if isinstance(o, FunctionType): return [o.__qualname__, o.__code__, o.__defaults__, o.__kwdefaults__, o.__closure__, _read_globals(o)]
+    if isinstance(o, CellType): return [] if o==CellType() else [o.cell_contents]
+    if isinstance(o, CodeType): return [o.co_code, o.co_flags, o.co_argcount, o.co_kwonlyargcount, o.co_names, o.co_consts]
+    try: how = o.__reduce_ex__(4)
+    except Exception: return [getattr(o, '__dict__', _no_address(o))]
+    return [how] if isinstance(how, str) else [list(p) if isinstance(p, Iterator) else p for p in how]
+
+def _bytes(t): return t.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+def _no_address(o): return re.sub(r' at 0x[0-9a-fA-F]+', '', str(o))
+
+def _net_parts(m): return [_no_address(m), *m.state_dict().items()]
+
+def _read_globals(f):
+    "The globals that a function reads, as far as they are plain values, tensors or functions of the same module"
+    read = {n:f.__globals__[n] for n in sorted(_global_names(f.__code__)) if n in f.__globals__}
+    return {n:o for n,o in read.items() if isinstance(o, (*_atoms, list, tuple, torch.Tensor)) or getattr(o, '__globals__', None) is f.__globals__}
+
+def _global_names(code):
+    inside = (_global_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return {i.argval for i in dis.get_instructions(code) if i.opname=='LOAD_GLOBAL'}.union(*inside)
 
 # %% ../../nbs/distill/cache.ipynb #8d7a74d5
 class _Rows:

@@ -9,6 +9,7 @@ __all__ = ['presets', 'Sweep', 'sweep']
 
 # %% ../../nbs/distill/sweep.ipynb #f1095970
 import csv
+import hashlib
 import inspect
 import io
 import os
@@ -36,9 +37,11 @@ from ..core.names import unknown_name
 from ..core.plots import COLORS, GREY, look, new_axes
 from ..core.seeds import same_start
 from ..core.stats import paired_test
+from .cache import digest
 from .distillation_callback import KnowledgeDistillationCallback
 from .features import as_found
 from .losses import SoftTarget
+from .teacher import as_teacher
 from .terms import as_terms
 
 # %% ../../nbs/distill/sweep.ipynb #a66352f9
@@ -248,21 +251,31 @@ def sweep(
         if k in points[0]: raise ValueError(f"{k} is in the grid, and given as {kwargs[k]!r} too")
     states,params,probe = get_random_states(),list(points[0]),make_learner()
     log = _Log(path, ['run', *params, 'setting', 'seed', 'epochs', *_measured(probe), 'seconds'])
-    if baseline and not log.find(run='teacher') and (t := _teacher_learner(teacher, probe)): log.add({'run':'teacher', **_measure(t)})
-    todo = [dict(run='alone', seed=s, epochs=epochs) for s in seeds if baseline]
-    todo += [dict(run='distilled', **p, setting=_setting(loss, kwargs, params), seed=s, epochs=epochs) for p in points for s in seeds]
+    data,asked,own = _data(probe.dls),digest(as_teacher(teacher))[:12],dict(student=_student(probe), fit=getattr(fit, '__name__', fit))
+    judged = dict(run='teacher', setting=_setting(teacher=asked, data=data))
+    if baseline and not log.find(**judged) and (t := _teacher_learner(teacher, probe)): log.add({**judged, **_measure(t)})
+    given = {k:v for k,v in dict(loss=_text('loss', loss), **kwargs).items() if k not in params}
+    todo = [dict(run='alone', setting=_setting(**own, data=data), seed=s, epochs=epochs) for s in seeds if baseline]
+    todo += [dict(run='distilled', **p, setting=_setting(**given, teacher=asked, **own, data=data), seed=s, epochs=epochs) for p in points for s in seeds]
     try:
         missing = [r for r in todo if not log.find(**r)]
         for run in progress_bar(missing) if progress and missing else missing:
             point = {k:v for k,v in run.items() if k in params}
             log.add({**run, **_run(make_learner, run['seed'], epochs, fit, partial(_callback, teacher, loss, point, kwargs))})
     finally: set_random_states(**states)
-    return _result(log, todo, params, _measured(probe))
+    return _result(log, [judged, *todo], params, _measured(probe))
 
-def _setting(loss, kwargs, params):
-    "What all runs of a sweep share, as text without addresses"
-    parts = {'loss':_text('loss', loss), **kwargs}
-    return re.sub(' at 0x[0-9a-f]+', '', '; '.join(f'{k}={v}' for k,v in parts.items() if k not in params))
+def _setting(**parts):
+    "What the runs of a sweep share, as text without addresses"
+    return re.sub(' at 0x[0-9a-f]+', '', '; '.join(f'{k}={v}' for k,v in parts.items()))
+
+def _student(learn):
+    "A digest of an untrained learner, whatever its weights"
+    return hashlib.blake2b(_setting(model=learn.model, loss=learn.loss_func, lr=learn.lr).encode(), digest_size=6).hexdigest()
+
+def _data(dls):
+    "The numbers of samples, as text"
+    return '+'.join(str(len(dl.dataset)) if hasattr(dl.dataset, '__len__') else 'stream' for dl in dls)
 
 def _callback(teacher, loss, point, kwargs):
     "The callback of a point; None for the student alone"
@@ -273,7 +286,7 @@ def _callback(teacher, loss, point, kwargs):
 
 def _result(log, todo, params, metrics):
     "The runs that were asked for, in their order, whatever else the file has"
-    rows = [r for r in [log.find(run='teacher')] if r] + [log.find(**r) for r in todo]
+    rows = [row for r in todo if (row := log.find(**r))]
     runs = pd.DataFrame(rows, columns=log.cols)
     for c in runs.columns:
         n = pd.to_numeric(runs[c], errors='coerce')
