@@ -380,9 +380,10 @@ def _mix(self:KnowledgeDistillationCallback, distill):
     if not labelled and distill is None: return
     terms = []
     w = 1-self._w if self.task_weight is None else self.task_weight
-    if labelled and w: terms.append(self.learn.loss_grad if w==1 else w*self.learn.loss_grad)
+    task = self.learn.loss_grad.as_subclass(torch.Tensor) if labelled else None # a fastai subclass would cost a detour through Python for each sum
+    if labelled and w: terms.append(task if w==1 else w*task)
     if distill is not None: terms.append(self._w*distill)
-    loss = sum(terms[1:], terms[0]) if terms else 0*self.learn.loss_grad
+    loss = sum(terms[1:], terms[0]) if terms else 0*task
     self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
     if not labelled: self.learn.yb = self.xb[:1]
 
