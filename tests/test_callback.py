@@ -849,6 +849,20 @@ def test_a_batch_cancelled_after_the_hooks_are_on_leaves_none():
     assert counts==[0]*len(learn.dls.valid)
 
 
+def test_a_log_that_cannot_be_read_does_not_keep_the_rest_from_being_cleaned():
+    t = teacher()
+    before,kd = (state(t),flags(t)),KD(t, FitNet, **layers)
+    learn = learner()
+    class Broken(GradsAt):
+        def before_fit(self): pass
+        def before_step(self):
+            def fail(*_): raise RuntimeError('device lost')
+            kd.log.close = fail
+            raise KeyboardInterrupt()
+    with pytest.raises(RuntimeError, match='device lost'): learn.fit(1, cbs=[kd, Broken()])
+    clean(learn, t, before, kd)
+
+
 def test_weights_and_adapters_are_checked_at_construction():
     with pytest.raises(ValueError, match='task_weight=1'): KD(teacher(), schedule=Schedule(lambda s,e,p: s+(e-s)*p, end_val=4))
     with pytest.raises(ValueError, match='weight'): KD(teacher(), weight=float('nan'))

@@ -119,7 +119,6 @@ class KnowledgeDistillationCallback(Callback):
         self._tried,self._task,self.schedules = {},{},{}
         self.schedule = self.adapters = self.select = self._along = self._cache = self._ask = self._saved = self._loading = self._host = self._placers = None
 
-
     @property
     def loss_names(self)->list[str]:
         "Columns of the table: `task_loss`, and `distill_loss` or where there are several losses, one for each"
@@ -422,7 +421,6 @@ def _release(self:KnowledgeDistillationCallback):
     "Undo all that a fit needed; called when it ends, however it ends"
     if not self._fitting: return
     self._fitting,learn = False,self._host
-    self.log.close() # what an interrupted epoch has seen
     self._stop_listening()
     if self._cache is not None: self._cache.detach()
     self._leave()
@@ -431,6 +429,7 @@ def _release(self:KnowledgeDistillationCallback):
     self._cache = self._ask = None
     learn.__dict__.pop('_with_events', None)
     self._host,self._saved,self._columns = None,None,[]
+    self.log.close() # what an interrupted epoch has seen; last, since a device that failed may fail again
 
 # %% ../../nbs/distill/distillation_callback.ipynb #72f77118
 @patch
