@@ -34,7 +34,7 @@ def test_readme_is_the_index(copy):
 
 
 floors = [
-    {'core.names', 'core.stats', 'core.plots', 'core.seeds', 'core.digits', 'core.images', 'distill.train_along', 'distill.cache'},
+    {'core.names', 'core.run_log', 'core.stats', 'core.plots', 'core.seeds', 'core.digits', 'core.images', 'distill.train_along', 'distill.cache'},
     {'core.schedule', 'core.archs', 'distill.loss_log', 'distill.terms', 'distill.features', 'distill.adapters', 'distill.losses_base'},
     {'distill.losses_logits', 'distill.losses_features', 'distill.losses_relational', 'distill.matching', 'distill.teacher', 'distill.measure', 'distill.learned_losses'},
     {'distill.losses', 'distill.pictures'},

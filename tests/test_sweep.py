@@ -178,7 +178,7 @@ def test_bad_input(teacher, tmp_path):
     with pytest.raises(ValueError, match='seeds must differ'): _sweep(teacher, seeds=(1, 1))
     with pytest.raises(ValueError, match="did you mean 'weight'"): _sweep(teacher, {'T':[1]}, wieght=0.3)
     (tmp_path/'other.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(ValueError, match='belongs to another sweep'): _sweep(teacher, path=tmp_path/'other.csv')
+    with pytest.raises(ValueError, match='belongs to other runs'): _sweep(teacher, path=tmp_path/'other.csv')
     assert (tmp_path/'other.csv').read_text()=='a,b\n1,2\n'
 
 @pytest.mark.parametrize('text', ['', 'run,T'])

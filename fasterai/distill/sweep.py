@@ -8,11 +8,8 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/sweep.html.md"""
 __all__ = ['presets', 'Sweep', 'sweep']
 
 # %% ../../nbs/distill/sweep.ipynb #f1095970
-import csv
 import hashlib
 import inspect
-import io
-import os
 import re
 import time
 from copy import deepcopy
@@ -35,6 +32,7 @@ from torch import nn
 
 from ..core.names import unknown_name
 from ..core.plots import COLORS, GREY, look, new_axes
+from ..core.run_log import RunLog, cell
 from ..core.seeds import same_start
 from ..core.stats import paired_test
 from .cache import digest
@@ -67,8 +65,7 @@ def _points(grid, loss):
 
 def _text(name, v):
     "A value as the file has it, the same in every process"
-    if isinstance(v, (bool, np.bool_)): return str(bool(v))
-    if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
+    if isinstance(v, (bool, np.bool_, int, float, np.number)): return cell(name, v)
     if name=='loss': v = ' + '.join(map(str, as_terms(v)))
     s = v if isinstance(v, str) else getattr(v, '__name__', None) or repr(v)
     if ' at 0x' in s: raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
@@ -83,43 +80,6 @@ def _with(loss, hypers):
         return partial(l, **mine) if mine else l
     if isinstance(loss, dict): return {bind(l):w for l,w in loss.items()}
     return [bind(l) for l in loss] if isinstance(loss, (list, tuple)) else bind(loss)
-
-# %% ../../nbs/distill/sweep.ipynb #7267d3d7
-class _Log:
-    "Rows of text, in a CSV file if there is a `path`"
-    def __init__(self, path, cols):
-        self.path,self.cols,self.rows = path and Path(path),cols,[]
-        if self.path and self.path.exists(): self._load()
-        elif self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(cols)
-
-    def _load(self):
-        raw = self.path.read_bytes()
-        whole = raw[:raw.rfind(b'\n')+1]
-        if len(whole)<len(raw): os.truncate(self.path, len(whole))
-        head,*rows = [*csv.reader(io.StringIO(whole.decode()))] or [None]
-        if head is None: return self._write(self.cols)
-        if head!=self.cols: raise ValueError(f"path: {str(self.path)!r} belongs to another sweep, its columns are {head}, this one's {self.cols}")
-        self.rows = [dict(zip(head, r)) for r in rows]
-
-    def _write(self, vals):
-        line = io.StringIO()
-        csv.writer(line, lineterminator='\n').writerow(vals)
-        fd = os.open(self.path, os.O_WRONLY|os.O_APPEND|os.O_CREAT, 0o644)
-        try:
-            os.write(fd, line.getvalue().encode())
-            os.fsync(fd)
-        finally: os.close(fd)
-
-    def add(self, row):
-        row = {c:_text(c, row[c]) if row.get(c) is not None else '' for c in self.cols}
-        if self.path: self._write([row[c] for c in self.cols])
-        self.rows.append(row)
-
-    def find(self, **key):
-        key = {k:_text(k, v) for k,v in key.items()}
-        return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
 
 # %% ../../nbs/distill/sweep.ipynb #81ca069f
 class _SkipValidation(Callback):
@@ -250,7 +210,7 @@ def sweep(
         if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
         if k in points[0]: raise ValueError(f"{k} is in the grid, and given as {kwargs[k]!r} too")
     states,params,probe = get_random_states(),list(points[0]),make_learner()
-    log = _Log(path, ['run', *params, 'setting', 'seed', 'epochs', *_measured(probe), 'seconds'])
+    log = RunLog(path, ['run', *params, 'setting', 'seed', 'epochs', *_measured(probe), 'seconds'], _text)
     data,asked,own = _data(probe.dls),digest(as_teacher(teacher))[:12],dict(student=_student(probe), fit=getattr(fit, '__name__', fit))
     judged = dict(run='teacher', setting=_setting(teacher=asked, data=data))
     if baseline and not log.find(**judged) and (t := _teacher_learner(teacher, probe)): log.add({**judged, **_measure(t)})

@@ -1,0 +1,96 @@
+"""The runs of `accuracy.py` summed up: a table and a plot for each file.
+
+    python benchmarks/accuracy_table.py benchmarks/results/accuracy-*.csv --plots DIR
+
+For each loss the accuracy after the last epoch (mean and standard deviation over the seeds, and the 95 % interval of the mean), and the difference to the students without a teacher, paired by
+seed, with its 95 % interval: at as many epochs, and at the length of training without a teacher whose time is nearest. The p-values of a table are adjusted for their number
+(Benjamini and Hochberg's false discovery rate)."""
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pandas as pd
+from fasterai.core.plots import COLORS, GREY, new_axes
+from fasterai.core.stats import paired_test
+from scipy import stats
+
+
+def half_width(x, conf=0.95):
+    "Of the interval of the mean of `x`"
+    return stats.t.ppf((1+conf)/2, len(x)-1)*x.std(ddof=1)/len(x)**0.5 if len(x)>1 else float('nan')
+
+
+def differences(a, b):
+    "Paired test of two series of accuracies with the seed as index, over the seeds that both have"
+    seeds = a.index.intersection(b.index)
+    return paired_test(a[seeds], b[seeds]) if len(seeds)>1 else None
+
+
+def _against(a, b, name):
+    t = differences(a, b)
+    return {name:t.diff, f'{name}_low':t.ci[0], f'{name}_high':t.ci[1], f'{name}_p':t.p} if t else {}
+
+
+def verdict(gain, p, alpha=0.05): return 'helps' if p<alpha and gain>0 else 'hurts' if p<alpha else 'no difference told'
+
+
+def table(
+    runs, # Lines of one setting
+):
+    "A row for each loss and length of training, the best first"
+    runs = runs.set_index('seed')
+    groups = {k:g for k,g in runs.groupby(['loss', 'epochs'], sort=False)}
+    alone = {n:g for (loss,n),g in groups.items() if loss=='alone'}
+    if not alone: raise ValueError("there are no runs of `alone`, without a teacher, to compare with")
+    rows = []
+    for (loss,n),g in groups.items():
+        row = dict(loss=loss, epochs=n, weight=g.weight.iloc[0], seeds=len(g), accuracy=g.accuracy.mean(), sd=g.accuracy.std(), ci=half_width(g.accuracy), best=g.best.mean(), seconds=g.seconds.median())
+        if loss!='alone' and n in alone:
+            row |= dict(time=row['seconds']/alone[n].seconds.median()) | _against(g.accuracy, alone[n].accuracy, 'gain')
+            near = min(alone, key=lambda m: abs(alone[m].seconds.median()/row['seconds']-1))
+            row |= dict(alone_epochs=near) | _against(g.accuracy, alone[near].accuracy, 'same_time')
+        rows.append(row)
+    df = pd.DataFrame(rows).sort_values('accuracy', ascending=False, ignore_index=True)
+    for k in ('gain', 'same_time'):
+        if k not in df: continue
+        known = df[f'{k}_p'].notna()
+        df.loc[known, f'{k}_p'] = stats.false_discovery_control(df.loc[known, f'{k}_p'])
+        df.loc[known, k+'_verdict'] = [verdict(*o) for o in df.loc[known, [k, f'{k}_p']].values]
+    return df
+
+
+def readable(df):
+    "The table with its intervals as text"
+    def interval(r, k): return f'{r[k]:+.1f} ({r[k+"_low"]:+.1f} to {r[k+"_high"]:+.1f})' if k in r and r[k]==r[k] else ''
+    def p(r, k): return f'{r[k+"_p"]:.2g}' if k in r and r[k]==r[k] else ''
+    rows = [{'loss':r.loss, 'epochs':r.epochs, 'seeds':r.seeds, 'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'sd':f'{r.sd:.1f}', 'gain at equal epochs':interval(r, 'gain'), 'p':p(r, 'gain'),
+             'time':f'{r.time:.2f}' if r.get('time')==r.get('time') and 'time' in r else '', 'gain at equal time':interval(r, 'same_time'), 'p ':p(r, 'same_time')} for _,r in df.iterrows()]
+    return pd.DataFrame(rows).set_index('loss')
+
+
+def plot(df, ax=None):
+    "Each loss's gain with its interval, at equal epochs (filled) and at equal time (hollow); returns the axes"
+    d = df[df.gain.notna()].sort_values('gain', ignore_index=True)
+    if ax is None: ax = new_axes(size=(6, 1+0.28*len(d)))[0, 0]
+    for k,name,dy,face in (('gain', 'equal epochs', 0.12, COLORS[0]), ('same_time', 'equal time', -0.12, 'none')):
+        ax.errorbar(d[k], d.index+dy, xerr=[d[k]-d[f'{k}_low'], d[f'{k}_high']-d[k]], fmt='o', ms=5, capsize=2, lw=1, color=COLORS[k!='gain'], mfc=face, label=name)
+    ax.axvline(0, color=GREY, ls='--', lw=1)
+    ax.set(yticks=d.index, yticklabels=d.loss, xlabel='points gained over no teacher, 95 % interval')
+    ax.legend(loc='lower right')
+    return ax
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('files', nargs='+', type=Path, help='CSV files of `accuracy.py`')
+    parser.add_argument('--plots', type=Path, help='folder for a PNG of each')
+    args = parser.parse_args()
+    for f in args.files:
+        runs = pd.read_csv(f)
+        df = table(runs)
+        print(f'\n{f.stem}: teacher {runs.teacher_accuracy.iloc[0]:.1f} %, {runs.device.iloc[0]}\n{readable(df).to_string()}')
+        if args.plots:
+            args.plots.mkdir(parents=True, exist_ok=True)
+            plot(df).figure.savefig(args.plots/f'{f.stem}.png', dpi=150, facecolor='white')
+
+
+if __name__=='__main__': main()

@@ -1,0 +1,124 @@
+"""Who learns from whom, on which images, for how long: the settings of `accuracy.py`.
+
+Images are held in memory as one tensor, on the device that trains, and augmented a batch at a time; so an epoch costs little more than its forward and backward passes."""
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import cifar_nets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import get_image_files
+from fastai.optimizer import SGD, Adam
+from fasterai.core.digits import digits_dls, digits_net
+from fasttransform import ItemTransform
+from PIL import Image, ImageOps
+from torch.utils.data import TensorDataset
+from torchvision import models
+
+
+class ShiftFlip(ItemTransform):
+    "Each image moved by up to `pad` pixels over zeros, and mirrored half of the time"
+    def __init__(self, pad): self.pad = pad
+    def encodes(self, b):
+        x,*rest = b
+        n,c,h,w = x.shape
+        dy,dx = torch.randint(0, 2*self.pad+1, (2, n, 1), device=x.device)
+        rows,cols = dy+torch.arange(h, device=x.device),dx+torch.arange(w, device=x.device)
+        cols = torch.where(torch.rand(n, 1, device=x.device)<0.5, cols, cols.flip(1))
+        i = torch.arange(n, device=x.device)
+        return (F.pad(x, [self.pad]*4).movedim(1, -1)[i[:, None, None], rows[:, :, None], cols[:, None]].movedim(-1, 1), *rest)
+
+
+class BatchDL(TfmdDL):
+    "Takes whole batches out of the dataset's tensors"
+    def create_batches(self, samps): yield from (tuple(t[list(i)] for t in self.dataset.tensors) for i in self.chunkify(iter(samps)))
+
+
+def image_dls(train, valid, label, size, bs, pad, device):
+    "`DataLoaders` of two lists of files, squares of `size` pixels, whose class is `label(file)`"
+    classes = sorted({label(f) for f in train})
+    def load(f): return np.asarray(ImageOps.fit(Image.open(f).convert('RGB'), (size, size), Image.Resampling.BILINEAR))
+    xs = [torch.from_numpy(np.stack([load(f) for f in files])).movedim(-1, 1).float().div_(255) for files in (train, valid)]
+    mean,std = (f(xs[0].movedim(1, 0).flatten(1), dim=1)[:, None, None] for f in (torch.mean, torch.std))
+    ds = [TensorDataset(((x-mean)/std).to(device), torch.tensor([classes.index(label(f)) for f in files], device=device)) for x,files in zip(xs, (train, valid))]
+    dls = DataLoaders(BatchDL(ds[0], bs=bs, shuffle=True, drop_last=True, after_batch=[ShiftFlip(pad)]), BatchDL(ds[1], bs=4*bs), device=device)
+    dls.c = len(classes)
+    return dls
+
+
+def folder_dls(path, device, valid, **kwargs):
+    "Of a folder of folders `train` and `valid`, with a folder for each class"
+    train,valid = (sorted(get_image_files(path/o)) for o in ('train', valid))
+    return image_dls(train, valid, lambda f: f.parent.name, device=device, **kwargs)
+
+
+def pets_dls(path, device, **kwargs):
+    "Cats and dogs of Oxford-IIIT Pet; every fifth image of each breed is for validation"
+    files,seen,sides = sorted(get_image_files(path/'images')),{},([], [])
+    for f in files:
+        breed = f.name.rsplit('_', 1)[0]
+        seen[breed] = seen.get(breed, -1)+1
+        sides[seen[breed]%5==4].append(f)
+    return image_dls(*sides, lambda f: 'cat' if f.name[0].isupper() else 'dog', device=device, **kwargs)
+
+
+def few_digits(path, device):
+    "scikit-learn's handwritten digits, of which the teacher sees 1,197 and the student the first 100"
+    dls = digits_dls(n_train=100, bs=50, device=device)
+    dls.teacher = digits_dls(device=device)
+    return dls
+
+
+@dataclass
+class Setting:
+    "A pair of networks, their data, and the recipe with which they are trained"
+    data:Callable           # `DataLoaders` from a folder and a device; in their attribute `teacher` the teacher's, if these are others
+    teacher:Callable        # A new teacher, given the number of classes
+    student:Callable        # A new student
+    epochs:int              # Of a student, and of a teacher
+    lr:float                # Highest learning rate, for all
+    stages:dict             # Layers to compare, student to teacher, from the first to the last
+    before:dict             # The same in front of their activations
+    ab:float                # Weight of `ActivationBoundaries`: the authors', a sum over elements times 1/1000 at the deepest layer, as a mean
+    opt:Callable = partial(SGD, mom=0.9)
+    wd:float = 5e-4
+    longer:tuple = (1.5, 2) # Lengths of the student without a teacher, to compare at equal time
+    teacher_epochs:int = None
+    amp:bool = True         # bfloat16 on a GPU
+    folder:str = ''         # Where the images are, below `--data`
+
+    @property
+    def hint(self):
+        "The middle one of `stages`, as FitNet's"
+        return dict([list(self.stages.items())[len(self.stages)//2]])
+
+    @property
+    def last(self): return dict([list(self.stages.items())[-1]])
+
+
+def cifar_pair(teacher, student, n_t, n_s, **kwargs):
+    "Two residual networks, with `n_t` and `n_s` blocks in a stage"
+    return Setting(teacher=teacher, student=student, stages={f'stages.{i}':f'stages.{i}' for i in range(3)},
+                   before={f'stages.{i}.{n_s-1}.act:input':f'stages.{i}.{n_t-1}.act:input' for i in range(3)}, ab=4.1, **kwargs)
+
+
+resnet,wrn = cifar_nets.resnet,cifar_nets.wrn
+cifar = partial(folder_dls, valid='test', size=32, pad=4)
+resnet_stages = [f'layer{i}' for i in range(1, 5)]
+resnets = dict(teacher=lambda c: models.resnet34(num_classes=c), student=lambda c: models.resnet18(num_classes=c), stages={o:o for o in resnet_stages},
+               before={f'{o}.1.relu:input':f'{o}.{n}.relu:input' for o,n in zip(resnet_stages, (2, 3, 5, 2))}, ab=2.05)
+on_gpu = dict(folder='cifar100', data=partial(cifar, bs=256), epochs=240, lr=0.2)
+
+SETTINGS = dict(
+    digits=Setting(few_digits, lambda c: digits_net(32, c), lambda c: digits_net(8, c), epochs=150, lr=1e-2, teacher_epochs=10, opt=Adam, wd=1e-2, amp=False,
+                   stages={str(i):str(i) for i in range(3)}, before={f'{i}.2:input':f'{i}.2:input' for i in range(3)}, ab=0.26),
+    cifar10_small=cifar_pair(lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64), epochs=30, lr=0.3, longer=(1.6,)),
+    pets96=Setting(partial(pets_dls, size=64, pad=8, bs=32), **resnets, folder='pets96', epochs=40, lr=1e-2),
+    imagenette=Setting(partial(folder_dls, valid='val', size=64, pad=8, bs=64), **resnets, folder='imagenette2sq_96', epochs=20, lr=3e-2),
+    cifar100_resnet32x4_8x4=cifar_pair(lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, **on_gpu),
+    cifar100_resnet56_20=cifar_pair(lambda c: resnet(56, c), lambda c: resnet(20, c), 9, 3, **on_gpu),
+)

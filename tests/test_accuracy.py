@@ -1,0 +1,143 @@
+"The accuracy benchmark: its networks, its data, its runs, and its statistics"
+import os, signal, subprocess, sys, time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+root = Path(__file__).parent.parent
+sys.path.append(str(root/'benchmarks'))
+import accuracy, accuracy_table, cifar_nets
+from settings import SETTINGS, ShiftFlip
+
+
+@pytest.mark.parametrize('net,params', [(cifar_nets.resnet(20, 100), 278324), (cifar_nets.resnet(56, 100), 861620), (cifar_nets.resnet(8, 100, 4), 1233540), (cifar_nets.resnet(32, 100, 4), 7433860),
+    (cifar_nets.wrn(16, 2, 100), 703284), (cifar_nets.wrn(40, 2, 100), 2255156), (cifar_nets.vgg13(100), 9462180), (cifar_nets.mobilenetv2(100), 812836)])
+def test_networks_have_the_sizes_of_the_literature(net, params):
+    assert sum(p.numel() for p in net.parameters())==params
+    assert net(torch.randn(2, 3, 32, 32)).shape==(2, 100)
+
+
+def test_shift_and_flip_are_crops_of_the_padded_image():
+    x,y = torch.randn(64, 3, 6, 6),torch.arange(64)
+    torch.manual_seed(0)
+    out,kept = ShiftFlip(2)((x, y))
+    assert kept is y and out.shape==x.shape
+    padded,seen = torch.nn.functional.pad(x, [2]*4),set()
+    for a,p in zip(out, padded):
+        crops = {(i, j, flip): p[:, i:i+6, j:j+6].flip(2) if flip else p[:, i:i+6, j:j+6] for i in range(5) for j in range(5) for flip in (False, True)}
+        where = [k for k,c in crops.items() if torch.equal(a, c)]
+        assert len(where)==1
+        seen.add(where[0])
+    assert {o[0] for o in seen}=={o[1] for o in seen}=={0, 1, 2, 3, 4} and {o[2] for o in seen}=={False, True}
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    "A folder in which every setting finds two classes of eight images"
+    home,rng = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
+    for i in range(16):
+        im = Image.fromarray(rng.integers(0, 255, (40, 48, 3)).astype(np.uint8))
+        places = [home/'pets96'/'images'/f"{('Birman', 'beagle')[i%2]}_{i}.jpg"]
+        places += [home/d/side/str(i%2)/f'{i}.png' for d,valid in (('cifar10_small', 'test'), ('cifar100', 'test'), ('imagenette2sq_96', 'val')) for side in ('train', valid)]
+        for f in places: f.parent.mkdir(parents=True, exist_ok=True); im.save(f)
+    return home
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_every_setting_trains_with_the_losses_that_need_its_layers(name, images, tmp_path):
+    s = SETTINGS[name]
+    if s.folder: s = replace(s, data=partial(s.data, bs=4))
+    s = replace(s, teacher_epochs=1)
+    dls = s.data(images/s.folder, torch.device('cpu'))
+    teacher,_ = accuracy.trained_teacher(s, dls, tmp_path/'t.pth')
+    again,_ = accuracy.trained_teacher(s, dls, tmp_path/'t.pth')
+    assert all(torch.equal(a, b) for a,b in zip(teacher.state_dict().values(), again.state_dict().values()))
+    recipes = accuracy.recipes(s)
+    assert set(accuracy.SEEDS_LOSSES)<set(recipes)
+    for loss in ('Attention', 'FitNet', 'ActivationBoundaries'):
+        r = accuracy.run(s, dls, teacher, recipes[loss], 1, 0)
+        assert 0<=r['accuracy']<=r['best']<=100 and np.isfinite(r['task_loss']) and r['distill_loss']>0 and r['seconds']>0, loss
+
+
+def test_a_run_without_a_teacher_is_the_same_in_any_company():
+    s = SETTINGS['digits']
+    dls = s.data(Path(), torch.device('cpu'))
+    teacher = s.teacher(dls.c)
+    first = accuracy.run(s, dls, teacher, None, 2, 3)
+    accuracy.run(s, dls, teacher, accuracy.recipes(s)['SoftTarget'], 2, 3)
+    second = accuracy.run(s, dls, teacher, None, 2, 3)
+    nothing = accuracy.run(s, dls, teacher, dict(accuracy.recipes(s)['SoftTarget'], weight=0., task_weight=1), 2, 3)
+    assert first['task_loss']==second['task_loss'] and first['accuracy']==second['accuracy']==nothing['accuracy']
+
+
+def _command(tmp_path, out): return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0-1', '--epochs', '30', '--only', 'alone,SoftTarget,Logits', '--out', tmp_path/out, '--models', tmp_path]
+
+
+def test_what_was_killed_is_resumed(tmp_path):
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
+    def start(out): return subprocess.Popen(_command(tmp_path, out), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
+    def finish(p):
+        _,err = p.communicate(timeout=300)
+        assert p.returncode==0, err.decode()
+    finish(start('whole.csv'))
+    whole = pd.read_csv(tmp_path/'whole.csv')
+    assert len(whole)==2*(3+2) and not whole.duplicated(['loss', 'epochs', 'seed']).any()
+    killed = start('part.csv')
+    while not (tmp_path/'part.csv').exists() or (tmp_path/'part.csv').read_text().count('\n')<3: time.sleep(0.05); assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL); killed.wait(); killed.stderr.close()
+    with open(tmp_path/'part.csv', 'a') as f: f.write('digits,Log')
+    before = (tmp_path/'part.csv').read_text().splitlines()[:-1]
+    assert len(before)<len(whole)
+    finish(start('part.csv'))
+    assert (tmp_path/'part.csv').read_text().splitlines()[:len(before)]==before
+    part,same = pd.read_csv(tmp_path/'part.csv'),['loss', 'epochs', 'seed', 'accuracy', 'best', 'task_loss', 'distill_loss', 'teacher']
+    pd.testing.assert_frame_equal(part[same], whole[same])
+    (tmp_path/'accuracy-digits.pth').unlink()
+    text = (tmp_path/'part.csv').read_text().replace(part.teacher[0], '00000000')
+    (tmp_path/'part.csv').write_text(text)
+    other = start('part.csv')
+    assert b'had another teacher' in other.communicate(timeout=300)[1] and other.returncode and (tmp_path/'part.csv').read_text()==text
+
+
+def _runs():
+    alone,longer,kd = [60., 61, 62, 63, 64],[61., 63, 63, 64, 66],[62., 62, 65, 64, 67]
+    rows = [dict(loss=loss, epochs=n, seed=i, accuracy=a, best=a+1, weight=w, seconds=s, teacher_accuracy=80., device='cpu')
+            for loss,n,accs,w,s in (('alone', 10, alone, None, 10.), ('alone', 20, longer, None, 20.), ('SoftTarget', 10, kd, 0.9, 18.), ('Mutual', 10, alone, 1, 11.)) for i,a in enumerate(accs)]
+    return pd.DataFrame(rows).sample(frac=1, random_state=0),map(np.array, (alone, longer, kd))
+
+
+def test_statistics_against_known_answers():
+    runs,(alone,longer,kd) = _runs()
+    df = accuracy_table.table(runs).set_index(['loss', 'epochs'])
+    r,m = df.loc['SoftTarget', 10],df.loc['Mutual', 10]
+    assert list(df.index[:2])==[('SoftTarget', 10), ('alone', 20)]
+    assert r.accuracy==64 and r.best==65 and r.sd==pytest.approx(np.std(kd, ddof=1)) and r.seeds==5 and r.time==pytest.approx(1.8) and r.alone_epochs==20 and m.alone_epochs==10
+    low,high = stats.t.interval(0.95, 4, kd.mean(), stats.sem(kd))
+    assert (r.accuracy-r.ci, r.accuracy+r.ci)==pytest.approx((low, high))
+    want = stats.ttest_rel(kd, alone)
+    assert r.gain==2 and (r.gain_low, r.gain_high)==pytest.approx(tuple(want.confidence_interval()))
+    assert r.gain_p==pytest.approx(min(1, 2*want.pvalue)) and m.gain==0 and m.gain_p==1  # the better one of two p-values counts twice
+    assert r.same_time==pytest.approx((kd-longer).mean()) and r.same_time_p==pytest.approx(2*stats.ttest_rel(kd, longer).pvalue)
+    assert [accuracy_table.verdict(*o) for o in ((1, 0.01), (-1, 0.01), (1, 0.2))]==['helps', 'hurts', 'no difference told']
+    assert m.gain_verdict=='no difference told'
+
+
+def test_seeds_are_paired_by_number_and_lone_ones_left_out():
+    a,b = pd.Series([5., 1, 9], index=[2, 0, 7]),pd.Series([0., 4, 3], index=[0, 2, 1])
+    assert accuracy_table.differences(a, b)[:2]==(1, 0) and accuracy_table.differences(a, b[:1]) is None
+    with pytest.raises(ValueError, match='no runs of `alone`'): accuracy_table.table(_runs()[0].query("loss!='alone'"))
+
+
+def test_the_command_prints_and_plots(tmp_path):
+    _runs()[0].to_csv(tmp_path/'accuracy-x.csv', index=False)
+    out = subprocess.run([sys.executable, root/'benchmarks'/'accuracy_table.py', tmp_path/'accuracy-x.csv', '--plots', tmp_path], env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
+    assert out.returncode==0, out.stderr
+    assert '64.0 ± 2.6' in out.stdout and '+2.0 (' in out.stdout and 'teacher 80.0 %' in out.stdout
+    assert Image.open(tmp_path/'accuracy-x.png').size[0]>500
