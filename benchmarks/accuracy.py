@@ -108,9 +108,9 @@ def run(s, dls, teacher, recipe, epochs, seed):
 
 
 def commit():
-    "The commit of this checkout, with a plus if it has been edited"
+    "The commit of this checkout, with a plus if what runs has been edited since"
     def git(*args): return subprocess.run(['git', '-C', here, *args], capture_output=True, text=True).stdout.strip()
-    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--', '../fasterai', '*.py') else '')
 
 
 def plan(s, only, epochs):
