@@ -116,7 +116,7 @@ on_gpu = dict(folder='cifar100', data=partial(cifar, bs=256), epochs=240, lr=0.2
 SETTINGS = dict(
     digits=Setting(few_digits, lambda c: digits_net(32, c), lambda c: digits_net(8, c), epochs=150, lr=3e-2, teacher_epochs=10, opt=Adam, wd=1e-2, amp=False,
                    stages={str(i):str(i) for i in range(3)}, before={f'{i}.2:input':f'{i}.2:input' for i in range(3)}, ab=0.26),
-    cifar10_small=cifar_pair(lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64), epochs=30, lr=0.3, longer=(1.6,)),
+    cifar10_small=cifar_pair(lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64), epochs=30, teacher_epochs=60, lr=0.3, longer=(1.6,)),
     pets96=Setting(partial(pets_dls, size=64, pad=8, bs=32), **resnets, folder='pets96', epochs=40, lr=1e-2),
     imagenette=Setting(partial(folder_dls, valid='val', size=64, pad=8, bs=64), **resnets, folder='imagenette2sq_96', epochs=20, lr=3e-2),
     cifar100_resnet32x4_8x4=cifar_pair(lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, **on_gpu),
