@@ -100,10 +100,10 @@ class Setting:
     def last(self): return dict([list(self.stages.items())[-1]])
 
 
-def cifar_pair(teacher, student, n_t, n_s, **kwargs):
+def cifar_pair(teacher, student, n_t, n_s, ab=4.1, **kwargs):
     "Two residual networks, with `n_t` and `n_s` blocks in a stage"
     return Setting(teacher=teacher, student=student, stages={f'stages.{i}':f'stages.{i}' for i in range(3)},
-                   before={f'stages.{i}.{n_s-1}.act:input':f'stages.{i}.{n_t-1}.act:input' for i in range(3)}, ab=4.1, **kwargs)
+                   before={f'stages.{i}.{n_s-1}.act:input':f'stages.{i}.{n_t-1}.act:input' for i in range(3)}, ab=ab, **kwargs)
 
 
 resnet,wrn = cifar_nets.resnet,cifar_nets.wrn
@@ -111,6 +111,10 @@ cifar = partial(folder_dls, valid='test', size=32, pad=4)
 resnet_stages = [f'layer{i}' for i in range(1, 5)]
 resnets = dict(teacher=lambda c: models.resnet34(num_classes=c), student=lambda c: models.resnet18(num_classes=c), stages={o:o for o in resnet_stages},
                before={f'{o}.1.relu:input':f'{o}.{n}.relu:input' for o,n in zip(resnet_stages, (2, 3, 5, 2))}, ab=2.05)
+wrns = dict(teacher=lambda c: wrn(40, 2, c), student=lambda c: wrn(16, 2, c), ab=8.2, stages={f'stages.{i}':f'stages.{i}' for i in range(3)},
+            before={'stages.0':'stages.0', 'stages.1':'stages.1', 'stages.2.3:input':'stages.2.7:input'})
+vgg_mobile = dict(teacher=cifar_nets.vgg13, student=cifar_nets.mobilenetv2, ab=2.05, stages={f'stages.{i}':f'stages.{i+1}' for i in range(4)},
+                  before={f'stages.{i}{".6:input" if i==3 else ""}':f'stages.{i+1}.6:input' for i in range(4)})
 on_gpu = dict(folder='cifar100', data=partial(cifar, bs=256), epochs=240, lr=0.2)
 
 SETTINGS = dict(
@@ -119,6 +123,8 @@ SETTINGS = dict(
     cifar10_small=cifar_pair(lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64), epochs=30, teacher_epochs=60, lr=0.3, longer=(1.6,)),
     pets96=Setting(partial(pets_dls, size=64, pad=8, bs=32), **resnets, folder='pets96', epochs=40, lr=1e-2),
     imagenette=Setting(partial(folder_dls, valid='val', size=64, pad=8, bs=64), **resnets, folder='imagenette2sq_96', epochs=20, lr=3e-2),
-    cifar100_resnet32x4_8x4=cifar_pair(lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, **on_gpu),
+    cifar100_resnet32x4_8x4=cifar_pair(lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, ab=16.4, **on_gpu),
     cifar100_resnet56_20=cifar_pair(lambda c: resnet(56, c), lambda c: resnet(20, c), 9, 3, **on_gpu),
+    cifar100_wrn40_2_16_2=Setting(**wrns, **on_gpu),
+    cifar100_vgg13_mobilenetv2=Setting(**vgg_mobile, **on_gpu | dict(lr=0.05)),
 )

@@ -45,6 +45,7 @@ def _page(cells, docname):
             if entries := '\n'.join(_entries(c['source'], modname)): yield new_markdown_cell(f'```{{eval-rst}}\n{entries}\n```')
             continue
         if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
+        if 'echo:' in found: c['metadata']['tags'] = ['remove-input']  # `#| echo: false`
         yield c
         if modname and c is cells[0]: yield new_markdown_cell(f'```{{eval-rst}}\n.. py:module:: {modname}\n```')
         elif c is cells[0] and '/' in docname: yield new_markdown_cell(f'{{download}}`Download this notebook <{docname.split("/")[-1]}.ipynb>`')
