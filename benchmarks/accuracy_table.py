@@ -1,6 +1,6 @@
-"""The runs of `accuracy.py` summed up: a table and a plot for each file.
+"""The runs of `accuracy.py` summed up: a table for each file, and a picture.
 
-    python benchmarks/accuracy_table.py benchmarks/results/accuracy-*.csv --plots DIR
+    python benchmarks/accuracy_table.py benchmarks/results/accuracy-*.csv --picture gains.png
 
 For each loss the accuracy after the last epoch (mean and standard deviation over the seeds, and the 95 % interval of the mean), and the difference to the students without a teacher, paired by
 seed, with its 95 % interval: at as many epochs, and at the length of training without a teacher whose time is nearest. The p-values of a table are adjusted for their number
@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pandas as pd
-from fasterai.core.plots import COLORS, GREY, new_axes
+from fasterai.core.plots import COLORS, GREY, look, new_axes
 from fasterai.core.stats import paired_test
 from scipy import stats
 
@@ -74,23 +74,32 @@ def plot(df, ax=None):
     for k,name,dy,face in (('gain', 'equal epochs', 0.12, COLORS[0]), ('same_time', 'equal time', -0.12, 'none')):
         ax.errorbar(d[k], d.index+dy, xerr=[d[k]-d[f'{k}_low'], d[f'{k}_high']-d[k]], fmt='o', ms=5, capsize=2, lw=1, color=COLORS[k!='gain'], mfc=face, label=name)
     ax.axvline(0, color=GREY, ls='--', lw=1)
-    ax.set(yticks=d.index, yticklabels=d.loss, xlabel='points gained over no teacher, 95 % interval')
-    ax.legend(loc='lower right')
+    ax.set(yticks=d.index, yticklabels=d.loss, xlabel='points over no teacher')
+    with look(): ax.legend(loc='lower right', fontsize='small')
     return ax
+
+
+def picture(tables, path):
+    "The plots of several settings side by side, readable on a light page and on a dark one"
+    axs = new_axes(1, len(tables), size=(4.2, 1+0.28*max(len(t) for t in tables.values())))[0]
+    for ax,(name,t) in zip(axs, tables.items()): plot(t, ax).set_title(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axs[0].figure.savefig(path, dpi=150)
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('files', nargs='+', type=Path, help='CSV files of `accuracy.py`')
-    parser.add_argument('--plots', type=Path, help='folder for a PNG of each')
+    parser.add_argument('--only', default='', help='comma-separated losses; all if empty')
+    parser.add_argument('--picture', type=Path, help='PNG to draw them into')
     args = parser.parse_args()
+    tables = {}
     for f in args.files:
         runs = pd.read_csv(f)
-        df = table(runs)
-        print(f'\n{f.stem}: teacher {runs.teacher_accuracy.iloc[0]:.1f} %, {runs.device.iloc[0]}\n{readable(df).to_string()}')
-        if args.plots:
-            args.plots.mkdir(parents=True, exist_ok=True)
-            plot(df).figure.savefig(args.plots/f'{f.stem}.png', dpi=150, facecolor='white')
+        if args.only: runs = runs[runs.loss.isin(['alone', *args.only.split(',')])]
+        t = tables[f.stem.removeprefix('accuracy-')] = table(runs)
+        print(f'\n{f.stem}: teacher {runs.teacher_accuracy.iloc[0]:.1f} %, {runs.device.iloc[0]}\n{readable(t).to_string()}')
+    if args.picture: picture(tables, args.picture)
 
 
 if __name__=='__main__': main()
