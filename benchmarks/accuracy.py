@@ -48,11 +48,13 @@ def recipes(s):
             'SoftTarget + Attention': dict(loss={partial(SoftTarget, T=4): 0.9, Attention: 1000}, weight=1, task_weight=0.1, activations_student=s.stages),
             'CWD': (CWD, 50, s.last), 'ChannelStats': (ChannelStats, 0.08, s.last), 'NST': (NST, 50, s.last), 'RKDDistance': (RKDDistance, 25, s.last), 'RKDAngle': (RKDAngle, 50, s.last),
             'RKD': (RKD, 1, s.last), 'PKT': (PKT, 30000, s.last), 'CC': (CC, 100, s.last), 'IRG': (IRG, 1, s.last)}
+    light = {f'{o.__name__} at 0.5': dict(loss=o, weight=0.5, task_weight=0.5, activations_student=layers) for o,layers in
+             ((Attention, s.stages), (FitNet, s.stages), (Similarity, s.stages), (ActivationBoundaries, s.stages))}  # as a first try of the callback has them
     def recipe(r):
         if isinstance(r, dict): return dict(task_weight=1) | r
         loss,weight,layers = (*r, None)[:3] if isinstance(r, tuple) else (r, 1, None)
         return dict(loss=loss, weight=weight, task_weight=1, activations_student=layers)
-    return {'alone': None} | {k:recipe(r) for k,r in (logits|maps|more).items()}
+    return {'alone': None} | {k:recipe(r) for k,r in (logits|maps|more|light).items()}
 
 SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
 
