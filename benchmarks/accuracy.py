@@ -8,6 +8,7 @@ One line per run goes into `benchmarks/results/accuracy-SETTING.csv` as soon as 
 commands with other `--seeds` may share a file. The teacher is trained once and kept in `models/`. `accuracy_table.py` makes the tables and plots.
 
 The losses' weights are those of the papers, or of the CIFAR-100 benchmark of Tian et al. (ICLR 2020, arXiv 1910.10699), beside a full task loss where these say no other."""
+import ctypes
 import os
 import resource
 import subprocess
@@ -90,8 +91,10 @@ def peak_memory(device, reset=False):
         if reset: torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)/1e6
     if reset:
-        try: Path('/proc/self/clear_refs').write_text('5')
-        except OSError: return
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed, and the allocator has kept
+            Path('/proc/self/clear_refs').write_text('5')
+        except (OSError, AttributeError): return
     try: return next(int(l.split()[1])/1e3 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3
 

@@ -35,6 +35,7 @@ class ShiftFlip(ItemTransform):
 
 class BatchDL(TfmdDL):
     "Takes whole batches out of the dataset's tensors"
+    def __init__(self, *args, **kwargs): super().__init__(*args, num_workers=0, **kwargs)
     def create_batches(self, samps): yield from (tuple(t[list(i)] for t in self.dataset.tensors) for i in self.chunkify(iter(samps)))
 
 
