@@ -14,6 +14,9 @@ from fasterai.core.stats import paired_test
 from scipy import stats
 
 
+TITLES = {'cifar10_small': 'CIFAR-10, 5,000 images', 'digits': 'digits, 100 labels'}
+
+
 def half_width(x, conf=0.95):
     "Of the interval of the mean of `x`"
     return stats.t.ppf((1+conf)/2, len(x)-1)*x.std(ddof=1)/len(x)**0.5 if len(x)>1 else float('nan')
@@ -62,9 +65,9 @@ def readable(df):
     "The table with its intervals as text"
     def interval(r, k): return f'{r[k]:+.1f} ({r[k+"_low"]:+.1f} to {r[k+"_high"]:+.1f})' if k in r and r[k]==r[k] else ''
     def p(r, k): return f'{r[k+"_p"]:.2g}' if k in r and r[k]==r[k] else ''
-    rows = [{'loss':r.loss, 'epochs':r.epochs, 'seeds':r.seeds, 'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'sd':f'{r.sd:.1f}', 'gain at equal epochs':interval(r, 'gain'), 'p':p(r, 'gain'),
-             'time':f'{r.time:.2f}' if r.get('time')==r.get('time') and 'time' in r else '', 'gain at equal time':interval(r, 'same_time'), 'p ':p(r, 'same_time')} for _,r in df.iterrows()]
-    return pd.DataFrame(rows).set_index('loss')
+    rows = [{'loss':r.loss, 'epochs':r.epochs, 'seeds':r.seeds, 'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'sd':f'{r.sd:.1f}', 'gain, equal epochs':interval(r, 'gain'), 'p':p(r, 'gain'),
+             'time':f'{r.time:.2f}' if r.get('time')==r.get('time') and 'time' in r else '', 'gain, equal time':interval(r, 'same_time'), 'p ':p(r, 'same_time')} for _,r in df.iterrows()]
+    return pd.DataFrame(rows).set_index('loss').rename_axis(None)
 
 
 def plot(df, ax=None):
@@ -82,7 +85,7 @@ def plot(df, ax=None):
 def picture(tables, path):
     "The plots of several settings side by side, readable on a light page and on a dark one"
     axs = new_axes(1, len(tables), size=(4.2, 1+0.28*max(len(t) for t in tables.values())))[0]
-    for ax,(name,t) in zip(axs, tables.items()): plot(t, ax).set_title(name)
+    for ax,(name,t) in zip(axs, tables.items()): plot(t, ax).set_title(TITLES.get(name, name))
     path.parent.mkdir(parents=True, exist_ok=True)
     axs[0].figure.savefig(path, dpi=150)
 

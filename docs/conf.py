@@ -15,6 +15,7 @@ exclude_patterns = ['**/.ipynb_checkpoints']
 
 nb_execution_mode = 'off'   # pages show the outputs that the notebooks store
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'  # tables in outputs, too
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'deflist']
 myst_heading_anchors = 4
 suppress_warnings = ['mystnb.unknown_mime_type']  # widgets; each comes with text as well
@@ -32,7 +33,7 @@ html_static_path = ['_static']
 html_css_files = ['site.css']
 mathjax_path = 'tex-svg.js'  # MathJax 3.2.2, Apache 2.0; here so that the site needs no other host
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {'index': []}
+html_sidebars = {page: [] for page in ('index', 'evidence', 'comparison', 'changelog', 'contributing')}  # pages of no section
 html_theme_options = dict(
     github_url='https://github.com/FasterAI-Labs/fasterai', navbar_align='left', header_links_before_dropdown=6, show_toc_level=2,
     navbar_persistent=[], navbar_end=['search-button', 'theme-switcher', 'navbar-icon-links'], secondary_sidebar_items=['page-toc'],

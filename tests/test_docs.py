@@ -47,6 +47,10 @@ def _modules():
     return [import_module(m.name) for m in pkgutil.walk_packages(fasterai.__path__, 'fasterai.') if not m.ispkg and not m.name.endswith('_modidx')]
 
 
+def test_no_table_is_shown_as_its_source(site):
+    for f in site.rglob('*.html'): assert not re.search(r'\| — \|', f.read_text(encoding='utf-8')), f
+
+
 def test_every_public_name_has_an_entry(site):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
