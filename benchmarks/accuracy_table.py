@@ -3,8 +3,8 @@
     python benchmarks/accuracy_table.py benchmarks/results/accuracy-*.csv --picture gains.png
 
 For each loss the accuracy after the last epoch (mean and standard deviation over the seeds, and the 95 % interval of the mean), and the difference to the students without a teacher, paired by
-seed, with its 95 % interval: at as many epochs, and at the length of training without a teacher whose time is nearest. The p-values of a table are adjusted for their number
-(Benjamini and Hochberg's false discovery rate)."""
+seed, with its 95 % interval: at as many epochs, and against the shortest training without a teacher that took as long (a tenth less will do; the longest one if none did). The p-values of a
+table are adjusted for their number (Benjamini and Hochberg's false discovery rate); the intervals are not."""
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -46,11 +46,11 @@ def table(
     if not alone: raise ValueError("there are no runs of `alone`, without a teacher, to compare with")
     rows = []
     for (loss,n),g in groups.items():
-        row = dict(loss=loss, epochs=n, weight=g.weight.iloc[0], seeds=len(g), accuracy=g.accuracy.mean(), sd=g.accuracy.std(), ci=half_width(g.accuracy), best=g.best.mean(), seconds=g.seconds.median())
+        row = dict(loss=loss, epochs=n, task_weight=g.task_weight.iloc[0], weight=g.weight.iloc[0], seeds=len(g), accuracy=g.accuracy.mean(), sd=g.accuracy.std(), ci=half_width(g.accuracy), best=g.best.mean(), seconds=g.seconds.median())
         if loss!='alone' and n in alone:
             row |= dict(time=row['seconds']/alone[n].seconds.median()) | _against(g.accuracy, alone[n].accuracy, 'gain')
-            near = min(alone, key=lambda m: abs(alone[m].seconds.median()/row['seconds']-1))
-            row |= dict(alone_epochs=near) | _against(g.accuracy, alone[near].accuracy, 'same_time')
+            as_long = [m for m in sorted(alone) if alone[m].seconds.median()>0.9*row['seconds']] or [max(alone)]
+            row |= dict(alone_epochs=as_long[0]) | _against(g.accuracy, alone[as_long[0]].accuracy, 'same_time')
         rows.append(row)
     df = pd.DataFrame(rows).sort_values('accuracy', ascending=False, ignore_index=True)
     for k in ('gain', 'same_time'):
@@ -62,12 +62,14 @@ def table(
 
 
 def readable(df):
-    "The table with its intervals as text"
-    def interval(r, k): return f'{r[k]:+.1f} ({r[k+"_low"]:+.1f} to {r[k+"_high"]:+.1f})' if k in r and r[k]==r[k] else ''
-    def p(r, k): return f'{r[k+"_p"]:.2g}' if k in r and r[k]==r[k] else ''
-    rows = [{'loss':r.loss, 'epochs':r.epochs, 'seeds':r.seeds, 'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'sd':f'{r.sd:.1f}', 'gain, equal epochs':interval(r, 'gain'), 'p':p(r, 'gain'),
-             'time':f'{r.time:.2f}' if r.get('time')==r.get('time') and 'time' in r else '', 'gain, equal time':interval(r, 'same_time'), 'p ':p(r, 'same_time')} for _,r in df.iterrows()]
-    return pd.DataFrame(rows).set_index('loss').rename_axis(None)
+    "The table as text: an accuracy and the half of its 95 % interval, gains with theirs, p-values, and `time` in units of the student's without a teacher"
+    def known(r, k): return pd.notna(r.get(k))
+    def interval(r, k): return f'{r[k]:+.1f} ({r[k+"_low"]:+.1f} to {r[k+"_high"]:+.1f})' if known(r, k) else ''
+    def number(r, k, form): return format(r[k], form) if known(r, k) else ''
+    rows = [{'':r.loss, 'weights':number(r, 'task_weight', 'g')+(' + '+number(r, 'weight', 'g') if known(r, 'weight') else ''), 'epochs':f'{r.epochs}', 'seeds':r.seeds,
+             'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'gain':interval(r, 'gain'), 'p':number(r, 'gain_p', '.2g'), 'time':number(r, 'time', '.2f'),
+             'gain at equal time':interval(r, 'same_time'), 'against':f"{r.alone_epochs:.0f} epochs" if known(r, 'same_time') else ''} for _,r in df.iterrows()]
+    return pd.DataFrame(rows).set_index('').rename_axis(None)
 
 
 def plot(df, ax=None):
