@@ -42,13 +42,13 @@ COLS = ['setting', 'loss', 'epochs', 'seed', 'accuracy', 'best', 'task_weight', 
 
 def recipes(s):
     "Arguments of the callback for each loss, by its name; the losses of the first tutorials come first. None trains without a teacher"
-    logits = {'SoftTarget': dict(loss=partial(SoftTarget, T=4), weight=0.9, task_weight=0.1), 'Logits': Logits, 'Mutual': Mutual, 'DecoupledKD': partial(DecoupledKD, T=4, beta=2)}
+    logits = {'SoftTarget': dict(loss=partial(SoftTarget, T=4), weight=0.9, task_weight=0.1), 'Logits': Logits, 'Mutual': Mutual, 'DecoupledKD': partial(DecoupledKD, T=4, beta=s.beta)}
     maps = {'Attention': (Attention, 1000, s.stages), 'FitNet': (FitNet, 100, s.hint), 'Similarity': (Similarity, 3000, s.last),
-            'ActivationBoundaries': dict(loss=partial(ActivationBoundaries, m=1), weight=s.ab, activations_student=s.before, end_pct=1/8)}
+            'ActivationBoundaries': dict(loss={partial(ActivationBoundaries, m=1): s.ab}, weight=1, task_weight=None, activations_student=s.before, end_pct=1/8)}  # alone at first, then the task alone
     more = {'HardTarget': dict(loss=HardTarget, weight=0.5, task_weight=0.5), 'NKD': NKD, 'DIST': (partial(DIST, T=4), 2), 'TTM': (TTM, 45), 'WTTM': (WTTM, 45), 'BinaryKD': (BinaryKD, 10), 'Ranking': (Ranking, 0.1),
             'standardize(SoftTarget)': dict(loss=partial(standardize(SoftTarget), T=2), weight=9, task_weight=0.1),
             'SoftTarget + Attention': dict(loss={partial(SoftTarget, T=4): 0.9, Attention: 1000}, weight=1, task_weight=0.1, activations_student=s.stages),
-            'CWD': (CWD, 50, s.last), 'ChannelStats': (ChannelStats, 0.08, s.last), 'NST': (NST, 50, s.last), 'RKDDistance': (RKDDistance, 25, s.last), 'RKDAngle': (RKDAngle, 50, s.last),
+            'CWD': (CWD, 50, s.last), 'ChannelStats': (ChannelStats, 0.08, s.last), 'NST': (NST, 50, s.stages), 'RKDDistance': (RKDDistance, 25, s.last), 'RKDAngle': (RKDAngle, 50, s.last),
             'RKD': (RKD, 1, s.last), 'PKT': (PKT, 30000, s.last), 'CC': (CC, 100, s.last), 'IRG': (IRG, 1, s.last)}
     light = {f'{o.__name__} at 0.5': dict(loss=o, weight=0.5, task_weight=0.5, activations_student=layers) for o,layers in
              ((Attention, s.stages), (FitNet, s.stages), (Similarity, s.stages), (ActivationBoundaries, s.stages))}  # as a first try of the callback has them
