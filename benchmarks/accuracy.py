@@ -10,7 +10,9 @@ commands with other `--seeds` may share a file. The teacher is trained once and 
 The losses' weights are those of the papers, or of the CIFAR-100 benchmark of Tian et al. (ICLR 2020, arXiv 1910.10699), beside a full task loss where these say no other. `BinaryKD`, `Ranking`, `NKD` and
 `Logits` have none that would fit these tasks; theirs are round numbers that were set before the first run."""
 import ctypes
+import gc
 import os
+import re
 import resource
 import subprocess
 import time
@@ -76,18 +78,21 @@ def trained_teacher(s, dls, path):
     "The teacher, from `path` if it is there, else trained; and its accuracy"
     same_start(dls, 0)
     net,own = s.teacher(dls.c).to(dls.device, memory_format=torch.channels_last),getattr(dls, 'teacher', dls)
-    if path.exists(): net.load_state_dict(torch.load(path, map_location=dls.device, weights_only=True))
-    else:
+    if not path.exists():
         fit(s, own, net, s.teacher_epochs or s.epochs, 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(net.state_dict(), tmp := path.with_suffix(f'.{os.getpid()}'))
-        os.replace(tmp, path)
+        try: os.link(tmp, path)
+        except FileExistsError: pass  # another process was faster; all use its teacher
+        finally: tmp.unlink()
+    net.load_state_dict(torch.load(path, map_location=dls.device, weights_only=True))
     learn = Learner(dls, net, CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): return net,learn.validate()[1]
 
 
 def peak_memory(device, reset=False):
     "Megabytes at the most since `reset`: of the GPU, else of this process where the system can tell"
+    if reset: gc.collect()
     if device.type=='cuda':
         if reset: torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)/1e6
@@ -140,8 +145,9 @@ def main(
 ):
     if setting not in SETTINGS: raise SystemExit(f"setting: no {setting!r}; there are {', '.join(SETTINGS)}")
     torch.set_num_threads(threads)
+    if not (m := re.fullmatch(r'(\d+)(?:-(\d+))?', seeds)) or int(m[2] or m[1])<int(m[1]): raise SystemExit(f"--seeds: a number, or two like 0-4, got {seeds!r}")
     s,device = SETTINGS[setting],torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    first,_,last = seeds.partition('-')
+    if not (data/s.folder).is_dir() and s.folder: raise SystemExit(f"--data: no folder {s.folder!r} in {str(data)!r}")
     todo = plan(s, ['alone', *SEEDS_LOSSES] if only=='seeds' else [o for o in only.split(',') if o], epochs or s.epochs)
     log = RunLog(out or here/'results'/f'accuracy-{setting}.csv', COLS)
     dls = s.data(data/s.folder, device)
@@ -151,7 +157,7 @@ def main(
     if others := {r['teacher'] for r in log.rows} - {about['teacher']}:
         raise SystemExit(f"--out: the runs of {log.path.name} had another teacher ({others.pop()}, here {about['teacher']}): give another file")
     print(f'teacher: {100*acc:.1f} %', flush=True)
-    for seed in range(int(first), int(last or first)+1):
+    for seed in range(int(m[1]), int(m[2] or m[1])+1):
         for loss,n in todo:
             if log.find(loss=loss, epochs=n, seed=seed): continue
             log.add(row := about | dict(loss=loss, epochs=n, seed=seed) | run(s, dls, teacher, recipes(s)[loss], n, seed))

@@ -33,13 +33,13 @@ def _against(a, b, name):
     return {name:t.diff, f'{name}_low':t.ci[0], f'{name}_high':t.ci[1], f'{name}_p':t.p} if t else {}
 
 
-def verdict(gain, p, alpha=0.05): return 'helps' if p<alpha and gain>0 else 'hurts' if p<alpha else 'no difference told'
-
-
 def table(
     runs, # Lines of one setting
 ):
-    "A row for each loss and length of training, the best first"
+    "A row for each loss and length of training, the best first. Raises ValueError without runs of `alone`, for a run that is there twice, or a single seed"
+    twice = runs[runs.duplicated(['loss', 'epochs', 'seed'])]
+    if len(twice): raise ValueError(f"there are two runs of {twice.loss.iloc[0]}, {twice.epochs.iloc[0]} epochs, seed {twice.seed.iloc[0]}: keep one")
+    if runs.seed.nunique()<2: raise ValueError(f"runs: intervals need two seeds at least, got seed {runs.seed.iloc[0]} only")
     runs = runs.set_index('seed')
     groups = {k:g for k,g in runs.groupby(['loss', 'epochs'], sort=False)}
     alone = {n:g for (loss,n),g in groups.items() if loss=='alone'}
@@ -57,7 +57,6 @@ def table(
         if k not in df: continue
         known = df[f'{k}_p'].notna()
         df.loc[known, f'{k}_p'] = stats.false_discovery_control(df.loc[known, f'{k}_p'])
-        df.loc[known, k+'_verdict'] = [verdict(*o) for o in df.loc[known, [k, f'{k}_p']].values]
     return df
 
 
@@ -66,7 +65,7 @@ def readable(df):
     def known(r, k): return pd.notna(r.get(k))
     def interval(r, k): return f'{r[k]:+.1f} ({r[k+"_low"]:+.1f} to {r[k+"_high"]:+.1f})' if known(r, k) else ''
     def number(r, k, form): return format(r[k], form) if known(r, k) else ''
-    rows = [{'':r.loss, 'weights':number(r, 'task_weight', 'g')+(' + '+number(r, 'weight', 'g') if known(r, 'weight') else ''), 'epochs':f'{r.epochs}', 'seeds':r.seeds,
+    rows = [{'':r.loss, 'weights':' + '.join(number(r, k, 'g') for k in ('task_weight', 'weight') if known(r, k)), 'epochs':f'{r.epochs}', 'seeds':r.seeds,
              'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'gain':interval(r, 'gain'), 'p':number(r, 'gain_p', '.2g'), 'time':number(r, 'time', '.2f'),
              'gain at equal time':interval(r, 'same_time'), 'against':f"{r.alone_epochs:.0f} epochs" if known(r, 'same_time') else ''} for _,r in df.iterrows()]
     return pd.DataFrame(rows).set_index('').rename_axis(None)

@@ -69,9 +69,10 @@ def wrn(depth, k, c=10):
     return Net(conv(3, 16), stages, widths[-1], c)
 
 def vgg13(c=10):
+    "Five stages, of which the last two have 4 by 4 positions on CIFAR"
     def stage(i, o, pool): return nn.Sequential(*([nn.MaxPool2d(2)] if pool else []), nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
     widths = [3, 64, 128, 256, 512, 512]
-    return Net(nn.Identity(), [stage(widths[j], widths[j+1], j) for j in range(5)], 512, c)
+    return Net(nn.Identity(), [stage(widths[j], widths[j+1], 0<j<4) for j in range(5)], 512, c)
 
 def mobilenetv2(c=10):
     "At half the width of the paper but for its last layer, as the literature's student"

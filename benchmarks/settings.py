@@ -117,7 +117,7 @@ resnets = dict(teacher=lambda c: models.resnet34(num_classes=c), student=lambda 
 wrns = dict(teacher=lambda c: wrn(40, 2, c), student=lambda c: wrn(16, 2, c), ab=24.6, beta=6, stages={f'stages.{i}':f'stages.{i}' for i in range(3)},
             before={'stages.1.0.pre.1:input':'stages.1.0.pre.1:input', 'stages.2.0.pre.1:input':'stages.2.0.pre.1:input', 'stages.2.3:input':'stages.2.7:input'})
 vgg_mobile = dict(teacher=cifar_nets.vgg13, student=cifar_nets.mobilenetv2, ab=24.6, beta=6, stages={f'stages.{i}':f'stages.{i+1}' for i in range(4)},
-                  before={f'stages.{i}{".6:input" if i==3 else ""}':f'stages.{i+1}.6:input' for i in range(4)})
+                  before={'stages.0':'stages.1.6:input', 'stages.1':'stages.2.6:input', 'stages.2':'stages.3.6:input', 'stages.3.6:input':'stages.4.5:input'})
 on_gpu = dict(folder='cifar100', data=partial(cifar, bs=256), epochs=240, lr=0.2, opt=partial(SGD, mom=0.9, decouple_wd=False))  # the literature's weight decay
 
 SETTINGS = dict(

@@ -33,10 +33,20 @@ class RunLog:
         text:Callable=cell, # From a column and a value to the text
     ):
         self.path,self.cols,self.text,self.rows = path and Path(path),list(cols),text,[]
-        if self.path and self.path.exists(): self._load()
-        elif self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(self.cols)
+        if self.path:
+            self._create()
+            self._load()
+
+    def _create(self):
+        "The file with its header, in one step; the first of several processes wins"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists(): return
+        tmp = self.path.with_name(f'{self.path.name}.{os.getpid()}')
+        self._write(self.cols, tmp)
+        try: os.link(tmp, self.path)
+        except FileExistsError: pass
+        except OSError: os.replace(tmp, self.path)  # a file system without links
+        finally: tmp.unlink(missing_ok=True)
 
     def _load(self):
         raw = self.path.read_bytes()
@@ -47,22 +57,24 @@ class RunLog:
         if head is None: return self._write(self.cols)
         self.rows = [dict(zip(head, r)) for r in rows]
 
-    def _write(self, vals):
+    def _write(self, vals, path=None):
         line = io.StringIO()
         csv.writer(line, lineterminator='\n').writerow(vals)
-        fd = os.open(self.path, os.O_WRONLY|os.O_APPEND|os.O_CREAT, 0o644)
+        fd = os.open(path or self.path, os.O_WRONLY|os.O_APPEND|os.O_CREAT, 0o644)
         try:
             os.write(fd, line.getvalue().encode())
             os.fsync(fd)
         finally: os.close(fd)
 
+    def _cell(self, name, v): return '' if v is None else self.text(name, v)
+
     def add(self, row:dict):
         "Store a run: its values by column, of which some may be missing"
-        row = {c:self.text(c, row[c]) if row.get(c) is not None else '' for c in self.cols}
+        row = {c:self._cell(c, row.get(c)) for c in self.cols}
         if self.path: self._write([row[c] for c in self.cols])
         self.rows.append(row)
 
     def find(self, **key)->dict|None:
         "The first row with these values, as text; None if there is none"
-        key = {k:self.text(k, v) for k,v in key.items()}
+        key = {k:self._cell(k, v) for k,v in key.items()}
         return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
