@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastai.learner import load_learner
 from fasterai.core.archs import load_weights, make_model
 from fasterai.distill.cli import distill
 
@@ -38,9 +39,25 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
     assert exp.kd['activations_student']['student'] and len(exp.runs)==1
     table = pd.read_csv(tmp_path/'out'/'table.csv')
     assert table.model.tolist()==['teacher','student alone','student distilled'] and table.parameters.min()>1e6
-    load_weights(make_model('timm:resnet10t', 2), tmp_path/'out'/'student.pth')
+    student = load_weights(make_model('timm:resnet10t', 2), tmp_path/'out'/'student.pth').eval()
+    learn = load_learner(tmp_path/'out'/'student.pkl')
+    label,i,probs = learn.predict(images/'valid'/'red'/'0.png')
+    assert list(learn.dls.vocab)==['blue', 'red'] and label==learn.dls.vocab[i] and probs.sum()==pytest.approx(1)
+    x = learn.dls.test_dl([images/'valid'/'red'/'0.png']).one_batch()[0]
+    assert torch.allclose(student(x).softmax(1)[0], probs, atol=1e-5)
     page = (tmp_path/'out'/'report.html').read_text()
     assert 'distilled' in page and page.count('data:image/png')==3 and '<script' not in page and 'timm:resnet10t' in page
+
+
+def test_a_teacher_that_is_no_better_is_named_and_vision_learners_weights_are_explained(images, tmp_path, capsys):
+    pytest.importorskip('timm')
+    good = make_model('timm:resnet10t', 2)
+    torch.nn.init.zeros_(good.get_classifier().weight), torch.nn.init.zeros_(good.get_classifier().bias)  # always the first class: half of the images
+    torch.save(good.state_dict(), tmp_path/'t.pth')
+    exp = distill(images, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small | dict(epochs=3))
+    assert ('no better than the student alone' in capsys.readouterr().out) == (exp.runs.alone.max()>=0.5)
+    torch.save({'0.0.weight': torch.zeros(1)}, tmp_path/'v.pth')
+    with pytest.raises(ValueError, match='vision_learner'): distill(images, teacher_weights=tmp_path/'v.pth', out=tmp_path/'out', **small)
 
 
 @pytest.mark.parametrize('args,what', [

@@ -60,7 +60,9 @@ def load_weights(
     lost,extra = [k for k in own if k not in sd],[k for k in sd if k not in own]
     problems = [f"{what} {', '.join(ks[:3])}{f' and {len(ks)-3} more' if len(ks)>3 else ''}" for what,ks in
                 (('other shapes:',odd), ('missing:',lost), ('unknown:',extra)) if ks]
-    if problems: raise ValueError(f"the weights in {file.name} are not those of this model with its number of classes: {'; '.join(problems)}")
+    if problems:
+        hint = " (they look like those of fastai's vision_learner, whose layers have other names: use the callback, with that learner as its teacher)" if '0.0.weight' in sd else ''
+        raise ValueError(f"the weights in {file.name} are not those of this model with its number of classes: {'; '.join(problems)}{hint}")
     model.load_state_dict(sd)
     return model
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import IndexSplitter, Normalize, RandomSplitter, get_image_files
+from fastai.data.transforms import IndexSplitter, Normalize, RandomSplitter, RegexLabeller, get_image_files, parent_label
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
+from fastcore.basics import using_attr
 
 # %% ../../nbs/core/images.ipynb #f1eb6786
 _splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
@@ -63,7 +64,7 @@ def image_dls(
     _check_classes(path, Counter(labels.values()), pattern)
     if split: _check_sides(labels, sides)
     splitter = IndexSplitter([i for i,s in enumerate(sides) if s=='valid']) if split else RandomSplitter(valid_pct, seed=seed)
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: list(files), get_y=labels.get, splitter=splitter,
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: list(files), get_y=parent_label if pattern is None else using_attr(RegexLabeller(pattern), 'name'), splitter=splitter,
         item_tfms=Resize(size), batch_tfms=(aug_transforms(size=size) if augment else []) + [Normalize.from_stats(*imagenet_stats)])
     return block.dataloaders(path, bs=bs, device=device, **kwargs)
 

@@ -14,8 +14,11 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 
 import torch
+from fastai.learner import Learner
+from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.script import CliError, call_parse, parse_cli
 
@@ -51,7 +54,7 @@ def write_report(
     out:Path,            # Folder, made if missing
     settings:dict=None,  # Shown on the page
 ):
-    "Write `report.html` with its plots and `report.csv`, `table.csv` and `runs.csv` (the seeds), and `student.pth` to `out`"
+    "Write `report.html` with its plots and `report.csv`, `table.csv` and `runs.csv` (the seeds), and the best student to `out`: `student.pkl` for `load_learner`, `student.pth` its weights"
     out.mkdir(parents=True, exist_ok=True)
     learners = exp.learners() # of the seed with the median difference: a pair picked for its score would flatter
     table = compare(learners)
@@ -62,6 +65,8 @@ def write_report(
         exp.table().to_csv(tmp/'table.csv', index=False)
         exp.runs.to_csv(tmp/'runs.csv', index=False)
         torch.save({k:v.cpu() for k,v in exp.best[1].state_dict().items()}, tmp/'student.pth')
+        try: Learner(exp.dls, exp.best[1], metrics=accuracy, path=tmp).export('student.pkl')
+        except (AttributeError, TypeError, PicklingError) as e: print(f'no student.pkl, since the data cannot be pickled: {e}')
         for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
 
 # %% ../../nbs/distill/cli.ipynb #9d5b8fbf
@@ -97,7 +102,7 @@ def set_up(path=None, teacher=None, student=None, loss='SoftTarget', weight=None
     exp = Experiment(dls, model, make_student, loss=loss, lr=lr, **kd)
     Path(out).mkdir(parents=True, exist_ok=True)
     plan = dict(images=path or 'handwritten digits', teacher=names[0], student=names[1], loss=KnowledgeDistillationCallback(model, loss, **kd).equation(),
-                epochs=epochs, seeds=seeds, learning_rate=lr, batch_size=bs, teacher_epochs=None if teacher_weights else teacher_epochs, out=out)
+                epochs=epochs, seeds=seeds, learning_rate=lr, batch_size=bs, teacher_epochs=None if teacher_weights else teacher_epochs, out=out) | ({} if digits else dict(image_size=size, augment=augment, classes=', '.join(map(str, dls.vocab))))
     return exp,plan
 
 def carry_out(exp:Experiment, plan:dict)->Experiment:
@@ -108,9 +113,11 @@ def carry_out(exp:Experiment, plan:dict)->Experiment:
     if wide: print(f"(the teacher learns from {len(wide.train_ds)} training images)")
     if plan['teacher_epochs']: exp.train_teacher(plan['teacher_epochs'], wide)
     exp.run(plan['epochs'], plan['seeds'])
-    print(f"\n\n{exp.table().to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
+    table = exp.table()
+    print(f"\n\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
+    if table.accuracy[0]<=max(table.accuracy[table.model=='student alone']): print("The teacher is no better than the student alone: it has little to teach. Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
     write_report(exp, Path(out), plan)
-    print(f"\nIn {out}: report.html, its plots and tables, and student.pth, the weights of the distilled student that scored best ({exp.best[0]:.1%})")
+    print(f"\nIn {out}: report.html, its plots and tables, and the distilled student that scored best ({exp.best[0]:.1%}): load_learner('{Path(out)/'student.pkl'}').predict(item); its weights are student.pth")
     return exp
 
 def distill(path=None, **kwargs)->Experiment:
@@ -135,7 +142,7 @@ def fasterai_distill(
     bs:int=None,               # Batch size [64; digits 25]
     pattern:str=None,          # Regular expression for the class in a file's name, instead of folders
     augment:bool=False,        # Augment the training images?
-    teacher_weights:str=None,  # .safetensors file or state dict of a trained teacher
+    teacher_weights:str=None,  # .safetensors file or state dict of a trained teacher, with the names of torchvision or timm; none: it is trained here
     out:str='distilled',       # Folder for the report and the student's weights
     workers:int=None,          # Processes that load images [fastai's default]
 ):
