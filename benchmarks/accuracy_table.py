@@ -79,7 +79,7 @@ def plot(df, ax=None):
         ax.errorbar(d[k], d.index+dy, xerr=[d[k]-d[f'{k}_low'], d[f'{k}_high']-d[k]], fmt='o', ms=5, capsize=2, lw=1, color=COLORS[k!='gain'], mfc=face, label=name)
     ax.axvline(0, color=GREY, ls='--', lw=1)
     ax.set(yticks=d.index, yticklabels=d.loss, xlabel='points over no teacher')
-    with look(): ax.legend(loc='lower right', fontsize='small')
+    with look(): ax.legend(fontsize='small')
     return ax
 
 

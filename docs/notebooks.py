@@ -45,7 +45,7 @@ def _page(cells, docname):
             if entries := '\n'.join(_entries(c['source'], modname)): yield new_markdown_cell(f'```{{eval-rst}}\n{entries}\n```')
             continue
         if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
-        if 'echo:' in found: c['metadata']['tags'] = ['remove-input']  # `#| echo: false`
+        if found.get('echo:')=='echo: false': c['metadata']['tags'] = ['remove-input']
         yield c
         if modname and c is cells[0]: yield new_markdown_cell(f'```{{eval-rst}}\n.. py:module:: {modname}\n```')
         elif c is cells[0] and '/' in docname: yield new_markdown_cell(f'{{download}}`Download this notebook <{docname.split("/")[-1]}.ipynb>`')
@@ -66,9 +66,10 @@ def read_notebook(app, docname, source):
 # Docstrings and docments
 
 def _rst(s):
-    "Text with names in backticks as RST"
+    "Text with names in backticks as RST, and with links to arXiv"
     parts = re.split(r'`([^`]+)`', s or '')
-    return ''.join(rf'\ ``{p}``\ ' if i%2 else re.sub(r'([*|_\\])', r'\\\1', p) for i,p in enumerate(parts))
+    text = ''.join(rf'\ ``{p}``\ ' if i%2 else re.sub(r'([*|_\\])', r'\\\1', p) for i,p in enumerate(parts))
+    return re.sub(r'arXiv (\d{4}\.\d{4,5})', r'`arXiv \1 <https://arxiv.org/abs/\1>`__', text)
 
 def _type(anno):
     if anno is inspect.Parameter.empty: return ''
@@ -142,7 +143,7 @@ def write_markdown(app, exc):
     for doc in app.env.found_docs:
         if (f := app.env.doc2path(doc)).suffix!='.ipynb': continue
         cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(f.read_text(encoding='utf-8'))['cells']]
-        text = '\n\n'.join(f'```python\n{s}\n```' if kind=='code' else s for kind,s in cells if s and 'hide' not in _directives(s))
+        text = '\n\n'.join(f'```python\n{s}\n```' if kind=='code' else s for kind,s in cells if s and not _directives(s).keys() & {'hide', 'echo:'})
         (Path(app.outdir)/f'{doc}.html.md').write_text(text+'\n', encoding='utf-8')
 
 def setup(app):

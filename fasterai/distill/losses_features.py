@@ -38,7 +38,7 @@ def Attention(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Squared difference of the attention maps at length 1, mean over positions, summed over pairs. Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928. ValueError for vectors or an unequal number of tokens"
     if p<1: raise ValueError(f"p must be at least 1, got {p}: the gradient of a lesser power is infinite at 0")
     def one(s, t, names): return F.mse_loss(*(_attention(x, p) for x in _positions(s, t, names, 'Attention')))
@@ -53,7 +53,7 @@ def FitNet(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Mean squared error of the maps, summed over pairs. Romero et al., ICLR 2015, arXiv 1412.6550. ValueError for unequal shapes"
     def one(s, t, names): return F.mse_loss(*same_shape(s, t, names, 'FitNet'))
     return over_pairs(one, fm_s, fm_t, layer_weights)
@@ -67,7 +67,7 @@ def ActivationBoundaries(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Squared hinge towards the sign of the teacher's units, mean over elements, summed over pairs. Heo et al., AAAI 2019, arXiv 1811.03233. ValueError for unequal shapes"
     def one(s, t, names):
         s,t = same_shape(s, t, names, 'ActivationBoundaries')
@@ -85,7 +85,7 @@ def Similarity(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Squared difference of the batch's row-normalised Gram matrices, mean over B², summed over pairs. Tung and Mori, ICCV 2019, arXiv 1907.09682"
     def one(s, t, names): return F.mse_loss(*(unit(gram(x.flatten(1)), p=p) for x in (s, t)))
     return over_pairs(one, fm_s, fm_t, layer_weights)
@@ -98,7 +98,7 @@ def CWD(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL of every channel's softmax over the positions, times T², mean over channels, summed over pairs. Shu et al., ICCV 2021, arXiv 2011.13256. ValueError for unequal channels, or fewer than two positions"
     def one(s, t, names):
         s,t = (_channels(x) for x in _positions(*same_channels(s, t, names, 'CWD'), names, 'CWD'))
@@ -118,7 +118,7 @@ def ChannelStats(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Squared differences of the channels' means and standard deviations, summed over channels and pairs, mean over the batch. Lv et al. (WKD-F), NeurIPS 2024, arXiv 2412.08139. ValueError for unequal channels, or fewer than two positions"
     def one(s, t, names):
         (vs,ms),(vt,mt) = (_var_mean(x, n) for x,n in zip(same_channels(s, t, names, 'ChannelStats'), names))
@@ -144,7 +144,7 @@ def NST(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "MMD of the channels' selectivity with a squared dot product as kernel, summed over pairs. Huang and Wang, 2017, arXiv 1707.01219. ValueError for vectors or an unequal number of tokens"
     def one(s, t, names):
         s,t = (_channels(x) for x in _positions(s, t, names, 'NST'))

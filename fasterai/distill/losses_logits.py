@@ -30,7 +30,7 @@ def SoftTarget(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL divergence of the softened distributions, times T². Hinton et al. 2015, arXiv 1503.02531. ValueError for unequal shapes or one class"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     kl = kl_div(zs/check_T(T), zt/T, axis)
@@ -45,7 +45,7 @@ def Logits(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Mean squared error of the raw predictions. Ba and Caruana, NeurIPS 2014, arXiv 1312.6184. ValueError for unequal shapes"
     s,t = as_pair(pred, teacher_pred)
     if s.shape!=t.shape: raise ValueError(f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}")
@@ -62,7 +62,7 @@ def Mutual(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL divergence of the distributions as they are. Zhang et al., CVPR 2018, arXiv 1706.00384. ValueError for unequal shapes or one class"
     return SoftTarget(pred, teacher_pred, T=1, axis=axis, target=target, ignore_index=ignore_index)
 
@@ -94,7 +94,7 @@ def DecoupledKD(
     axis:int=1,             # Where the classes are
     ignore_index:int=None,  # Label of the positions to leave out
     **kwargs                # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL of target against the rest, and of the rest among themselves, each with its weight. Zhao et al., CVPR 2022, arXiv 2203.08679. TypeError for soft labels, ValueError for unequal shapes or one class"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     y,keep = labels_of(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
@@ -111,7 +111,7 @@ def NKD(
     axis:int=1,             # Where the classes are
     ignore_index:int=None,  # Label of the positions to leave out
     **kwargs                # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Teacher-weighted cross-entropy of the target, and cross-entropy among the rest. Yang et al., ICCV 2023, arXiv 2303.13005. TypeError for soft labels, ValueError for unequal shapes or one class"
     return DecoupledKD(pred, teacher_pred, target, T=T, alpha=1, beta=gamma, normalize=True, axis=axis, ignore_index=ignore_index)
 
@@ -124,7 +124,7 @@ def HardTarget(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Cross-entropy to the teacher's decision. Touvron et al., ICML 2021, arXiv 2012.12877. ValueError for unequal shapes or one class"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     ce = -zs.log_softmax(axis).gather(axis, zt.argmax(axis, keepdim=True)).squeeze(axis)
@@ -142,7 +142,7 @@ def DIST(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Pearson distance of the probabilities, over classes and over samples, times T². Huang et al., NeurIPS 2022, arXiv 2205.10536. ValueError for unequal shapes or one class"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     keep = kept(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
@@ -162,7 +162,7 @@ def TTM(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL to a teacher that alone is softened. Zheng and Yang, ICLR 2024, arXiv 2402.11148. ValueError for unequal shapes or one class"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     kl = kl_div(zs, gamma*zt, axis)
@@ -178,7 +178,7 @@ def WTTM(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "`TTM`, each sample weighted by the power sum of its teacher. Zheng and Yang, ICLR 2024, arXiv 2402.11148. ValueError for unequal shapes or one class"
     return TTM(pred, teacher_pred, gamma, True, axis=axis, target=target, ignore_index=ignore_index)
 
@@ -188,7 +188,7 @@ def BinaryKD(
     teacher_pred:Tensor, # Teacher logits, same shape
     T:float=1,           # Temperature
     **kwargs             # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL of every logit's yes and no, times T², mean over all. Yang et al., ICCV 2023, arXiv 2308.06453. ValueError for unequal shapes"
     s,t = as_pair(pred, teacher_pred)
     if s.shape!=t.shape: raise ValueError(f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}")
@@ -205,7 +205,7 @@ def Ranking(
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
     **kwargs               # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Negative log-likelihood of the teacher's order (ListMLE: Xia et al., ICML 2008; for distillation: Tang and Wang, KDD 2018, arXiv 1809.07428). ValueError for unequal shapes or one item"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     order = zt.argsort(dim=axis, descending=True, stable=True)
@@ -236,7 +236,7 @@ class standardize:
         teacher_pred:Tensor, # Teacher logits, same shape
         *args,               # For the loss
         **kwargs             # For the loss
-    )->Tensor:
+    )->Tensor: # Scalar
         "The loss of the standardised logits"
         zs,zt,axis = as_logits(pred, teacher_pred, kwargs.get('axis', self.axis), least=3 if self.over=='class' else 2)
         keep = kept(kwargs.get('target'), zs.shape[:axis]+zs.shape[axis+1:], kwargs.get('ignore_index'))

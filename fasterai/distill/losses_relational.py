@@ -30,7 +30,7 @@ def RKDDistance(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Huber loss of the distances between samples, relative to their mean, mean over B², summed over pairs. Park et al., CVPR 2019, arXiv 1904.05068"
     def relative(x):
         d = _distances(_embed(x))
@@ -54,7 +54,7 @@ def RKDAngle(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Huber loss of the cosines of all angles between three samples, mean over B³, summed over pairs, in bounded memory. Park et al., CVPR 2019, arXiv 1904.05068"
     def one(s, t, names):
         s,t = _embed(s), _embed(t)
@@ -73,7 +73,7 @@ def RKD(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "`RKDDistance` and `RKDAngle`, weighted. Park et al., CVPR 2019, arXiv 1904.05068"
     return distance*RKDDistance(fm_s, fm_t, layer_weights=layer_weights) + angle*RKDAngle(fm_s, fm_t, layer_weights=layer_weights)
 
@@ -85,7 +85,7 @@ def PKT(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "KL of the neighbourhoods that the cosines define, mean over B², summed over pairs. Passalis and Tefas, ECCV 2018, arXiv 1803.10837"
     def neighbours(x):
         p = (1+gram(unit(_embed(x))))/2
@@ -104,7 +104,7 @@ def CC(
     *,
     layer_weights:list=None, # One weight per pair
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Squared difference of the embeddings' Gaussian kernel matrices, mean over B², summed over pairs. Peng et al., ICCV 2019, arXiv 1904.01802"
     def kernel(x):
         g = gram(unit(_embed(x)))
@@ -124,7 +124,7 @@ def IRG(
     *,
     layer_weights:list=None, # One weight per pair, for the edges
     **kwargs                 # Not used
-)->Tensor:
+)->Tensor: # Scalar
     "Squared differences of vertices, edges and transformations of the graph of samples. Liu et al., CVPR 2019. ValueError for unequal logits"
     def edges(x):
         d = _distances(_embed(x)).square()
