@@ -144,11 +144,11 @@ def main(
     threads:int=1,               # On a CPU
 ):
     if setting not in SETTINGS: raise SystemExit(f"setting: no {setting!r}; there are {', '.join(SETTINGS)}")
-    torch.set_num_threads(threads)
     if not (m := re.fullmatch(r'(\d+)(?:-(\d+))?', seeds)) or int(m[2] or m[1])<int(m[1]): raise SystemExit(f"--seeds: a number, or two like 0-4, got {seeds!r}")
     s,device = SETTINGS[setting],torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if not (data/s.folder).is_dir() and s.folder: raise SystemExit(f"--data: no folder {s.folder!r} in {str(data)!r}")
     todo = plan(s, ['alone', *SEEDS_LOSSES] if only=='seeds' else [o for o in only.split(',') if o], epochs or s.epochs)
+    torch.set_num_threads(threads)
     log = RunLog(out or here/'results'/f'accuracy-{setting}.csv', COLS)
     dls = s.data(data/s.folder, device)
     teacher,acc = trained_teacher(s, dls, models/f'accuracy-{setting}.pth')
