@@ -65,9 +65,9 @@ def readable(df):
     def known(r, k): return pd.notna(r.get(k))
     def interval(r, k): return f'{r[k]:+.1f} ({r[k+"_low"]:+.1f} to {r[k+"_high"]:+.1f})' if known(r, k) else ''
     def number(r, k, form): return format(r[k], form) if known(r, k) else ''
-    rows = [{'':r.loss, 'weights':' + '.join(number(r, k, 'g') for k in ('task_weight', 'weight') if known(r, k)), 'epochs':f'{r.epochs}', 'seeds':r.seeds,
+    rows = [{'':r.loss, 'weights':' + '.join(number(r, k, 'g') for k in ('task_weight', 'weight') if known(r, k)), 'epochs':f'{r.epochs}',
              'accuracy':f'{r.accuracy:.1f} ± {r.ci:.1f}', 'gain':interval(r, 'gain'), 'p':number(r, 'gain_p', '.2g'), 'time':number(r, 'time', '.2f'),
-             'gain at equal time':interval(r, 'same_time'), 'against':f"{r.alone_epochs:.0f} epochs" if known(r, 'same_time') else ''} for _,r in df.iterrows()]
+             'at equal time':interval(r, 'same_time'), 'of':number(r, 'alone_epochs', '.0f') if known(r, 'same_time') else ''} for _,r in df.iterrows()]
     return pd.DataFrame(rows).set_index('').rename_axis(None)
 
 
