@@ -29,11 +29,11 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fasterai.core.run_log import RunLog
 from fasterai.core.seeds import same_start
 from fasterai.distill.cache import digest
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import *
-from fasterai.distill.sweep import RunLog
 from fasterai.distill.teacher import Teacher
 from fastcore.script import call_parse
 from settings import SETTINGS
@@ -52,8 +52,8 @@ def recipes(s):
             'SoftTarget + Attention': dict(loss={partial(SoftTarget, T=4): 0.9, Attention: 1000}, weight=1, task_weight=0.1, activations_student=s.stages),
             'CWD': (CWD, 50, s.last), 'ChannelStats': (ChannelStats, 0.08, s.last), 'NST': (NST, 50, s.stages), 'RKDDistance': (RKDDistance, 25, s.last), 'RKDAngle': (RKDAngle, 50, s.last),
             'RKD': (RKD, 1, s.last), 'PKT': (PKT, 30000, s.last), 'CC': (CC, 100, s.last), 'IRG': (IRG, 1, s.last)}
-    light = {f'{o.__name__} at 0.5': dict(loss=o, weight=0.5, task_weight=0.5, activations_student=layers) for o,layers in
-             ((Attention, s.stages), (FitNet, s.stages), (Similarity, s.stages), (ActivationBoundaries, s.stages))}  # as a first try of the callback has them
+    light = {f'{o.__name__} at 0.5': dict(loss=o, weight=0.5, task_weight=0.5, activations_student=s.stages) for o in
+             (Attention, FitNet, Similarity, ActivationBoundaries)}  # as a first try of the callback has them
     def recipe(r):
         if isinstance(r, dict): return dict(task_weight=1) | r
         loss,weight,layers = (*r, None)[:3] if isinstance(r, tuple) else (r, 1, None)

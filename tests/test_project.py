@@ -69,5 +69,11 @@ def test_no_module_imports_upward():
     assert seen>20
 
 
+def test_the_number_of_losses_on_the_pages_is_the_code_s():
+    from fasterai.distill import learned_losses, losses
+    n = len(losses.available_losses()) + sum(o in learned_losses.__all__ for o in ('VID', 'CRD', 'ReviewKD', 'OFD'))
+    for f in ('README.md', 'nbs/comparison.md'): assert f'losses, as each counts them | {n} |' in (root/f).read_text(), (f, n)
+
+
 def test_library_star_imports_nothing_of_fastai_vision():
     for f in (root/'fasterai').glob('*/*.py'): assert not re.search(r'from fastai\.\S+ import \*', f.read_text()), f
