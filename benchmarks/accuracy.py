@@ -29,12 +29,12 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fasterai.core.run_log import RunLog
+from fasterai.distill.study.run_log import RunLog
 from fasterai.core.seeds import same_start
-from fasterai.distill.cache import digest
+from fasterai.distill.teacher.recorded.recorded import digest
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import *
-from fasterai.distill.teacher import Teacher
+from fasterai.distill.teacher.teacher import Teacher
 from fastcore.script import call_parse
 from settings import SETTINGS
 

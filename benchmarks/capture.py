@@ -14,7 +14,7 @@ from fastcore.script import call_parse
 from torch import nn
 from torchvision.models import resnet18
 
-from fasterai.distill.features import Capture
+from fasterai.distill.layers.capture import Capture
 
 
 def timed(f, cuda):

@@ -40,11 +40,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision import models
 
-from fasterai.core.digits import digits_net
-from fasterai.distill.cache import Replay, TeacherCache
+from fasterai.data.digits import digits_net
+from fasterai.distill.teacher.recorded.recorded import Replay, TeacherCache
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import Attention, DecoupledKD, FitNet, Similarity, SoftTarget
-from fasterai.distill.teacher import Teacher
+from fasterai.distill.teacher.teacher import Teacher
 
 STAGES = ['layer1', 'layer2', 'layer3', 'layer4']
 RESULTS = Path(__file__).parent/'results'

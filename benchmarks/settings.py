@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_image_files
 from fastai.optimizer import SGD, Adam
-from fasterai.core.digits import digits_dls, digits_net
+from fasterai.data.digits import digits_dls, digits_net
 from fasttransform import ItemTransform
 from PIL import Image, ImageOps
 from torch.utils.data import TensorDataset

@@ -85,14 +85,14 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
 
 
 def test_names_parameters_and_sources(site):
-    page = (site/'distill/losses_logits.html').read_text(encoding='utf-8')
-    assert 'id="fasterai.distill.losses_logits.SoftTarget"' in page
+    page = (site/'distill/loss/logits.html').read_text(encoding='utf-8')
+    assert 'id="fasterai.distill.loss.logits.SoftTarget"' in page
     assert re.search(r'<td><p><code[^>]*>.*?teacher_pred.*?</code></p></td>', page, re.S) and 'Teacher logits, same shape' in page
-    line = next(i for i,l in enumerate((root/'fasterai/distill/losses_logits.py').read_text().splitlines(), 1) if l.startswith('def SoftTarget'))
-    assert f'/blob/main/fasterai/distill/losses_logits.py#L{line}-L' in page
+    line = next(i for i,l in enumerate((root/'fasterai.distill.loss.logits.py').read_text().splitlines(), 1) if l.startswith('def SoftTarget'))
+    assert f'/blob/main/fasterai.distill.loss.logits.py#L{line}-L' in page
     home = (site/'index.html').read_text(encoding='utf-8')
     assert re.search(r'href="https://docs.fast.ai/[^"]*"[^>]*><code[^>]*><span class="pre">Learner</span>', home)
-    assert 'distill/matching.html#fasterai.distill.matching.match_feature_layers' in home
+    assert 'distill/matching.html#fasterai.distill.layers.matching.match_feature_layers' in home
     assert '_download' in (site/'tutorials/quick_start.html').read_text(encoding='utf-8')
 
 
@@ -125,7 +125,7 @@ chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 
 @pytest.mark.skipif(chromium is None, reason='no browser')
 def test_in_a_browser(site, tmp_path):
-    seen = ['index.html', 'tutorials/quick_start.html', 'howto/pair_layers.html', 'tutorials/theory.html', 'distill/losses_logits.html', 'distill/distillation_callback.html', 'search.html?q=temperature']
+    seen = ['index.html', 'tutorials/quick_start.html', 'howto/pair_layers.html', 'tutorials/theory.html', 'distill/loss/logits.html', 'distill/distillation_callback.html', 'search.html?q=temperature']
     (site/'probe.html').write_text(_probe.replace('PAGES', str(seen)))
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
@@ -142,5 +142,5 @@ def test_in_a_browser(site, tmp_path):
     assert len(rows)==4*len(seen)
     assert all(theme==got for _,_,theme,got,*_ in rows), rows
     assert not (wide := [o for o in rows if int(o[4])>0]), f'wider than the window: {wide}'
-    assert all(int(o[5])>5 for o in rows if 'search' in o[0]) and all(int(o[6])>0 for o in rows if 'losses' in o[0]), rows
+    assert all(int(o[5])>5 for o in rows if 'search' in o[0]) and all(int(o[6])>0 for o in rows if 'loss/' in o[0]), rows
     assert not [l for l in r.stderr.splitlines() if 'CONSOLE' in l and re.search('Uncaught|Error|Failed', l)]

@@ -34,7 +34,7 @@ def fast(data, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt, torch
     from fastai.data.load import DataLoader
     from fastai.learner import Learner
-    from fasterai.distill.experiment import Experiment
+    from fasterai.distill.study.experiment import Experiment
     fit,run,init = Learner.fit,Experiment.run,DataLoader.__init__
     monkeypatch.setenv('FASTAI_HOME', str(data))
     monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])  # which a notebook's shell replaces

@@ -10,15 +10,17 @@ __all__ = []
 # %% ../../nbs/distill/all.ipynb #66118679
 from ..core import schedule
 from ..core.schedule import *
-from . import advice, distillation_callback, learned_losses, losses, report, sweep as sweeps
-from .advice import *
-from .cache import Replay, TeacherCache
+from . import distillation_callback, losses
+from .loss import learned
+from .study import advice, compare as report, sweep as sweeps
+from .study.advice import *
+from .teacher.recorded.recorded import Replay, TeacherCache
 from .distillation_callback import *
-from .learned_losses import *
+from .loss.learned import *
 from .losses import *
-from .report import *
-from .sweep import *
-from .teacher import Teacher
+from .study.compare import *
+from .study.sweep import *
+from .teacher.teacher import Teacher
 
 # %% ../../nbs/distill/all.ipynb #b5e4ba19
-__all__ = ['Teacher', 'TeacherCache', 'Replay'] + [n for room in (schedule, losses, learned_losses, distillation_callback, report, sweeps, advice) for n in room.__all__]
+__all__ = ['Teacher', 'TeacherCache', 'Replay'] + [n for room in (schedule, losses, learned, distillation_callback, report, sweeps, advice) for n in room.__all__]

@@ -22,16 +22,17 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.script import CliError, call_parse, parse_cli
 
-from ..core.archs import load_weights, make_model
-from ..core.digits import digits_dls
-from ..core.images import image_dls
+from ..data.archs import load_weights, make_model
+from ..data.digits import digits_dls
+from ..data.images import image_dls
 from ..core.names import unknown_name
-from . import learned_losses, losses
+from . import losses
+from .loss import learned
 from .distillation_callback import KnowledgeDistillationCallback, match_feature_layers
-from .experiment import Experiment
+from .study.experiment import Experiment
 from .losses import available_losses
-from .report import compare, plot_compare, plot_soft_targets, save_report
-from .terms import Term
+from .study.compare import compare, plot_compare, plot_soft_targets, save_report
+from .loss.terms import Term
 
 # %% ../../nbs/distill/cli.ipynb #d6e8d9c7
 _learned = 'VID','CRD','ReviewKD','OFD'
@@ -41,7 +42,7 @@ def loss_by_name(
     T:float=None,  # Temperature, for losses that have one
 ):
     "The loss function called `name`, at temperature `T`. Raises ValueError for an unknown name or a temperature it does not take"
-    if name in _learned: loss = getattr(learned_losses, name)()
+    if name in _learned: loss = getattr(learned, name)()
     elif name in (known := available_losses()): loss = getattr(losses, name)
     else: raise ValueError(unknown_name('loss', name, [*known, *_learned]))
     if T is None: return loss

@@ -25,15 +25,15 @@ from torch import nn
 
 from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
-from .adapters import Adapters, adapter
-from .cache import as_cache
-from .features import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
-from .loss_log import LossLog
+from .layers.adapters import Adapters, adapter
+from .teacher.recorded.recorded import as_cache
+from .layers.capture import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
+from .training.loss_log import LossLog
 from .losses import SoftTarget
-from .matching import match_feature_layers
-from .teacher import Teacher, as_teacher
-from .terms import FROM_TASK, as_terms
-from .train_along import TrainAlong
+from .layers.matching import match_feature_layers
+from .teacher.teacher import Teacher, as_teacher
+from .loss.terms import FROM_TASK, as_terms
+from .training.train_along import TrainAlong
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']

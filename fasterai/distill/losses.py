@@ -10,9 +10,9 @@ __all__ = ['available_losses', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 
            'ChannelStats', 'NST', 'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG']
 
 # %% ../../nbs/distill/losses.ipynb #322cd74e
-from .losses_features import *
-from .losses_logits import *
-from .losses_relational import *
+from .loss.maps import *
+from .loss.logits import *
+from .loss.relations import *
 
 # %% ../../nbs/distill/losses.ipynb #34708020
 _all_ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking', 'standardize', 'Attention', 'FitNet', 'ActivationBoundaries',
