@@ -7,69 +7,40 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/distillation_callback.htm
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #7a1dc0f8
-import math
+# %% ../../nbs/distill/distillation_callback.ipynb #5fe9b6ad
 from copy import deepcopy
-from functools import partial
 from typing import Callable
 
-import torch
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-                                  CancelStepException, CancelTrainException, CancelValidException)
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback
-from fastai.torch_core import find_bs
-from fastcore.basics import detuplify, patch
+from fastcore.basics import patch
 from torch import nn
 
-from ..core.names import unknown_name
-from ..core.schedule import Schedule, as_schedule
-from .layers.adapters import Adapters, adapter
-from .teacher.recorded.recorded import as_cache
-from .layers.capture import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
-from .training.loss_log import LossLog
-from .losses import SoftTarget
+from ..core.leaving import unwatch, watch
+from ..core.schedule import Schedule
+from .layers.capture import get_model_layers, get_module_by_name
 from .layers.matching import match_feature_layers
-from .teacher.teacher import Teacher, as_teacher
-from .loss.terms import FROM_TASK, as_terms
-from .training.train_along import TrainAlong
+from .losses import SoftTarget
+from .teacher.teacher import as_teacher
+from .training.learned import remember
+from .training.recipe import Recipe
+from .training.session import Session
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #5551d8ee
-_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-            CancelTrainException, CancelValidException)
-
-def _guarded(cb, with_events, *args, **kwargs):
-    "Run a part of the fit; clean `cb` up if an exception ends the fit here"
-    try: return with_events(*args, **kwargs)
-    except _cancels: raise
-    except BaseException:
-        if cb._fitting: _leave_autocast(cb)
-        cb._release()
-        raise
-
-def _leave_autocast(cb):
-    "End the autocast of fastai's `MixedPrecision`, if it is on and was not when the fit began"
-    for mp in cb._host._grab_cbs(MixedPrecision):
-        autocast = getattr(mp, 'autocast', None)
-        if autocast is not None and torch.is_autocast_enabled(autocast.device) and not cb._autocast.get(autocast.device):
-            autocast.__exit__(None, None, None)
-
-# %% ../../nbs/distill/distillation_callback.ipynb #0991839e
+# %% ../../nbs/distill/distillation_callback.ipynb #31b32c36
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
     Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The table shows the
     training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError, before the first step, for
     misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and a teacher that shares weights with the student."""
-    order,_stateattrs = MixedPrecision.order-5, (
-        'teacher','terms','log','schedule','schedules','adapters','select','_adapters','_student','_capture','_along','_cache','_ask','_columns','_task','_host','_saved','_loading','_tried','_placers')
+    order,_stateattrs = MixedPrecision.order-5,('teacher', 'recipe', 'session', 'log', 'eyes', 'loading', 'restart')
 
     def __init__(self,
-        teacher:nn.Module,                   # A trained model or `Learner`, a list of them (probabilities are averaged), or a `Teacher`
+        teacher:nn.Module,                   # A trained model or `Learner`, a list of them, a `Teacher`, or any object with `answer(*xb)`
         loss:Callable|list|dict=SoftTarget,  # Distillation loss; `partial` sets its hyper-parameters; several in a list, or a dict of loss to weight
         activations_student:str|list|dict=None,  # Layers whose feature maps are compared: names, or a mapping of student layer to teacher layer
         activations_teacher:str|list=None,   # The teacher's layers, in the order of the student's
@@ -81,312 +52,147 @@ class KnowledgeDistillationCallback(Callback):
         schedules:dict=None,                 # Schedules of the losses' hyper-parameters, for example `{'T': SchedLin(8, 1)}`
         start_pct:float=0.,                  # Share of the training before which there is no distillation
         end_pct:float=1.,                    # Share of the training after which there is none
-        select:Callable=None,                # From the student's output to its logits; None takes a tensor, or the first of a tuple
+        select:Callable=None,                # From the student's output to its logits; None takes a tensor, the first of a tuple, or `.logits`
         valid:bool=False,                    # Run the teacher in validation too, for a column `valid_distill_loss`?
     ):
         self._init_state()
-        self.teacher,self.terms,self._made_teacher = as_teacher(teacher),as_terms(loss),not isinstance(teacher, Teacher)
-        self.layers_s,self.layers_t = layer_pairs(activations_student, activations_teacher)
-        self.weight,self.task_weight,self.adapters = weight,task_weight,adapters
-        self.schedule = None if schedule is None else as_schedule(schedule)
-        self.schedules = {k:as_schedule(v) for k,v in (schedules or {}).items()}
-        self.window,self.select,self.valid = (start_pct,end_pct),select,valid
-        self._check_arguments()
-
-    def _check_arguments(self):
-        weights = [self.weight_at(i/100) for i in range(101)] + [self.weight]
-        if not all(0<=w<math.inf for w in weights): raise ValueError(f"weight must be 0 or more all the way, got {min(weights)} to {max(weights)}")
-        if self.task_weight is not None and not 0<=self.task_weight<math.inf: raise ValueError(f"task_weight must be 0 or more, got {self.task_weight}")
-        if self.task_weight is None and max(weights)>1:
-            raise ValueError(f"a weight of {max(weights):g} would give the task loss the weight {1-max(weights):g}: pass task_weight=1 to set the two apart")
-        if not (self.adapters is None or self.adapters=='auto' or isinstance(self.adapters, dict)):
-            raise ValueError(f"adapters must be 'auto', None, or a dict of student layer to module, got {self.adapters!r}")
-        if not 0<=self.window[0]<self.window[1]<=1: raise ValueError(f"need 0 <= start_pct < end_pct <= 1, got {self.window[0]} and {self.window[1]}")
-        hypers = [k for o in self.terms for k in o.hypers]
-        for k in self.schedules:
-            if k not in hypers: raise ValueError(unknown_name('hyper-parameter in `schedules`', k, hypers))
-        for n in self.layers_t: get_module_by_name(self.teacher.models[0], n.removesuffix(':input'), 'layer of the teacher')
-        for o in self.terms:
-            if o.needs_features and not self.layers_s:
-                raise ValueError(f"{o.name} compares feature maps: give activations_student and activations_teacher (match_feature_layers finds them)")
-        if self.layers_s and not any(o.takes_features for o in self.terms):
-            raise ValueError(f"layers were given, but {', '.join(o.name for o in self.terms)} takes no feature maps")
+        self.teacher = as_teacher(teacher)
+        self.recipe = Recipe.of(
+            loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight, adapters=adapters,
+            schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
+        self._check_teacher_layers()
+        self.restart = remember(*self.recipe.modules)
 
     def _init_state(self):
-        "What a callback without a teacher has; also after unpickling, since the teacher is no part of a saved student"
-        self.teacher,self.terms,self.log,self._adapters,self._student,self._capture = None,[],None,None,None,None
-        self._fitting,self._met,self._compiled,self._w,self._pct,self._columns = False,False,False,0.,0.,[]
-        self._tried,self._task,self.schedules = {},{},{}
-        self.schedule = self.adapters = self.select = self._along = self._cache = self._ask = self._saved = self._loading = self._host = self._placers = None
-
-    @property
-    def loss_names(self)->list[str]:
-        "Columns of the table: `task_loss`, and `distill_loss` or where there are several losses, one for each"
-        return ['task_loss'] + (['distill_loss'] if len(self.terms)==1 else [f'{o.name}_loss' for o in self.terms])
-
-    @property
-    def _on(self):
-        "Is the teacher asked on this batch?"
-        return self._w>0 and self._fitting and (self.training or self.valid and not self.learn.lock.locked())
-
-    @property
-    def _listens(self):
-        "Are the student's maps captured on this batch? Compiled code must see its hooks from the first batch on"
-        return self._capture is not None and (self._on or self._compiled and self.training and self._fitting)
-
-    def weight_at(self, pct:float)->float:
-        "Weight of the distillation loss once `pct` of the training is done; 0 outside `start_pct` to `end_pct`"
-        if not (self.window[0]<=pct and (pct<self.window[1] or self.window[1]==1)): return 0.
-        return self.weight*(1. if self.schedule is None else self.schedule.progress(pct))
-
-    def __setattr__(self, name, value):
-        "Clean up when the learner lets the callback go in the middle of a fit"
-        if name=='learn' and value is None and vars(self).get('_fitting'): self._release()
-        super().__setattr__(name, value)
+        "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
+        for k in self._stateattrs: setattr(self, k, None)
 
     def before_fit(self):
-        "Add the losses' columns to the table, and watch over the fit"
-        if self.learn.lock.locked(): return # validate or get_preds: no training
-        self._release()
-        self._host = self.learn # fastai forgets it before the guard is through
-        self._fitting,self._autocast = True,{k:torch.is_autocast_enabled(k) for k in ('cpu','cuda')}
-        self.log = LossLog(self.loss_names, self.valid)
-        self._columns,self._met = self.log.columns(),False
-        self.learn.metrics = self.learn.metrics + self._columns
-        self.learn._with_events = partial(_guarded, self, self.learn._with_events)
+        "Begin a session, unless this is `validate` or another way of inference, which fastai begins with the same event"
+        if self.learn.lock.locked() or not watch(self.learn, self).fits: return
+        self._refuse_teacherless()
+        self.session = Session(self, self.learn, outer=self.session).open()
 
     def before_train(self):
         "At the first epoch, bring teacher and student together"
-        self.log.start()
-        if not self._met: self._meet()
-        self.learned.train()
+        if self.session: self.session.begin_epoch()
 
     def before_batch(self):
         "Set the weight in force, and while it is not 0 listen to the student's layers"
-        if self.training:
-            self._pct = self.pct_train
-            self._w = self.weight if hasattr(self.learn, 'lr_finder') else self.weight_at(self._pct)
-        if self._on: self._try_out()
-        if self._listens: self._capture.__enter__()
+        if self.session: self.session.begin_batch()
 
     def after_pred(self):
         "Stop listening"
-        if self._listens: self._capture.__exit__(None, None, None)
-
-    def before_validate(self):
-        "Adapters and learned losses learn nothing from the validation"
-        if self._fitting: self.learned.eval()
+        if self.session: self.session.stop_listening()
 
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
-        if self._on: parts = self._lesson(self.pred, self._capture.maps if self._capture else {}, self._target(self._logits(self.pred)))
-        elif self.training: parts = {}
-        else: return
-        self.log.add([self.learn.loss_grad if len(self.yb) else None, *(parts.get(o.name) for o in self.terms)], self._w, find_bs(self.xb), self.training)
-        if self.training: self._mix(sum(o.weight*parts[o.name] for o in self.terms) if parts else None)
+        if self.session: self.session.teach()
+
+    def after_step(self):
+        "Let a teacher that follows the student take its step"
+        if self.session: self.session.after_step()
 
     def after_batch(self):
         "Let the captured maps go"
-        self._stop_listening()
+        if self.session: self.session.end_batch()
 
     def after_train(self):
         "Take the epoch's means"
-        if self._fitting: self.log.close()
+        if self.session: self.session.end_epoch()
+
+    def before_validate(self):
+        "Adapters and learned losses learn nothing from the validation"
+        if self.session: self.session.begin_validation()
 
     def after_validate(self):
-        "Take those of the validation, where the teacher is asked in it"
-        if self._fitting: self.log.close(training=False)
+        "Take the means of the validation, where the teacher is asked in it"
+        if self.session and not self.learn.lock.locked(): self.session.end_epoch(training=False)
 
     def after_fit(self):
         "Leave all as it was"
-        self._release()
+        if self.session and not self.learn.lock.locked(): self.session.end()
 
-# %% ../../nbs/distill/distillation_callback.ipynb #6008827b
+# %% ../../nbs/distill/distillation_callback.ipynb #87d12a35
+@patch(as_prop=True)
+def learn(self:KnowledgeDistillationCallback):
+    "The Learner that the callback is in"
+    return vars(self).get('_learn')
+
+@patch(set_prop=True)
+def learn(self:KnowledgeDistillationCallback, learn):
+    old = self.learn
+    if learn is old: return
+    if learn is not None and self.session:
+        raise ValueError("this callback is in the middle of a fit of another Learner: make one for each Learner")
+    if learn is None:
+        while self.session: self.session.close()
+        unwatch(old, self)
+    else: watch(learn, self)
+    vars(self)['_learn'] = learn
+
+# %% ../../nbs/distill/distillation_callback.ipynb #0667ef5d
 @patch
-def _meet(self:KnowledgeDistillationCallback):
-    "Check teacher and student, and bring them to one device"
-    if self.teacher is None: raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
-    student,model = unwrap(self.learn.model),self.learn.model
-    def weights(m): return {id(o) for o in (m, *m.parameters(), *m.buffers())}
-    if any(weights(student) & weights(unwrap(m)) for m in self.teacher.models):
-        raise ValueError("teacher and student share weights, so training would change the teacher: pass `copy.deepcopy` of the model as teacher")
-    if not any(p.requires_grad for p in student.parameters()): raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
-    self._device = next(student.parameters()).device
-    self.teacher.to(self._device)
-    self._task = _task_facts(self.learn.loss_func)
-    if self._made_teacher: self.teacher.axis,self.teacher.average = self._task.get('axis', 1),_average(self.learn.loss_func)
-    if self._student is not model:
-        self._student,self._tried = model,{}
-        self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
-        self._compiled = any(map(_is_compiled, [model, *student.modules()]))
-    self._met,self._ask = True,self._hire()
-    if self._tried: self._join()
-    if hasattr(self.learn, 'lr_finder'): self._saved = self._snapshot()
-
-@patch
-def _hire(self:KnowledgeDistillationCallback):
-    "What answers a batch: the teacher, for just what the losses name, or its cache"
-    layers,logits = tuple(self.layers_t),any('teacher_pred' in o.needs for o in self.terms)
-    self.teacher.cache = as_cache(self.teacher.cache) # one that outlives the fit, for the next one
-    self._cache = self.teacher.cache if self._fitting else None
-    if self._cache is None: return partial(self.teacher, layers=layers, logits=logits)
-    return self._cache.attach(self.learn, self.teacher, layers, logits).ask
-
-def _task_facts(loss_func):
-    "What the task's loss function says of its class axis and of the label it ignores"
-    mix = getattr(loss_func, '__self__', None)
-    if isinstance(mix, MixHandler): loss_func = mix.old_lf
-    facts = {k:getattr(loss_func, k, getattr(getattr(loss_func, 'func', None), k, None)) for k in FROM_TASK}
-    return {k:v for k,v in facts.items() if v is not None}
-
-def _average(loss_func):
-    "What an ensemble of teachers is to average for a task with this loss"
-    f = getattr(loss_func, 'func', loss_func)
-    if isinstance(f, (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)): return 'sigmoid'
-    return 'none' if isinstance(f, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)) else 'softmax'
-
-# %% ../../nbs/distill/distillation_callback.ipynb #cafaa66e
-@patch
-def _try_out(self:KnowledgeDistillationCallback):
-    "Build adapters and learned losses from a batch of a new size, and call every loss once"
-    size = tuple(tuple(o.shape[1:]) if isinstance(o, torch.Tensor) else type(o) for o in self.xb)
-    if size in self._tried:
-        self._adapters,self._placers = self._tried[size]
-        return
-    if not any(o.takes_features or hasattr(o.base, 'build') for o in self.terms): return
-    student = unwrap(self.learn.model)
-    with as_found(student):
-        with Capture(student, self.layers_s, detach=True, kind='layer of the student') as fm: pred = student(*self.xb)
-        teacher_pred,fm_t = self.teacher(*self.xb, layers=self.layers_t)
-        outputs = dict(pred=self._logits(pred), teacher_pred=teacher_pred, fm_s=fm.maps, fm_t=fm_t)
-        self._adapters,self._placers = self._tried[size] = self._make_adapters(fm.maps, fm_t),_placers(fm.maps, fm_t)
-        for o in self.terms:
-            if hasattr(o.base, 'build'): o.base.build(**self._adapted(o, outputs))
-            if isinstance(o.base, nn.Module): o.base.to(self._device)
-        if self._loading is not None: self.learned.load_state_dict(self._loading)
-        buffers = [(b, b.clone()) for b in self.learned.buffers()]
-        self._compare({**outputs, 'target': self._target(outputs['pred'])})
-        for b,was in buffers: b.copy_(was)
-    self._loading = None
-    if self._along is None or {*map(id, self._along.params)}!={*map(id, self.learned.parameters())}: self._join()
+def __setstate__(self:KnowledgeDistillationCallback, state):
+    learn = state.pop('_learn', None)
+    vars(self).update(state)
+    self._init_state()
+    self.learn = learn
 
 @patch
-def _make_adapters(self:KnowledgeDistillationCallback, fm_s, fm_t):
-    "Modules from the student's maps to the teacher's shapes, or None where none is wanted"
-    needed,own = any(o.same_shape for o in self.terms),isinstance(self.adapters, dict)
-    if not own and not (needed and self.adapters=='auto'): return None
-    return Adapters.build(fm_s, fm_t, own=self.adapters if own else None, same_shape=needed, old=self._adapters)
-
-def _placers(fm_s, fm_t):
-    "For losses that compare position by position: modules without parameters that lay tokens out as a grid, or a grid as tokens; None if there are no such pairs"
-    pairs = {k: adapter(s.shape, t.shape).place if s.ndim!=t.ndim and min(s.ndim, t.ndim)>2 else None for (k,s),t in zip(fm_s.items(), fm_t.values())}
-    return Adapters(pairs) if any(pairs.values()) else None
+def _refuse_teacherless(self:KnowledgeDistillationCallback):
+    if self.teacher is None:
+        raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
 
 @patch
-def _join(self:KnowledgeDistillationCallback):
-    "Let what learns beside the student train with its optimizer, until `_release`"
-    self._leave()
-    params = list(self.learned.train(self.training).parameters())
-    if not params or not self._fitting: return
-    self._along = TrainAlong(params)
-    self.learn.add_cb(self._along)
-    self._along.join()
+def _check_teacher_layers(self:KnowledgeDistillationCallback):
+    if not self.teacher.models: return
+    for n in self.recipe.layers_t:
+        get_module_by_name(self.teacher.models[0], n.removesuffix(':input'), 'layer of the teacher')
 
-@patch
-def _leave(self:KnowledgeDistillationCallback):
-    "Take what learns beside the student out of its optimizer"
-    if self._along is None: return
-    self._along.leave()
-    self._host.remove_cb(self._along)
-    self._along = None
+@patch(as_prop=True)
+def terms(self:KnowledgeDistillationCallback)->tuple:
+    "The losses with their weights, as `Term`s"
+    return self.recipe.terms if self.recipe else ()
 
-# %% ../../nbs/distill/distillation_callback.ipynb #d74c3a3f
+@patch(as_prop=True)
+def loss_names(self:KnowledgeDistillationCallback)->list[str]:
+    "Columns of the table: `task_loss`, and `distill_loss` or where there are several losses, one for each"
+    if len(self.terms)==1: return ['task_loss', 'distill_loss']
+    return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
+
+# %% ../../nbs/distill/distillation_callback.ipynb #04bce183
+@patch(as_prop=True)
+def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
+    "Adapters and learned losses, once the first batch has built them; their `state_dict` is no part of the student's"
+    modules = {o.name:o.base for o in self.terms if isinstance(o.base, nn.Module)}
+    if self.eyes and self.eyes.adapters is not None: modules['adapters'] = self.eyes.adapters
+    return nn.ModuleDict(modules)
+
 @patch
 def load_learned(self:KnowledgeDistillationCallback,
     state:dict, # `kd.learned.state_dict()` of an earlier callback with the same losses and layers
 ):
     "Go on from what adapters and learned losses knew, once the first batch has built them again"
-    self._loading = state
+    self.loading = state
+
+# %% ../../nbs/distill/distillation_callback.ipynb #61c02d06
+@patch
+def replace(self:KnowledgeDistillationCallback,
+    **changes # Arguments of the callback
+):
+    "A new callback with the same teacher and other arguments; losses and adapters that are modules are copied"
+    return type(self)(**{'teacher': self.teacher, **self.recipe.arguments(), **changes})
 
 @patch
-def _snapshot(self:KnowledgeDistillationCallback):
-    "All that a training changes in adapters and learned losses"
-    return [(o.base, deepcopy(vars(o.base))) for o in self.terms if isinstance(o.base, nn.Module)],*deepcopy((self._adapters, self._placers, self._tried))
+def __deepcopy__(self:KnowledgeDistillationCallback, memo):
+    new = self.replace()
+    memo[id(self)] = new
+    if self.eyes: new.load_learned(deepcopy(self.learned.state_dict()))
+    if id(self.learn) in memo: new.learn = memo[id(self.learn)]
+    return new
 
-@patch
-def _restore(self:KnowledgeDistillationCallback, snapshot):
-    "Undo what happened since, as `lr_find` does with the student"
-    modules,self._adapters,self._placers,self._tried = snapshot
-    for m,was in modules:
-        vars(m).clear()
-        vars(m).update(was)
-
-@patch(as_prop=True)
-def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
-    "Adapters and learned losses, once the first batch has built them; their `state_dict` is no part of the student's"
-    mods = {o.name:o.base for o in self.terms if isinstance(o.base, nn.Module)}
-    return nn.ModuleDict({**mods, **({} if self._adapters is None else {'adapters': self._adapters})})
-
-# %% ../../nbs/distill/distillation_callback.ipynb #6db6828f
-@patch
-def _lesson(self:KnowledgeDistillationCallback, pred, fm_s, target):
-    "Each loss on the batch in hand, by name"
-    teacher_pred,fm_t = self._ask(*self.xb)
-    return self._compare(dict(pred=self._logits(pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target))
-
-@patch
-def _compare(self:KnowledgeDistillationCallback, outputs):
-    "Each loss on what student and teacher put out"
-    outputs = {k:_full(v) for k,v in outputs.items()}
-    hypers = {**self._task, **{k:s.progress(self._pct) for k,s in self.schedules.items()}}
-    with torch.autocast(self._device.type, enabled=False):
-        return {o.name: o(self._adapted(o, outputs), **hypers) for o in self.terms}
-
-@patch
-def _adapted(self:KnowledgeDistillationCallback, term, outputs):
-    "`outputs` with the student's maps through the adapters, for a loss that wants them"
-    if not term.takes_features or self.adapters is None: return outputs
-    adapt = self._adapters if term.same_shape or isinstance(self.adapters, dict) else self._placers if term.same_positions else None
-    return outputs if adapt is None else {**outputs, 'fm_s': adapt(outputs['fm_s'])}
-
-@patch
-def _logits(self:KnowledgeDistillationCallback, pred):
-    if self.select is not None: return self.select(pred)
-    return pred[0] if isinstance(pred, (tuple,list)) else pred
-
-def _full(o):
-    "`o` with tensors of half precision in fp32"
-    if isinstance(o, dict): return {k:_full(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return type(o)(map(_full, o))
-    return o.float() if isinstance(o, torch.Tensor) and o.dtype in (torch.float16, torch.bfloat16) else o
-
-# %% ../../nbs/distill/distillation_callback.ipynb #11ae8519
-@patch
-def _target(self:KnowledgeDistillationCallback, pred):
-    "Labels of the batch, None if it has none; soft ones `(B, C)` under MixUp"
-    if not len(self.yb): return None
-    y,mix = detuplify(self.yb),getattr(self.learn.loss_func, '__self__', None)
-    if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.ndim>1 and y.shape[-1]==1: y = y.squeeze(-1) # a table's labels
-    if not isinstance(mix, MixHandler) or not any('target' in o.needs for o in self.terms): return y
-    y0,y1 = (nn.functional.one_hot(o.long(), pred.shape[1]).float() for o in (y, detuplify(mix.yb1)))
-    return torch.lerp(y1, y0, mix.lam.view(-1, 1))
-
-# %% ../../nbs/distill/distillation_callback.ipynb #af0aaca4
-@patch
-def _mix(self:KnowledgeDistillationCallback, distill):
-    "Set the loss that is backpropagated, and apart from it the one that is recorded"
-    labelled = len(self.yb)>0
-    if not labelled and distill is None: return
-    terms = []
-    w = 1-self._w if self.task_weight is None else self.task_weight
-    task = self.learn.loss_grad.as_subclass(torch.Tensor) if labelled else None # a fastai subclass would cost a detour through Python for each sum
-    if labelled and w: terms.append(task if w==1 else w*task)
-    if distill is not None: terms.append(self._w*distill)
-    loss = sum(terms[1:], terms[0]) if terms else 0*task
-    self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
-    if not labelled: self.learn.yb = self.xb[:1]
-
-# %% ../../nbs/distill/distillation_callback.ipynb #d11f263b
+# %% ../../nbs/distill/distillation_callback.ipynb #6b509f2a
 @patch
 def terms_on(self:KnowledgeDistillationCallback,
     learn,     # The student's `Learner`; its model runs in the mode that it is in
@@ -394,61 +200,24 @@ def terms_on(self:KnowledgeDistillationCallback,
     yb:tuple,  # Its targets
 )->tuple:
     "`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs"
-    before = self.learn,learn.__dict__.get('xb'),learn.__dict__.get('yb')
-    self.learn,learn.xb,learn.yb,self._pct = learn,xb,yb,0.
-    try:
-        self._meet()
-        self._try_out()
-        if self._capture: self._capture.__enter__()
-        pred = learn.model(*xb)
-        fm_s = self._capture.maps if self._capture else {}
+    self._refuse_teacherless()
+    session = Session(self, learn)
+    with session.stack:
+        session.meet(record=False)
+        with session.eyes_open(): pred = learn.model(*xb)
         if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
-        return learn.loss_func(pred, *yb), self._lesson(pred, fm_s, self._target(self._logits(pred)))
-    finally:
-        self._stop_listening()
-        self._met,(self.learn,learn.xb,learn.yb) = False,before
+        return learn.loss_func(pred, *yb),session.lesson(xb, yb, pred)
 
-# %% ../../nbs/distill/distillation_callback.ipynb #d287f1cf
-@patch
-def _stop_listening(self:KnowledgeDistillationCallback):
-    "Take the hooks off the student, and let go of what they captured"
-    if not self._capture: return
-    self._capture.__exit__(None, None, None)
-    self._capture.clear()
-
-@patch
-def _release(self:KnowledgeDistillationCallback):
-    "Undo all that a fit needed; called when it ends, however it ends"
-    if not self._fitting: return
-    self._fitting,learn = False,self._host
-    self._stop_listening()
-    if self._cache is not None: self._cache.detach()
-    self._leave()
-    if self._saved is not None: self._restore(self._saved)
-    learn.metrics = [o for o in learn.metrics if o not in self._columns]
-    self._cache = self._ask = None
-    learn.__dict__.pop('_with_events', None)
-    self._host,self._saved,self._columns = None,None,[]
-    self.log.close() # what an interrupted epoch has seen; last, since a device that failed may fail again
-
-# %% ../../nbs/distill/distillation_callback.ipynb #72f77118
+# %% ../../nbs/distill/distillation_callback.ipynb #c829630b
 @patch
 def equation(self:KnowledgeDistillationCallback)->str:
     "The loss that is backpropagated, with its numbers; `t` is the share of the training that is done"
-    distill = ' + '.join(map(str, self.terms)) or '(no teacher)'
-    if len(self.terms)>1 or self.terms and self.terms[0].weight!=1: distill = f'({distill})'
-    w,rest = (f'{self.weight:g}',f'{1-self.weight:g}') if self.schedule is None else ('w','(1-w)')
-    eq = f"{rest if self.task_weight is None else f'{self.task_weight:g}'}*task + {w}*{distill}"
-    if self.schedule is not None: eq += f', w = {self.weight:g}*{_curve(self.schedule)}(t)'
-    for k,s in self.schedules.items(): eq += f', {k} = {_curve(s)}(t)'
-    if self.window!=(0.,1.): eq += f', distilled while {self.window[0]:g} <= t < {self.window[1]:g}'
-    return eq
+    return self.recipe.equation() if self.recipe else '(no teacher)'
 
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
-    return '\n'.join([f'{type(self).__name__}: loss = {self.equation()}'] + [f'  {s} -> {t}' for s,t in zip(self.layers_s, self.layers_t)])
-
-def _curve(s): return getattr(getattr(s.sched_func, 'f', s.sched_func), '__name__', 'schedule').removeprefix('sched_')
+    pairs = zip(self.recipe.layers_s, self.recipe.layers_t) if self.recipe else ()
+    return '\n'.join([f'{type(self).__name__}: loss = {self.equation()}', *(f'  {s} -> {t}' for s,t in pairs)])
 
 @patch
 def plot(self:KnowledgeDistillationCallback,

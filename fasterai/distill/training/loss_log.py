@@ -7,7 +7,9 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/training/loss_log.html.md
 # %% auto #0
 __all__ = ['LossLog']
 
-# %% ../../../nbs/distill/training/loss_log.ipynb #8635187e
+# %% ../../../nbs/distill/training/loss_log.ipynb #27dc8c97
+from typing import Callable
+
 import pandas as pd
 import torch
 from fastai.learner import ValueMetric
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ...core.plots import new_axes
 
-# %% ../../../nbs/distill/training/loss_log.ipynb #7c579391
+# %% ../../../nbs/distill/training/loss_log.ipynb #6e59bc38
 class LossLog:
     "Losses by batch: their means over an epoch, and their `history` over the training's steps"
     def __init__(self,
@@ -40,25 +42,36 @@ class LossLog:
         "Record a batch, without a synchronisation"
         some = next((o for o in losses if o is not None), None)
         if some is None: return
-        row = torch.stack([some.new_full((), torch.nan, dtype=torch.float32) if o is None else o.detach().as_subclass(Tensor).float() for o in losses])
+        missing = some.new_full((), torch.nan, dtype=torch.float32)
+        row = torch.stack([missing if o is None else o.detach().as_subclass(Tensor).float() for o in losses])
         self.rows[training].append((row, weight, bs, [o is not None for o in losses]))
 
-    def close(self, training:bool=True):
+    def close(self,
+        training:bool=True,       # The training's batches, or the validation's?
+        over_processes:Callable=None, # From sums of this process to those of all; None: this one alone
+    ):
         "Take the means of the batches recorded, weighted by their size, and add those of the training to `history`"
         self.means.pop(training, None)
         if not self.rows[training]: return
         rows,weight,bs,known = zip(*self.rows[training])
         self.rows[training] = []
-        rows,bs,known = torch.stack(rows).cpu(),torch.tensor(bs)[:,None],torch.tensor(known)
-        sums = torch.where(known, rows*bs, 0).sum(0)
-        self.means[training] = dict(zip(self.names, (sums/(known*bs).sum(0)).tolist()))
-        if training: self._extend(pd.DataFrame(rows.numpy(), columns=self.names).assign(weight=weight))
+        rows,bs = torch.stack(rows),torch.tensor(bs)[:, None]
+        self.means[training] = self._means(rows, bs*torch.tensor(known), over_processes)
+        if training: self._extend(pd.DataFrame(rows.cpu().numpy(), columns=self.names).assign(weight=weight))
+
+    def _means(self, rows, counts, over_processes):
+        counts = counts.to(rows.device)
+        sums = torch.stack([torch.where(counts>0, rows*counts, 0).sum(0), counts.sum(0).float()])
+        if over_processes is not None: sums = over_processes(sums)
+        total,n = sums.cpu()
+        return dict(zip(self.names, (total/n).tolist()))
 
     def _extend(self, steps): self.history = pd.concat([self.history, steps], ignore_index=True) if len(self.history) else steps
 
     def columns(self)->list[ValueMetric]:
         "Metrics that show the training's means in fastai's table; and in `valid_` columns those of the validation, if they are known"
-        return [_Mean(self, k, True) for k in self.names] + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
+        of_training = [_Mean(self, k, True) for k in self.names]
+        return of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
 
     def plot(self,
         smooth:float=0.9, # Share of the past in the moving average; 0 draws every step as it was
@@ -75,10 +88,13 @@ class LossLog:
 
 class _Mean(ValueMetric):
     "A loss's mean as a metric; with fastai's `train_metrics`, the one of the phase"
-    def __init__(self, log, loss, training): self.log,self.loss,self.training,self.phase = log,loss,training,None
-    def reset(self): self.phase = None
-    def accumulate(self, learn): self.phase = learn.training if learn.recorder.train_metrics else None
+    def __init__(self, log, loss, training):
+        self.log,self.loss,self.training = log,loss,training
+        self.reset()
+    def reset(self): self.phase = self.training
+    def accumulate(self, learn):
+        if learn.recorder.train_metrics: self.phase = learn.training
     @property
     def name(self): return self.loss if self.training else f'valid_{self.loss}'
     @property
-    def value(self): return self.log.means.get(self.training if self.phase is None else self.phase, {}).get(self.loss, float('nan'))
+    def value(self): return self.log.means.get(self.phase, {}).get(self.loss, float('nan'))
