@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from fastai.learner import Learner
 from fastcore.foundation import L
 
-# %% ../../nbs/core/leaving.ipynb #c0d06ab1
+# %% ../../nbs/core/leaving.ipynb #ec2066a7
 class Fit:
     "A fit that is running: what to undo when it is over, and what a copy of its Learner has no use for"
     def __init__(self):
         self.leaving = ExitStack()
         self.passing = [] # metrics and callbacks that are in the Learner for the time of the fit
+        self.notes = {}   # what its owners tell each other
 
 class FitWatch:
     "Stands around the fits of `learn`; `fits` are those that are running, the innermost last"
@@ -36,8 +37,8 @@ class FitWatch:
 
     def _refuse_strangers(self):
         for o in self.owners:
-            if o.learn is not self.learn:
-                raise ValueError(f"this {type(o).__name__} has been put into another Learner since: make one for each Learner")
+            if o.learn is self.learn: continue
+            raise ValueError(f"this {type(o).__name__} has been put into another Learner since: make one for each")
 
     def state(self)->dict:
         "What a copy of the Learner is made of: everything but the watch, and what is there for the time of a fit"

@@ -25,10 +25,10 @@ def split_batch(
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(b[:n]),tuple(b[n:])
 
-# %% ../../nbs/core/task.ipynb #67a54e4a
+# %% ../../nbs/core/task.ipynb #2f4f8a75
 def logits_of(
     out,                  # What a model returned
-    select:Callable=None, # From that to the logits; None takes a tensor, the first of a tuple, or what is called `logits`
+    select:Callable=None, # From that to the logits; None: a tensor, the first of a tuple, or `.logits`
     who:str='teacher',    # Whose it is, for the error
 )->Tensor:
     "The logits in a model's output; TypeError with the remedy where there are none"
@@ -38,11 +38,13 @@ def logits_of(
     else: found = out
     if isinstance(found, Tensor): return found
     keys = f" with keys {list(found)[:8]}" if hasattr(found, 'keys') else ''
-    raise TypeError(f"the {who} must return a tensor of logits (or a tuple that starts with one), got a {type(found).__name__}{keys}; "
+    raise TypeError(f"the {who} must return a tensor of logits (or a tuple that starts with one), "
+                    f"got a {type(found).__name__}{keys}; "
                     "pass select=, a function from the output to the logits, e.g. select=lambda o: o['logits']")
 
-# %% ../../nbs/core/task.ipynb #5d776201
-_sigmoid = {nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss}
+# %% ../../nbs/core/task.ipynb #4440496c
+_sigmoid = {nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss,
+            F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss}
 _outputs = {nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
 _softmax = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
 
@@ -68,8 +70,9 @@ def task_of(
     while isinstance(loss_func, partial): bound,loss_func = {**loss_func.keywords, **bound},loss_func.func
     inner = getattr(loss_func, 'func', None)
     def fact(name): return bound.get(name, getattr(loss_func, name, getattr(inner, name, None)))
-    axis = fact('axis')
-    average = _average(loss_func) or _average(inner) or (None if axis is None else 'softmax')
+    axis,average = fact('axis'),_average(loss_func) or _average(inner)
+    if axis is None and average=='softmax': axis = 1 # by PyTorch's own convention
+    if average is None and axis is not None: average = 'softmax'
     return Task(axis, fact('ignore_index'), average)
 
 def _average(f):

@@ -30,36 +30,37 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #31b32c36
+# %% ../../nbs/distill/distillation_callback.ipynb #00c39192
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
-    Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The table shows the
-    training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError, before the first step, for
-    misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and a teacher that shares weights with the student."""
+    Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The
+    table shows the training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError,
+    before the first step, for misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and
+    a teacher that shares weights with the student."""
     order,_stateattrs = MixedPrecision.order-5,('teacher', 'recipe', 'session', 'log', 'eyes', 'loading', 'restart')
 
     def __init__(self,
-        teacher:nn.Module,                   # A trained model or `Learner`, a list of them, a `Teacher`, or any object with `answer(*xb)`
-        loss:Callable|list|dict=SoftTarget,  # Distillation loss; `partial` sets its hyper-parameters; several in a list, or a dict of loss to weight
-        activations_student:str|list|dict=None,  # Layers whose feature maps are compared: names, or a mapping of student layer to teacher layer
-        activations_teacher:str|list=None,   # The teacher's layers, in the order of the student's
-        weight:float=0.5,                    # Weight of the distillation loss
-        schedule:Schedule|Callable|str=None, # Multiplies `weight` over the training, for example `cos`
+        teacher:nn.Module,                  # A model, a `Learner`, a list of them, or what has `answer(*xb)`
+        loss:Callable|list|dict=SoftTarget, # Distillation loss, or its name; a list, or a dict of loss to weight
+        activations_student:str|list|dict=None, # Layers to compare: names, or student's to teacher's
+        activations_teacher:str|list=None,  # The teacher's layers, in the order of the student's
+        weight:float=0.5,                   # Weight of the distillation loss
+        schedule:Schedule|Callable|str=None,# Multiplies `weight` over the training, for example `cos`
         *,
-        task_weight:float=None,              # Weight of the task loss; None means 1 less the weight in force
-        adapters:str|dict='auto',            # 'auto': project student maps where the loss needs the teacher's shape; or a dict of student layer to module; None: never
-        schedules:dict=None,                 # Schedules of the losses' hyper-parameters, for example `{'T': SchedLin(8, 1)}`
-        start_pct:float=0.,                  # Share of the training before which there is no distillation
-        end_pct:float=1.,                    # Share of the training after which there is none
-        select:Callable=None,                # From the student's output to its logits; None takes a tensor, the first of a tuple, or `.logits`
-        valid:bool=False,                    # Run the teacher in validation too, for a column `valid_distill_loss`?
+        task_weight:float=None,             # Weight of the task loss; None means 1 less the weight in force
+        adapters:str|dict='auto',           # 'auto', a dict of student layer to module, or None: never
+        schedules:dict=None,                # Of the losses' hyper-parameters, such as `{'T': SchedLin(8, 1)}`
+        start_pct:float=0.,                 # Share of the training before which there is no distillation
+        end_pct:float=1.,                   # Share of the training after which there is none
+        select:Callable=None,               # From the student's output to its logits
+        valid:bool=False,                   # Ask the teacher in validation too, for a column `valid_distill_loss`?
     ):
         self._init_state()
         self.teacher = as_teacher(teacher)
         self.recipe = Recipe.of(
-            loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight, adapters=adapters,
-            schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
+            loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight,
+            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
         self._check_teacher_layers()
         self.restart = remember(*self.recipe.modules)
 
@@ -68,7 +69,7 @@ class KnowledgeDistillationCallback(Callback):
         for k in self._stateattrs: setattr(self, k, None)
 
     def before_fit(self):
-        "Begin a session, unless this is `validate` or another way of inference, which fastai begins with the same event"
+        "Begin a session, unless this is `validate` or another way of inference, which begin with this event too"
         if self.learn.lock.locked() or not watch(self.learn, self).fits: return
         self._refuse_teacherless()
         self.session = Session(self, self.learn, outer=self.session).open()
@@ -113,14 +114,14 @@ class KnowledgeDistillationCallback(Callback):
         "Leave all as it was"
         if self.session and not self.learn.lock.locked(): self.session.end()
 
-# %% ../../nbs/distill/distillation_callback.ipynb #87d12a35
+# %% ../../nbs/distill/distillation_callback.ipynb #351a8e80
 @patch(as_prop=True)
 def learn(self:KnowledgeDistillationCallback):
     "The Learner that the callback is in"
     return vars(self).get('_learn')
 
 @patch(set_prop=True)
-def learn(self:KnowledgeDistillationCallback, learn):
+def learn(self:KnowledgeDistillationCallback, learn): # noqa: F811
     old = self.learn
     if learn is old: return
     if learn is not None and self.session:

@@ -79,14 +79,14 @@ def _build_placers(fm_s, fm_t):
     pairs = {k: place(s, t) for (k,s),t in zip(fm_s.items(), fm_t.values())}
     return Adapters(pairs) if any(pairs.values()) else None
 
-# %% ../../../nbs/distill/training/eyes.ipynb #982f11ed
+# %% ../../../nbs/distill/training/eyes.ipynb #844feaa6
 @patch
 def focus(self:Eyes,
     fm_s:dict, # The student's maps
     fm_t:dict, # The teacher's
 )->bool:
     "Have the adapters for maps of these shapes, built if they are new; True if these are others than for the last maps"
-    shapes = tuple((k, *o.shape[1:]) for fm in (fm_s, fm_t) for k,o in fm.items() if isinstance(o, torch.Tensor))
+    shapes = tuple((k, *o.shape[1:]) for fm in (fm_s, fm_t) for k,o in fm.items())
     if shapes==self.shapes: return False
     if shapes not in self.known: self.known[shapes] = self._build(fm_s, fm_t)
     self.shapes = shapes
@@ -101,7 +101,8 @@ def _build(self:Eyes, fm_s, fm_t):
     own = self.recipe.adapters if isinstance(self.recipe.adapters, dict) else None
     same_shape = any(o.same_shape for o in self.recipe.terms)
     adapters = None
-    if _needs_adapters(self.recipe): adapters = Adapters.build(fm_s, fm_t, own=own, same_shape=same_shape, old=self.adapters)
+    if _needs_adapters(self.recipe):
+        adapters = Adapters.build(fm_s, fm_t, own=own, same_shape=same_shape, old=self.adapters)
     return adapters,_build_placers(fm_s, fm_t)
 
 # %% ../../../nbs/distill/training/eyes.ipynb #05ba1ef4

@@ -7,7 +7,8 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/training/loss_log.html.md
 # %% auto #0
 __all__ = ['LossLog']
 
-# %% ../../../nbs/distill/training/loss_log.ipynb #27dc8c97
+# %% ../../../nbs/distill/training/loss_log.ipynb #679cc6a7
+from itertools import count
 from typing import Callable
 
 import pandas as pd
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...core.plots import new_axes
 
-# %% ../../../nbs/distill/training/loss_log.ipynb #6e59bc38
+# %% ../../../nbs/distill/training/loss_log.ipynb #a8af44f0
 class LossLog:
     "Losses by batch: their means over an epoch, and their `history` over the training's steps"
     def __init__(self,
@@ -40,11 +41,8 @@ class LossLog:
         training:bool=True,
     ):
         "Record a batch, without a synchronisation"
-        some = next((o for o in losses if o is not None), None)
-        if some is None: return
-        missing = some.new_full((), torch.nan, dtype=torch.float32)
-        row = torch.stack([missing if o is None else o.detach().as_subclass(Tensor).float() for o in losses])
-        self.rows[training].append((row, weight, bs, [o is not None for o in losses]))
+        if any(o is not None for o in losses):
+            self.rows[training].append(([None if o is None else o.detach() for o in losses], weight, bs))
 
     def close(self,
         training:bool=True,       # The training's batches, or the validation's?
@@ -53,10 +51,10 @@ class LossLog:
         "Take the means of the batches recorded, weighted by their size, and add those of the training to `history`"
         self.means.pop(training, None)
         if not self.rows[training]: return
-        rows,weight,bs,known = zip(*self.rows[training])
+        rows,weight,bs = zip(*self.rows[training])
         self.rows[training] = []
-        rows,bs = torch.stack(rows),torch.tensor(bs)[:, None]
-        self.means[training] = self._means(rows, bs*torch.tensor(known), over_processes)
+        rows,known = _table(rows),torch.tensor([[o is not None for o in row] for row in rows])
+        self.means[training] = self._means(rows, torch.tensor(bs)[:, None]*known, over_processes)
         if training: self._extend(pd.DataFrame(rows.cpu().numpy(), columns=self.names).assign(weight=weight))
 
     def _means(self, rows, counts, over_processes):
@@ -66,12 +64,19 @@ class LossLog:
         total,n = sums.cpu()
         return dict(zip(self.names, (total/n).tolist()))
 
-    def _extend(self, steps): self.history = pd.concat([self.history, steps], ignore_index=True) if len(self.history) else steps
+    def _extend(self, steps):
+        known = [self.history] if len(self.history) else []
+        self.history = pd.concat([*known, steps], ignore_index=True)
 
-    def columns(self)->list[ValueMetric]:
-        "Metrics that show the training's means in fastai's table; and in `valid_` columns those of the validation, if they are known"
-        of_training = [_Mean(self, k, True) for k in self.names]
-        return of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
+    def columns(self,
+        taken=(), # Names of columns that the table has already
+    )->list[ValueMetric]:
+        """Metrics that show the training's means in fastai's table, and in `valid_` columns those of the validation if
+        they are known. The task's loss is shown once, and a second `distill_loss` as `distill_loss_2`"""
+        of_training = [_Mean(self, k, True) for k in self.names if not (k==self.names[0] and k in taken)]
+        columns = of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
+        for c in columns: c.label = _free_name(c.label, taken)
+        return columns
 
     def plot(self,
         smooth:float=0.9, # Share of the past in the moving average; 0 draws every step as it was
@@ -86,15 +91,27 @@ class LossLog:
             ax.set(title=k, xlabel='step')
         return axs
 
+def _table(rows):
+    "Rows of scalars, NaN for None, as one tensor on their device"
+    some = next(o for row in rows for o in row if o is not None)
+    missing = torch.full((), torch.nan, device=some.device)
+    values = [missing if o is None else o.as_subclass(Tensor).float() for row in rows for o in row]
+    return torch.stack(values).view(len(rows), -1)
+
+def _free_name(name, taken):
+    n = next(n for n in count(1) if (name if n==1 else f'{name}_{n}') not in taken)
+    return name if n==1 else f'{name}_{n}'
+
 class _Mean(ValueMetric):
     "A loss's mean as a metric; with fastai's `train_metrics`, the one of the phase"
     def __init__(self, log, loss, training):
-        self.log,self.loss,self.training = log,loss,training
-        self.reset()
+        self.log,self.loss = log,loss
+        self.training = self.phase = training
+        self.label = loss if training else f'valid_{loss}'
     def reset(self): self.phase = self.training
     def accumulate(self, learn):
         if learn.recorder.train_metrics: self.phase = learn.training
     @property
-    def name(self): return self.loss if self.training else f'valid_{self.loss}'
+    def name(self): return self.label
     @property
     def value(self): return self.log.means.get(self.phase, {}).get(self.loss, float('nan'))

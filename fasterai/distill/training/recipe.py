@@ -22,7 +22,16 @@ from ...core.schedule import Schedule, as_schedule
 from ..layers.capture import layer_pairs
 from ..loss.terms import as_terms
 
-# %% ../../../nbs/distill/training/recipe.ipynb #e0894403
+# %% ../../../nbs/distill/training/recipe.ipynb #6e6f6a5a
+def _layers(terms, student, teacher):
+    "Names of both sides' layers"
+    named = {k for o in terms for k in o.needs} & {'fm_s', 'fm_t'}
+    alone = named=={'fm_s'} and teacher is None or named=={'fm_t'} and student is None
+    if not alone: return layer_pairs(student, teacher)
+    names = list(layer_pairs(student or teacher, student or teacher)[0]) if student or teacher else []
+    return (names, []) if named=={'fm_s'} else ([], names)
+
+# %% ../../../nbs/distill/training/recipe.ipynb #e85e1bbd
 @dataclass(frozen=True)
 class Recipe:
     "What is trained. Raises ValueError for weights, adapters, windows, schedules or layers that cannot be"
@@ -45,12 +54,14 @@ class Recipe:
         self._check_layers()
 
     @classmethod
-    def of(cls, loss, activations_student=None, activations_teacher=None, weight=0.5, schedule=None, *, task_weight=None,
-           adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False):
+    def of(cls, loss, activations_student=None, activations_teacher=None, weight=0.5, schedule=None, *,
+           task_weight=None, adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False):
         "The recipe of a callback's arguments"
-        layers_s,layers_t = layer_pairs(activations_student, activations_teacher)
-        return cls(tuple(as_terms(loss)), tuple(layers_s), tuple(layers_t), weight, task_weight,
-                   None if schedule is None else as_schedule(schedule), {k:as_schedule(v) for k,v in (schedules or {}).items()},
+        terms = tuple(as_terms(loss))
+        layers_s,layers_t = _layers(terms, activations_student, activations_teacher)
+        schedule = None if schedule is None else as_schedule(schedule)
+        schedules = {k:as_schedule(v) for k,v in (schedules or {}).items()}
+        return cls(terms, tuple(layers_s), tuple(layers_t), weight, task_weight, schedule, schedules,
                    (start_pct, end_pct), adapters, select, valid)
 
     @cached_property
@@ -70,7 +81,7 @@ class Recipe:
         if pct<start or pct>=end<1: return 0.
         return self.weight*(1. if self.schedule is None else self.schedule.progress(pct))
 
-# %% ../../../nbs/distill/training/recipe.ipynb #fe844346
+# %% ../../../nbs/distill/training/recipe.ipynb #ea27a52e
 @patch
 def _check_weights(self:Recipe):
     "Weights of 0 or more at any time, that add up where the task's is what is left"
@@ -99,10 +110,10 @@ def _check_schedules(self:Recipe):
 @patch
 def _check_layers(self:Recipe):
     for o in self.terms:
-        if o.needs_features and not self.layers_s:
+        if 'fm_s' in o.required and not self.layers_s or 'fm_t' in o.required and not self.layers_t:
             raise ValueError(f"{o.name} compares feature maps: give activations_student and activations_teacher "
                              "(match_feature_layers finds them)")
-    if self.layers_s and not any(o.takes_features for o in self.terms):
+    if (self.layers_s or self.layers_t) and not any(o.takes_features for o in self.terms):
         raise ValueError(f"layers were given, but {', '.join(o.name for o in self.terms)} takes no feature maps")
 
 # %% ../../../nbs/distill/training/recipe.ipynb #ff03c471
@@ -121,7 +132,7 @@ def equation(self:Recipe)->str:
 def _curve_name(s):
     return getattr(getattr(s.sched_func, 'f', s.sched_func), '__name__', 'schedule').removeprefix('sched_')
 
-# %% ../../../nbs/distill/training/recipe.ipynb #0318b7ad
+# %% ../../../nbs/distill/training/recipe.ipynb #cf503a64
 @patch
 def arguments(self:Recipe)->dict:
     "What `Recipe.of`, and with a teacher the callback, makes this recipe from; modules are copies"
@@ -129,7 +140,8 @@ def arguments(self:Recipe)->dict:
     for o in self.terms:
         f = deepcopy(o.loss)
         loss[f] = loss.get(f, 0)+o.weight
-    if self.layers_s: layers = dict(activations_student=list(self.layers_s), activations_teacher=list(self.layers_t))
+    if self.layers_s: layers['activations_student'] = list(self.layers_s)
+    if self.layers_t: layers['activations_teacher'] = list(self.layers_t)
     start,end = self.window
     return dict(loss=loss, **layers, weight=self.weight, schedule=self.schedule, task_weight=self.task_weight,
                 adapters=deepcopy(self.adapters), schedules=self.schedules, start_pct=start, end_pct=end,

@@ -7,7 +7,8 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/training/session.html.md"
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #406320c1
+# %% ../../../nbs/distill/training/session.ipynb #d620ec20
+import warnings
 from contextlib import ExitStack
 from functools import partial
 
@@ -16,21 +17,22 @@ from fastai.callback.core import (
     CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
     CancelTrainException, CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import apply, find_bs
 from fastcore.basics import patch
 from torch import distributed as dist, nn
 
 from ...core.leaving import watch
 from ...core.task import logits_of, task_of
-from ..layers.capture import unwrap
+from ..layers.capture import tensors_in, unwrap
 from ..teacher.protocol import shared_with
 from .eyes import Eyes
 from .learned import remember
-from .lesson import full_precision, mixed, target_of
+from .lesson import full_precision, target_of, weighted_sum
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
-# %% ../../../nbs/distill/training/session.ipynb #39d7fd73
+# %% ../../../nbs/distill/training/session.ipynb #bda49d92
 class Session:
     "One fit of the callback `kd` in `learn`, inside the session `outer` where a fit runs within a fit"
     def __init__(self, kd, learn, outer=None):
@@ -39,11 +41,11 @@ class Session:
         self.hooks = ExitStack() # those on the student, within a batch
         self.fit = None          # the one that is running, if any
         self.task = None         # what the Learner's loss says; None until teacher and student have met
-        self.device = None       # of the student
         self.along = None        # what trains beside the student, once it has been built
         self.weight = 0.         # in force
         self.pct = 0.            # share of the training that is done
         self.asks = False        # Is the teacher asked on this batch?
+        self.checked = False     # Has an answer been looked at?
         self.stack.callback(self.end_batch)
 
     def close(self, *exc):
@@ -58,9 +60,9 @@ class Session:
         "Context of a forward in which the student's layers are listened to"
         return self.kd.eyes.open()
 
-# %% ../../../nbs/distill/training/session.ipynb #3e6324eb
-_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-            CancelTrainException, CancelValidException)
+# %% ../../../nbs/distill/training/session.ipynb #12db49e9
+_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+            CancelStepException, CancelTrainException, CancelValidException)
 
 @patch
 def open(self:Session):
@@ -71,7 +73,8 @@ def open(self:Session):
     self.fit.passing.append(kd)
     self.stack.callback(partial(setattr, kd, 'session', self.outer))
     self._open_log()
-    self.stack.push(partial(_leave_autocast, learn, {k:torch.is_autocast_enabled(k) for k in ('cpu', 'cuda')}))
+    was_on = {k:torch.is_autocast_enabled(k) for k in ('cpu', 'cuda')}
+    self.stack.push(partial(_leave_autocast, learn, was_on))
     return self
 
 @patch
@@ -80,9 +83,9 @@ def _open_log(self:Session):
     kd,learn = self.kd,self.learn
     outer,kd.log = kd.log,LossLog(kd.loss_names, kd.recipe.valid)
     if self.outer: self.stack.callback(partial(setattr, kd, 'log', outer))
-    self.stack.callback(kd.log.close) # what an interrupted epoch has seen; late, since a device that failed may fail again
+    self.stack.callback(kd.log.close) # what an interrupted epoch has seen; late, since a failed device may fail again
     if self.outer: return
-    columns = kd.log.columns()
+    columns = kd.log.columns(taken=[m.name for m in learn.metrics])
     def remove(): learn.metrics = [o for o in learn.metrics if not any(o is c for c in columns)]
     learn.metrics = learn.metrics + columns
     self.fit.passing += columns
@@ -93,10 +96,10 @@ def _leave_autocast(learn, was_on, kind, error, tb):
     if error is None or isinstance(error, _cancels): return
     for mp in learn._grab_cbs(MixedPrecision):
         autocast = getattr(mp, 'autocast', None)
-        if autocast is not None and torch.is_autocast_enabled(autocast.device) and not was_on.get(autocast.device):
-            autocast.__exit__(None, None, None)
+        if autocast is None or was_on.get(autocast.device): continue
+        if torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
 
-# %% ../../../nbs/distill/training/session.ipynb #d4635271
+# %% ../../../nbs/distill/training/session.ipynb #0f48e460
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -105,7 +108,6 @@ def meet(self:Session, record:bool=True):
     self._refuse_shared(student)
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
-    self.device = next(student.parameters()).device
     self.task = task_of(learn.loss_func)
     self._look_at(learn.model)
     if self.outer is None or self.outer.task is None: self._begin_teacher(record)
@@ -117,8 +119,8 @@ def meet(self:Session, record:bool=True):
 def _refuse_shared(self:Session, student):
     shared = shared_with(student, self.kd.teacher.models)
     if not shared: return
-    raise ValueError(f"teacher and student share weights ({', '.join(shared[:3])}), so training would change the teacher: "
-                     "pass `copy.deepcopy` of the model as teacher")
+    raise ValueError(f"teacher and student share weights ({', '.join(shared[:3])}), so training would change the "
+                     "teacher: pass `copy.deepcopy` of the model as teacher")
 
 @patch
 def _look_at(self:Session, model):
@@ -197,7 +199,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #e413015b
+# %% ../../../nbs/distill/training/session.ipynb #8652b2da
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -207,7 +209,7 @@ def lesson(self:Session, xb, yb, pred)->dict:
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
-    with torch.autocast(self.device.type, enabled=False): return self._compare(full_precision(outputs))
+    with torch.autocast(_device_of(outputs).type, enabled=False): return self._compare(full_precision(outputs))
 
 @patch
 def _logits(self:Session, pred):
@@ -217,13 +219,22 @@ def _logits(self:Session, pred):
 
 def _n_classes(logits): return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim>1 else 1
 
+def _device_of(outputs): return next(tensors_in(outputs)).device
+
 @patch
 def _compare(self:Session, outputs):
     eyes,recipe = self.kd.eyes,self.kd.recipe
-    hypers = {**self.task.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
     with eyes.first_look():
+        if not self.checked: self._check_first(outputs)
         if eyes.focus(outputs['fm_s'], outputs['fm_t']): self._build_learned(outputs)
+        hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         return {o.name: o(eyes.adapted(o, outputs), **hypers) for o in recipe.terms}
+
+@patch(as_prop=True)
+def facts(self:Session)->dict:
+    "Class axis and ignored label, as the teacher and the task's loss tell them"
+    axis = self.kd.teacher.axis
+    return self.task.facts if axis is None else {**self.task.facts, 'axis': axis}
 
 @patch
 def _build_learned(self:Session, outputs):
@@ -231,7 +242,7 @@ def _build_learned(self:Session, outputs):
     kd = self.kd
     for o in kd.recipe.terms:
         if hasattr(o.base, 'build'): o.base.build(**kd.eyes.adapted(o, _detached(outputs)))
-        if isinstance(o.base, nn.Module): o.base.to(self.device)
+        if isinstance(o.base, nn.Module): o.base.to(_device_of(outputs))
     if kd.loading is not None:
         kd.learned.load_state_dict(kd.loading)
         kd.loading = None
@@ -239,36 +250,85 @@ def _build_learned(self:Session, outputs):
 
 def _detached(outputs):
     "`outputs` cut off the student's graph"
-    return {k: apply(lambda o: o.detach() if isinstance(o, torch.Tensor) else o, v) for k,v in outputs.items()}
+    def cut(o): return o.detach() if isinstance(o, torch.Tensor) else o
+    return {k: apply(cut, v) for k,v in outputs.items()}
 
-# %% ../../../nbs/distill/training/session.ipynb #597ea3d3
+# %% ../../../nbs/distill/training/session.ipynb #dc59b436
+@patch
+def _check_first(self:Session, outputs):
+    "On a fit's first batch: refuse a class axis that nobody knows, warn of what looks wrong"
+    self.checked = True
+    self._refuse_unknown_axis(outputs['pred'])
+    self._warn_of_unreachable(outputs['fm_s'])
+    self._warn_of_probabilities(outputs['teacher_pred'])
+
+@patch
+def _refuse_unknown_axis(self:Session, logits):
+    if not isinstance(logits, torch.Tensor) or logits.ndim<3 or 'axis' in self.facts: return
+    asking = [o.name for o in self.kd.recipe.terms if 'axis' in o.from_task]
+    if not asking: return
+    raise ValueError(f"axis: the logits have the shape {tuple(logits.shape)}, and the task's loss does not say which "
+                     "axis holds the classes: pass Teacher(model, axis=-1) for tokens (1 for pixels), or "
+                     f"partial({asking[0]}, axis=-1)")
+
+@patch
+def _warn_of_unreachable(self:Session, fm_s):
+    "A map without a graph teaches an adapter at most"
+    if not self.learn.training or not torch.is_grad_enabled(): return
+    dead = [k for k,m in fm_s.items() if not m.requires_grad]
+    if not dead: return
+    warnings.warn(f"the maps of the student's {', '.join(map(repr, dead))} carry no gradient, so a loss on them teaches "
+                  "the student nothing: is that part frozen, detached, or inside a checkpoint with use_reentrant=True?")
+
+@patch
+def _warn_of_probabilities(self:Session, teacher_pred):
+    if teacher_pred is None or teacher_pred.ndim<2: return
+    axis = self.facts.get('axis', 1)
+    if teacher_pred.shape[axis]<2 or teacher_pred.min()<0: return
+    if (teacher_pred.sum(axis)-1).abs().max()>1e-3: return
+    warnings.warn("the teacher's answers are probabilities (0 or more, and their sum is one), where logits are "
+                  "expected: give their logarithm, Teacher(model, select=lambda p: p.clamp(min=1e-8).log())")
+
+# %% ../../../nbs/distill/training/session.ipynb #975317e2
 @patch
 def teach(self:Session):
     "Add what the teacher says about the batch in hand to the loss that is backpropagated, and write both down"
-    learn,training = self.learn,self.learn.training
+    learn = self.learn
+    training = learn.training
     if not (self.asks or training and self.task): return
-    labelled = len(learn.yb)>0
-    task = learn.loss_grad.as_subclass(torch.Tensor) if labelled else None # a fastai subclass costs a detour for each sum
-    parts = self.lesson(learn.xb, learn.yb, learn.pred) if self.asks else {}
-    losses = [task, *(parts.get(o.name) for o in self.kd.recipe.terms)]
-    self.kd.log.add(losses, self.weight, find_bs(learn.xb), training)
-    if training: self._mix(task, parts)
+    xb,yb = learn.xb,learn.yb
+    task = learn.loss_grad.as_subclass(torch.Tensor) if len(yb) else None # a subclass costs a detour for each sum
+    parts = self.lesson(xb, yb, learn.pred) if self.asks else {}
+    distill = [parts.get(o.name) for o in self.kd.recipe.terms]
+    self.kd.log.add([self._task_alone(task), *distill], self.weight, find_bs(xb), training)
+    if training: self._mix(task, distill, xb)
 
 @patch
-def _mix(self:Session, task, parts):
-    learn,recipe = self.learn,self.kd.recipe
-    distill = sum(o.weight*parts[o.name] for o in recipe.terms) if parts else None
-    loss = mixed(task, distill, 1-self.weight if recipe.task_weight is None else recipe.task_weight, self.weight)
-    if loss is None: return
-    learn.loss_grad,learn.loss = loss,loss.detach().clone()
-    if task is None: learn.yb = learn.xb[:1]
+def _task_alone(self:Session, task):
+    "The task's loss, where another callback has mixed its own into it already"
+    notes = self.fit.notes
+    if task is None or notes.get('mixed') is not self.learn.loss_grad: notes['task'] = task
+    return notes['task']
 
-# %% ../../../nbs/distill/training/session.ipynb #f2b45d16
+@patch
+def _mix(self:Session, task, distill, xb):
+    learn,recipe,w = self.learn,self.kd.recipe,self.weight
+    task_weight = 1-w if recipe.task_weight is None else recipe.task_weight
+    taught = weighted_sum(distill, [o.weight for o in recipe.terms])
+    loss = weighted_sum([task, taught], [task_weight, w])
+    if loss is None and task is not None: loss = 0*task
+    if loss is None: return
+    learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
+    learn.loss = loss.detach().clone()
+    if task is None: learn.yb = xb[:1]
+
+# %% ../../../nbs/distill/training/session.ipynb #885e5ea9
 @patch
 def begin_epoch(self:Session):
     self.kd.log.start()
     if self.task is None: self.meet()
     self.kd.learned.train()
+    self._reset_teacher()
 
 @patch
 def end_epoch(self:Session, training:bool=True):
@@ -279,6 +339,12 @@ def end_epoch(self:Session, training:bool=True):
 def begin_validation(self:Session):
     self.end_batch()
     self.kd.learned.eval()
+    self._reset_teacher()
+
+@patch
+def _reset_teacher(self:Session):
+    "Let a recurrent teacher forget its state where fastai lets the student"
+    if self.learn._grab_cbs(ModelResetter) and hasattr(self.kd.teacher, 'reset'): self.kd.teacher.reset()
 
 @patch
 def after_step(self:Session):

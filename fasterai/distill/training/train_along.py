@@ -68,10 +68,10 @@ class OptimizerGuests:
     def load_state_dict(self, sd):
         with self.outside() as opt: return opt.load_state_dict(sd)
 
-# %% ../../../nbs/distill/training/train_along.ipynb #a70241a6
+# %% ../../../nbs/distill/training/train_along.ipynb #787fb8ee
 class TrainAlong(Callback):
-    """Trains `params` with the student's optimizer from `join` to `leave`, clipped by the same norm, and averaged over the ranks of a
-    distributed training"""
+    """Trains `params` with the student's optimizer from `join` to `leave`, clipped by the same norm, and averaged over
+    the ranks of a distributed training"""
     order = GradientClip.order+1 # after gradients are unscaled, and only on batches that really step
     def __init__(self,
         params:Iterable[nn.Parameter] # Trained along with the student
@@ -85,7 +85,7 @@ class TrainAlong(Callback):
         OptimizerGuests.of(self.opt).add(self.params)
 
     def leave(self):
-        "Take the parameters out again, with the optimizer's state for them and their gradients; does nothing if they are not in"
+        "Take the parameters out again, with their gradients and states; does nothing if they are out"
         if self.opt is None: return
         opt,self.opt = self.opt,None
         OptimizerGuests.of(opt).remove(self.params)
@@ -110,7 +110,8 @@ class TrainAlong(Callback):
 
     @property
     def _world(self):
-        return dist.get_world_size() if hasattr(self.learn, 'distributed_trainer') and dist.is_initialized() else 1
+        distributed = hasattr(self.learn, 'distributed_trainer') and dist.is_initialized()
+        return dist.get_world_size() if distributed else 1
 
 # %% ../../../nbs/distill/training/train_along.ipynb #66696d06
 def remember_states(

@@ -1,6 +1,5 @@
 "One process of a distributed training on the CPU; `test_distributed.py` starts two. Saves its gradients and what it saw"
 import os, sys
-from functools import partial
 from pathlib import Path
 
 import torch

@@ -1,0 +1,111 @@
+"Adapters and learned losses: trained with the student, and no part of it"
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.training import GradientClip
+from fastai.optimizer import Adam, OptimWrapper
+from torch import nn
+
+from fasterai.distill.loss.learned import VID
+from fasterai.distill.losses import *
+from helpers import GradsAt, block, learner, same, state
+from kd_helpers import KD, teacher, layers
+
+
+def test_adapters_are_clipped_too():
+    learn,norms = learner(),[]
+    kd = KD(teacher(), FitNet, **layers, weight=1000., task_weight=1.)
+    class Norms(GradsAt):
+        def before_fit(self): pass
+        def before_step(self): norms.append([nn.utils.get_total_norm([p.grad for p in ps]).item() for ps in (self.learn.model.parameters(), kd.learned.parameters())])
+    learn.fit(1, cbs=[kd, GradientClip(0.1), Norms()])
+    assert all(n<=0.1001 for o in norms for n in o) and max(n for o in norms for n in o)>0.09
+
+
+@pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['fastai','torch'])
+@pytest.mark.parametrize('split', [False, True])
+def test_adapters_train_with_the_students_optimizer_and_leave_it_as_it_was(opt, split):
+    from fastai.torch_core import params
+    kw = dict(splitter=lambda m: [params(m[:2]), params(m[2:])]) if split else {}
+    learn = learner(opt_func=opt, **kw)
+    learn.create_opt()
+    sizes = [len(o) for o in learn.opt.param_lists]
+    kd,first = KD(teacher(), FitNet, **layers),{}
+    class First(GradsAt):
+        order = 4
+        def before_fit(self): self.lrs = []
+        def before_step(self):
+            if not first: first.update(state(kd.learned))
+            self.lrs.append((self.learn.opt.hypers[-1]['lr'], len(self.learn.opt.param_lists[-1])-sizes[-1]))
+    see = First()
+    learn.fit_one_cycle(2, slice(1e-3, 1e-2), cbs=[kd, see])
+    n = len(list(kd.learned.parameters()))
+    assert n==6 and {o[1] for o in see.lrs}=={n} and len({o[0] for o in see.lrs})>3
+    after = state(kd.learned)
+    assert not [k for k,_ in kd.learned.named_parameters() if torch.equal(first[k], after[k])]
+    assert [len(o) for o in learn.opt.param_lists]==sizes and all(p.grad is None for p in kd.learned.parameters())
+    assert not any('adapter' in k for k in learn.model.state_dict())
+    first.clear()
+    learn.fit_one_cycle(1, 1e-3, cbs=[kd, see]) # a second fit goes on from there
+    assert all(torch.equal(first[k], after[k]) for k,_ in kd.learned.named_parameters())
+
+
+def test_learned_losses_train():
+    learn = learner(opt_func=Adam)
+    vid = VID()
+    kd = KD(teacher(), vid, **layers)
+    learn.fit(1, cbs=kd)
+    was = [p.detach().clone() for p in vid.parameters()]
+    learn.fit(1, cbs=kd)
+    assert len(was) and all(not torch.equal(a, b) for a,b in zip(was, vid.parameters()))
+
+
+def test_lr_find_gives_adapters_and_learned_losses_back(tmp_path):
+    vid = VID()
+    for trained in (False, True):
+        learn = learner(opt_func=Adam, path=tmp_path)
+        kd = KD(teacher(), {FitNet: 1, vid: 1}, **layers)
+        if trained: learn.fit(1, cbs=kd)
+        before = state(kd.learned)
+        learn.lr_find(num_it=12, start_lr=1e-3, end_lr=1e3, stop_div=False, show_plot=False) if not trained else learn.add_cb(kd).lr_find(num_it=12, start_lr=1e-3, end_lr=1e3, stop_div=False, show_plot=False)
+        if trained: assert same(before, state(kd.learned)) and len(before)
+        learn.remove_cb(kd)
+    fresh = VID()
+    learn = learner(opt_func=Adam, path=tmp_path, cbs=KD(teacher(), fresh, **layers))
+    learn.lr_find(num_it=12, start_lr=1e-3, end_lr=1e3, stop_div=False, show_plot=False)
+    assert fresh.shapes is None and not list(fresh.parameters())
+
+
+def test_sizes_that_alternate_keep_the_adapters_parameters():
+    learn,teachers_calls,steps = learner(nn.Sequential(block(3, 4), block(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)), opt_func=Adam),[],[]
+    t = nn.Sequential(block(3, 8), nn.Sequential(nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    t.register_forward_hook(lambda *_: teachers_calls.append(1))
+    kd = KD(t, FitNet, '1', '1')
+    class Sizes(GradsAt):
+        order = 0
+        def before_fit(self): pass
+        def before_batch(self):
+            if self.learn.iter%2: self.learn.xb = (F.interpolate(self.learn.xb[0], size=12),)
+        def before_step(self): pass
+    class Steps(GradsAt):
+        def before_fit(self): pass
+        def before_step(self): pass
+        def after_step(self): steps.append({self.learn.opt.state[p].get('step') for p in kd.learned.parameters()})
+    learn.fit(2, cbs=[kd, Sizes(), Steps()])
+    n = 2*len(learn.dls.train)
+    assert steps==[{i+1} for i in range(n)] and len(teachers_calls)==0 # the teacher never runs further than its layer
+
+
+def test_learned_weights_load_before_the_first_batch():
+    a,b = KD(teacher(), FitNet, **layers),KD(teacher(), FitNet, **layers)
+    learner(opt_func=Adam).fit(1, cbs=a)
+    saved,seen = state(a.learned),[]
+    b.load_learned(saved)
+    class First(GradsAt):
+        order = 4
+        def before_fit(self): pass
+        def before_step(self): seen.append(state(b.learned))
+    learner(opt_func=Adam).fit(1, cbs=[b, First()])
+    assert all(torch.equal(seen[0][k], saved[k]) for k,_ in b.learned.named_parameters())
