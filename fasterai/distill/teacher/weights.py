@@ -56,7 +56,7 @@ def _samples(tensors, n=4, k=8):
     views = [t.detach().as_subclass(Tensor).as_strided((min(k, t.numel()),), (1,)) for t in some if t.is_contiguous()]
     return [(v, v.clone()) for v in views]
 
-# %% ../../../nbs/distill/teacher/weights.ipynb #d87e298c
+# %% ../../../nbs/distill/teacher/weights.ipynb #755a07fb
 class WeightWatch:
     "Knows how `model` was when last looked at; `look` tells whether it has changed since"
     def __init__(self,
@@ -65,8 +65,8 @@ class WeightWatch:
     ):
         self.model = model
         self.values = values
-        self.version = 0
-        self.structure = 0
+        self.version = 0       # so often other weights were found,
+        self.structure = 0     # and so often other modules or tensors
         self.looks = 0         # at the samples, which a GPU has to be waited for
         self.restless = False  # has it changed without a sign?
         self.seen = None
@@ -75,16 +75,14 @@ class WeightWatch:
         full:bool=False, # Compare all values, too?
     )->int:
         "The number of the weights' version, 1 more if they have changed since the last look"
-        if self.seen is None: other,changed = True,True
-        else:
-            other = self._other_objects(full)
-            changed = other or self.values and (self._marked() or self._moved() or full and self._other_content())
+        other = self.seen is not None and self._other_objects(full)
+        changed = other or self.seen is not None and self.values and self._other_values(full)
         self.structure += other
         self.version += changed
-        if changed or full: self.seen = self._see(full)
+        if changed or full or self.seen is None: self.seen = self._see(full)
         return self.version
 
-# %% ../../../nbs/distill/teacher/weights.ipynb #1c41157d
+# %% ../../../nbs/distill/teacher/weights.ipynb #cee24b7c
 @patch
 def _see(self:WeightWatch, full):
     mods = list(self.model.modules())
@@ -104,7 +102,8 @@ def _other_objects(self:WeightWatch, full):
     return full and len(self._see(False).objects)!=len(now)
 
 @patch
-def _marked(self:WeightWatch): return _marks(self.seen.tensors, self.seen.counted)!=self.seen.marks
+def _other_values(self:WeightWatch, full):
+    return _marks(self.seen.tensors, self.seen.counted)!=self.seen.marks or self._moved() or full and self._other_content()
 
 @patch
 def _moved(self:WeightWatch):
