@@ -8,8 +8,9 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/teacher.html.md""
 __all__ = ['Teacher', 'as_teacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
            'shared_with', 'BaseTeacher']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #dc0b8614
+# %% ../../../nbs/distill/teacher/teacher.ipynb #6400bc99
 import re
+import warnings
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,7 @@ from .recorded.recorded import as_cache
 # %% ../../../nbs/distill/teacher/teacher.ipynb #70ad06b5
 _all_ = ['ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize', 'shared_with', 'BaseTeacher']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #e64111ce
+# %% ../../../nbs/distill/teacher/teacher.ipynb #c91a8600
 class Teacher(BaseTeacher):
     "A frozen teacher of one network or several. A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind"
     def __init__(self,
@@ -66,7 +67,7 @@ class Teacher(BaseTeacher):
     def _forget_fit(self):
         self.device = None   # of the last batch
         self.checked = False # was an answer seen, and found finite?
-        self.recorded = None # what the cache is asked for: layers, and whether logits
+        self.recorded = None # what the cache knows: layers, whether logits, and of which version of the weights
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'recorded')}
     def __setstate__(self, state):
@@ -158,7 +159,7 @@ def _check_first(self:Teacher, xb, pred, maps):
                          f"{'so does the batch itself' if of_batch else remedy}")
     self.checked = True
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #54e023f8
+# %% ../../../nbs/distill/teacher/teacher.ipynb #47f76d9a
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -174,7 +175,7 @@ def begin(self:Teacher,
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
     if self.cache is None: return
     self.cache.attach(learn, self, layers, logits)
-    self.recorded = layers,logits
+    self.recorded = layers,logits,self.version()
 
 @patch
 def _learn_task(self:Teacher, task, logits):
@@ -193,8 +194,16 @@ def answer(self:Teacher,
 )->tuple:
     "What the teacher says about the batch: from the cache, where one is attached for just this question, else computed"
     layers = _as_layers(layers)
-    if self.recorded==(layers, logits): return self.cache.ask(*xb)
+    if self._is_recorded(layers, logits): return self.cache.ask(*xb)
     return self.compute(*xb, layers=layers, logits=logits)
+
+@patch
+def _is_recorded(self:Teacher, layers, logits):
+    if self.recorded is None or self.recorded[:2]!=(layers, logits): return False
+    if self.recorded[2]==self.version(): return True
+    warnings.warn("the teacher's weights have changed since the fit began, and with them its answers: the fit goes on without the cache")
+    self.end()
+    return False
 
 @patch
 def end(self:Teacher):
@@ -206,6 +215,12 @@ def end(self:Teacher):
 def version(self:Teacher)->tuple:
     "A number for each network that rises when its weights are found to have changed: equal versions, equal answers"
     return tuple(net.version() for net in self.nets)
+
+@patch
+def reset(self:Teacher):
+    "Let networks that keep a state from batch to batch forget it, as fastai's `ModelResetter` does with the student"
+    for net in self.nets:
+        if hasattr(unwrap(net.net), 'reset'): unwrap(net.net).reset()
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #c70ddcef
 def as_teacher(
