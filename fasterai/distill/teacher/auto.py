@@ -7,8 +7,9 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/auto.html.md"""
 # %% auto #0
 __all__ = ['closeness', 'fastest_plan']
 
-# %% ../../../nbs/distill/teacher/auto.ipynb #d1938ed9
+# %% ../../../nbs/distill/teacher/auto.ipynb #30763156
 import warnings
+from collections import namedtuple
 from dataclasses import replace
 from functools import partial
 from typing import Callable
@@ -21,19 +22,21 @@ from ...core.task import logits_of
 from .forward import Plan, device_of, run_once, size_of
 from .frozen import frozen_copy
 
-# %% ../../../nbs/distill/teacher/auto.ipynb #a0ba4280
+# %% ../../../nbs/distill/teacher/auto.ipynb #b7980a43
 def closeness(
     z:Tensor,   # Logits of a candidate `(B, C, ...)`
     ref:Tensor, # Those of the network in fp32
     axis:int=1, # The class axis
 )->tuple[float, float]:
-    "Relative error of the logits, centred over the classes (NaN, which no bound admits, if one is not finite), and the share of equal top classes"
+    """Relative error of the logits, centred over the classes, and the share of equal top classes.
+
+    The error is NaN, which no bound admits, if a logit is not finite"""
     if z.ndim<2: z,ref,axis = z[None],ref[None],1
     same = (z.argmax(axis)==ref.argmax(axis)).float().mean().item()
     if z.shape[axis]>1: z,ref = [o-o.mean(axis, keepdim=True) for o in (z, ref)]
     return ((z-ref).norm()/ref.norm()).item(), same
 
-# %% ../../../nbs/distill/teacher/auto.ipynb #03e5cee9
+# %% ../../../nbs/distill/teacher/auto.ipynb #6aca47ed
 def fastest_plan(
     net:nn.Module,        # In eval mode, where it will run
     xb:tuple,             # A batch to try it on
@@ -42,30 +45,37 @@ def fastest_plan(
     axis:int=1,           # The class axis of the logits
 )->tuple[Plan, str]:
     "The plan of the fastest safe format (the default plan: `net` as it is), and a line that says why"
-    logits = partial(_logits, xb=xb, select=select)
-    exact = Plan(torch.float32)
-    ref = logits(frozen_copy(net, torch.float32), exact)
-    as_it_is = fastest = best_time(partial(run_once, net, xb, Plan()), device_of(xb))
-    best,said,why = Plan(),Plan().in_words(),'nothing safe is faster'
-    for plan in _candidates(asked, device_of(xb)):
-        try:
-            copy = _quietly(frozen_copy, net, **plan.copy_args())
-            error,same = closeness(logits(copy, plan), ref, axis)
-            if not (error<=0.03 and same>=0.95): continue
-            seconds = best_time(partial(run_once, copy, xb, plan), device_of(xb))
-        except RuntimeError: continue
-        if seconds>=min(fastest, 0.97*as_it_is): continue
-        best,fastest,said = plan,seconds,plan.in_words(len(copy.folded))
-        why = f"top class the same for {same:.1%}, relative error {error:.2%}"
-    times = f"{fastest*1e3:.1f} ms for {size_of(xb)} samples, as it is {as_it_is*1e3:.1f} ms"
-    return replace(best, compile=asked.compile), f"{said} on {device_of(xb)}: {times} ({why})"
+    device = device_of(xb)
+    ref = _logits(frozen_copy(net, torch.float32), xb, Plan(torch.float32), select)
+    seconds = best_time(partial(run_once, net, xb, Plan()), device)
+    as_it_is = _Tried(Plan(), Plan().in_words(), seconds, 'nothing safe is faster')
+    best = as_it_is
+    for plan in _candidates(asked, device):
+        tried = _try(net, xb, plan, ref, select, axis)
+        if tried and tried.seconds<min(best.seconds, 0.97*as_it_is.seconds): best = tried
+    times = f"{best.seconds*1e3:.1f} ms for {size_of(xb)} samples, as it is {as_it_is.seconds*1e3:.1f} ms"
+    return replace(best.plan, compile=asked.compile), f"{best.what} on {device}: {times} ({best.why})"
 
+# %% ../../../nbs/distill/teacher/auto.ipynb #dcc3a9d6
 def _candidates(asked, device):
     dtypes = [torch.float32, torch.bfloat16] + [torch.float16]*(device.type=='cuda')
     layouts = [False, True] if asked.channels_last is None else [asked.channels_last]
     return [Plan(d, cl, asked.fuse is not False) for d in dtypes for cl in layouts]
 
-def _logits(net, plan, xb, select): return logits_of(run_once(net, xb, plan), select).float()
+_Tried = namedtuple('_Tried', 'plan what seconds why')
+
+def _try(net, xb, plan, ref, select, axis):
+    "What a copy by `plan` takes; None if it is not safe, or not possible"
+    try:
+        copy = _quietly(frozen_copy, net, **plan.copy_args)
+        error,same = closeness(_logits(copy, xb, plan, select), ref, axis)
+        if not (error<=0.03 and same>=0.95): return
+        seconds = best_time(partial(run_once, copy, xb, plan), device_of(xb))
+    except RuntimeError: return
+    why = f"top class the same for {same:.1%}, relative error {error:.2%}"
+    return _Tried(plan, plan.in_words(len(copy.folded)), seconds, why)
+
+def _logits(net, xb, plan, select): return logits_of(run_once(net, xb, plan), select).float()
 
 def _quietly(f, *args, **kwargs):
     with warnings.catch_warnings():

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/teacher/ensemble.ipynb #1baefaf0
+# %% ../../../nbs/distill/teacher/ensemble.ipynb #d55dedad
 _averages = 'softmax','sigmoid','none'
 
 def ensemble_logits(
     preds:list,        # Logits of each teacher, all of one shape `(B, C, ...)`
     weights=None,      # A positive weight for each; None is equal weights
     axis:int=1,        # The class axis
-    average='softmax', # What is averaged: probabilities of classes ('softmax') or of labels ('sigmoid'), or the outputs ('none')
+    average='softmax', # Of what: probabilities of classes ('softmax') or of labels ('sigmoid'), or the outputs ('none')
 )->Tensor:
-    "Logits of the weighted average, `(B, C, ...)` in fp32; ValueError when the shapes differ, or for an unknown `average`"
+    "Logits of the weighted average, `(B, C, ...)` in fp32. ValueError when shapes differ, or for an unknown `average`"
     if average not in _averages: raise ValueError(unknown_name('average', average, _averages))
-    shapes = [tuple(p.shape) for p in preds]
+    shapes = [str(tuple(p.shape)) for p in preds]
     if len(set(shapes))>1:
-        raise ValueError(f"the teachers of an ensemble must agree in output shape, got {' and '.join(map(str, shapes))}")
-    z,w = torch.stack([p.float() for p in preds]),_shares(weights, preds)
+        raise ValueError(f"the teachers of an ensemble must agree in output shape, got {' and '.join(shapes)}")
+    z = torch.stack([p.float() for p in preds])
+    w = _shares(weights, preds)
     if average=='sigmoid': return (F.logsigmoid(z)+w.log()).logsumexp(0) - (F.logsigmoid(-z)+w.log()).logsumexp(0)
     if average=='none' or z.ndim<3 or preds[0].shape[axis]==1: return (z*w).sum(0)
     return (z.log_softmax(axis if axis<0 else axis+1) + w.log()).logsumexp(0)

@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/forward.html.md""
 # %% auto #0
 __all__ = ['evaluating', 'same_rng', 'Plan', 'device_of', 'size_of', 'prepared', 'run_once', 'bare', 'last_to_run', 'Engine']
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #9d340b6a
+# %% ../../../nbs/distill/teacher/forward.ipynb #75742f4a
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from fastcore.basics import patch
 
 from ..layers.capture import Capture, first_tensor, get_module_by_name, tensors_in, unwrap
 from .frozen import twin
@@ -54,7 +56,7 @@ def same_rng(
 
 def _index(device): return torch.cuda.current_device() if device.index is None else device.index
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #7f3f6b33
+# %% ../../../nbs/distill/teacher/forward.ipynb #b445c57b
 @dataclass(frozen=True)
 class Plan:
     "How a frozen network runs. The default is as it is"
@@ -64,7 +66,12 @@ class Plan:
     compile:bool|dict=False  # Compiled? Or with these arguments of `torch.compile`
 
     @property
-    def asks_for_copy(self)->bool: return any(o not in (None, False) for o in (self.dtype, self.channels_last, self.fuse))
+    def compiles(self)->bool: return self.compile is not False
+    @property
+    def asks_for_copy(self)->bool: return bool(self.dtype or self.channels_last or self.fuse)
+    @property
+    def copy_args(self)->dict:
+        return dict(dtype=self.dtype, channels_last=bool(self.channels_last), fuse=bool(self.fuse))
 
     def changes(self,
         net:nn.Module, # A network
@@ -73,17 +80,20 @@ class Plan:
         cast = self.dtype is not None and any(p.dtype!=self.dtype for p in net.parameters() if p.is_floating_point())
         return bool(self.channels_last or self.fuse or cast)
 
-    def copy_args(self)->dict: return dict(dtype=self.dtype, channels_last=bool(self.channels_last), fuse=bool(self.fuse))
+# %% ../../../nbs/distill/teacher/forward.ipynb #bc23117e
+@patch
+def in_words(self:Plan,
+    n_folded:int=None, # How many BatchNorms were folded, once that is known
+)->str:
+    "What differs from a network as it is"
+    said = []
+    if self.dtype is not None: said.append(str(self.dtype).removeprefix('torch.'))
+    if self.channels_last: said.append('channels_last')
+    if self.fuse and n_folded!=0: said.append(f"{'' if n_folded is None else f'{n_folded} '}BatchNorms folded")
+    if self.compiles: said.append('compiled')
+    return ', '.join(said) or 'as it is'
 
-    def in_words(self,
-        n_folded:int=None, # How many BatchNorms were folded, once that is known
-    )->str:
-        folded = 'BatchNorms folded' if n_folded is None else f'{n_folded} BatchNorms folded' if n_folded else ''
-        said = [str(self.dtype).removeprefix('torch.') if self.dtype is not None else '', 'channels_last' if self.channels_last else '',
-                folded if self.fuse else '', 'compiled' if self.compile is not False else '']
-        return ', '.join(filter(None, said)) or 'as it is'
-
-# %% ../../../nbs/distill/teacher/forward.ipynb #94bb5625
+# %% ../../../nbs/distill/teacher/forward.ipynb #beb6f1f7
 def device_of(
     xb:tuple, # A batch of inputs
 )->torch.device:
@@ -96,6 +106,7 @@ def size_of(
     "The number of samples, by the first tensor in the batch"
     return next((len(t) for t in tensors_in(xb) if t.ndim), 1)
 
+# %% ../../../nbs/distill/teacher/forward.ipynb #95a7bab9
 def prepared(
     xb:tuple,                 # A batch of inputs
     dtype=None,               # For tensors of floats; None leaves them
@@ -128,7 +139,7 @@ def run_once(
     with _precision(plan.dtype, device_of(xb) or torch.device('cpu')):
         return net(*prepared(xb, _input_dtype(net, plan), plan.channels_last))
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #eb3ddd02
+# %% ../../../nbs/distill/teacher/forward.ipynb #c70090c8
 class _Stop(BaseException): "Ends a forward after its last captured layer"
 
 def bare(
@@ -137,6 +148,7 @@ def bare(
     "The names without `:input`"
     return {n.removesuffix(':input') for n in layers}
 
+# %% ../../../nbs/distill/teacher/forward.ipynb #762fcefa
 def last_to_run(
     net:nn.Module, # Not touched
     layers,        # Names, as for `Capture`
@@ -175,9 +187,9 @@ def _taken(capture):
     try: return capture.maps
     finally: capture.clear()
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #74b960fb
+# %% ../../../nbs/distill/teacher/forward.ipynb #a936217f
 class _Watched(nn.Module):
-    "A twin of `net` that returns `(output, maps)`, hooked for good: compiled as a whole, it needs no hooks from outside"
+    "A twin of `net` that returns `(output, maps)`, hooked for good: compiled as a whole, it needs no other hooks"
     def __init__(self, net, layers):
         super().__init__()
         self.net = twin(net)
@@ -195,7 +207,7 @@ class _Watched(nn.Module):
         out = self.net(*xb)
         return out, {k:self.maps[k] for k in self.names}
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #45727ec9
+# %% ../../../nbs/distill/teacher/forward.ipynb #d594ddd1
 class Engine:
     "A network made ready for one kind of question; nothing in it changes any more"
     def __init__(self,
@@ -216,16 +228,19 @@ class Engine:
         with evaluating(self.modules), _precision(self.plan.dtype, device_of(xb) or torch.device('cpu')):
             return self.run(prepared(xb, self.input_dtype, self.plan.channels_last))
 
-    def _runner(self, net, layers, stop_for):
-        if self.plan.compile is not False:
-            return _spread(torch.compile(_Watched(net, layers), **(self.plan.compile if isinstance(self.plan.compile, dict) else {})))
-        if not layers: return lambda xb: (net(*xb), {})
-        capture = Capture(net, layers, detach=True, kind='layer of the teacher')
-        last = None if stop_for is None else self._find_last(net, layers, stop_for)
-        return lambda xb: _run_captured(capture, last, xb)
+# %% ../../../nbs/distill/teacher/forward.ipynb #d21606ec
+@patch
+def _runner(self:Engine, net, layers, stop_for):
+    if self.plan.compiles:
+        args = self.plan.compile if isinstance(self.plan.compile, dict) else {}
+        compiled = torch.compile(_Watched(net, layers), **args)
+        return lambda xb: compiled(*xb)
+    if not layers: return lambda xb: (net(*xb), {})
+    capture = Capture(net, layers, detach=True, kind='layer of the teacher')
+    last = None if stop_for is None else self._find_last(net, layers, stop_for)
+    return lambda xb: _run_captured(capture, last, xb)
 
-    def _find_last(self, net, layers, xb):
-        with _precision(self.plan.dtype, device_of(xb) or torch.device('cpu')):
-            return last_to_run(net, layers, prepared(xb, self.input_dtype, self.plan.channels_last))
-
-def _spread(f): return lambda xb: f(*xb)
+@patch
+def _find_last(self:Engine, net, layers, xb):
+    with _precision(self.plan.dtype, device_of(xb) or torch.device('cpu')):
+        return last_to_run(net, layers, prepared(xb, self.input_dtype, self.plan.channels_last))

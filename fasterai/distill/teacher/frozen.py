@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ...core.names import unknown_name
 from ..layers.capture import unwrap
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #ddff14b7
+# %% ../../../nbs/distill/teacher/frozen.ipynb #197da798
 _norms = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 
 def _foldable_pairs(model, keep=()):
@@ -42,16 +42,19 @@ def _foldable_pairs(model, keep=()):
             pairs[conv.target] = bn.target
     return pairs
 
+# %% ../../../nbs/distill/teacher/frozen.ipynb #7a5f4c7b
 def _fits(conv, bn):
     hooks = conv._forward_pre_hooks, conv._forward_hooks, bn._forward_pre_hooks, bn._forward_hooks
     return _norms.get(type(conv)) is type(bn) and bn.running_mean is not None and not any(hooks)
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #1923eb66
+# %% ../../../nbs/distill/teacher/frozen.ipynb #c3a37000
 def fold_batchnorms(
     model:nn.Module, # Changed in place, and put in eval mode
     keep=(),         # Names of convolutions to leave alone, since someone looks at their output
 )->list:
-    "Fold each BatchNorm that follows a convolution, and nothing else, into it; returns the names of the convolutions. fx's errors pass"
+    """Fold each BatchNorm that follows a convolution, and nothing else, into it; returns the names of the convolutions.
+
+    Raises what `torch.fx` raises for a model that it cannot trace"""
     pairs = _foldable_pairs(model, keep)
     _fold(model, pairs)
     return list(pairs)
@@ -63,7 +66,7 @@ def _fold(model, pairs):
         setattr(parent, conv.rpartition('.')[2], fused)
         setattr(parent, bn.rpartition('.')[2], nn.Identity())
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #30ce985e
+# %% ../../../nbs/distill/teacher/frozen.ipynb #baec5c0d
 class _CutGraphs(TorchFunctionMode):
     "`deepcopy` inside takes a tensor with a graph by its values"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -80,16 +83,17 @@ def bare_copy(
     "A deep copy of the model inside its wrappers, around the very tensors in `shared`"
     with _CutGraphs(): return deepcopy(unwrap(model), {id(t):t for t in shared})
 
+# %% ../../../nbs/distill/teacher/frozen.ipynb #e70ae71d
 def twin(
     model:nn.Module, # Not touched
 )->nn.Module:
-    "Modules of its own around the very tensors of `model`, in eval mode: to hook, compile or probe without a trace in the caller's"
+    "Modules of its own around the very tensors of `model`, in eval mode: to hook and probe without a trace in those"
     model = unwrap(model)
     return bare_copy(model, chain(model.parameters(), model.buffers())).eval()
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #5a60c463
-_dtypes = dict(fp32=torch.float32, float32=torch.float32, fp16=torch.float16, float16=torch.float16, half=torch.float16,
-               bf16=torch.bfloat16, bfloat16=torch.bfloat16)
+# %% ../../../nbs/distill/teacher/frozen.ipynb #7eeff306
+_dtypes = dict(fp32=torch.float32, float32=torch.float32, bf16=torch.bfloat16, bfloat16=torch.bfloat16,
+               fp16=torch.float16, float16=torch.float16, half=torch.float16)
 
 def as_dtype(
     d, # 'bf16', 'fp16', 'fp32' or their long names, the dtype itself, 'auto' or None
@@ -99,6 +103,7 @@ def as_dtype(
     if d not in _dtypes: raise ValueError(unknown_name('dtype', str(d).removeprefix('torch.'), [*_dtypes, 'auto']))
     return _dtypes[d]
 
+# %% ../../../nbs/distill/teacher/frozen.ipynb #d60b901a
 def _cast_weights(model, dtype):
     for m in model.modules():
         if any(isinstance(o, nn.RNNBase) for o in (m, *m.children())): continue  # its weights, or those that drop out
@@ -106,7 +111,7 @@ def _cast_weights(model, dtype):
             large = isinstance(m, (_ConvNd, nn.Linear)) or p.ndim>1
             if large and p.is_floating_point(): p.data = p.data.to(dtype)
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #4516538f
+# %% ../../../nbs/distill/teacher/frozen.ipynb #3ea9e24c
 def frozen_copy(
     model:nn.Module,          # Not touched
     dtype=None,               # torch.float32, float16 or bfloat16 for the weights; None keeps theirs
@@ -114,22 +119,26 @@ def frozen_copy(
     fuse:bool=False,          # Fold BatchNorms into convolutions? (where `torch.fx` can trace the model)
     keep=(),                  # Convolutions not to fold
 )->nn.Module:
-    "A copy of `model` in eval mode, without gradients; its attribute `folded` names the convolutions that were folded, each with its BatchNorm"
+    """A copy of `model` in eval mode, without gradients.
+
+    Its attribute `folded` names the convolutions that were folded, each with its BatchNorm"""
     net = bare_copy(model).eval().requires_grad_(False)
     net.folded = _fold_where_traced(net, keep) if fuse else {}
     if dtype==torch.float32: net.float()
     elif dtype is not None: _cast_weights(net, dtype)
     return net.to(memory_format=torch.channels_last) if channels_last else net
 
+# %% ../../../nbs/distill/teacher/frozen.ipynb #da7769ce
 def _fold_where_traced(net, keep):
     try: pairs = _foldable_pairs(net, keep)
     except Exception as e:
-        warnings.warn(f"fuse=True: BatchNorms were not folded, since torch.fx cannot trace {type(net).__name__} ({type(e).__name__}: {e})")
+        warnings.warn("fuse=True: BatchNorms were not folded, since torch.fx cannot trace "
+                      f"{type(net).__name__} ({type(e).__name__}: {e})")
         return {}
     _fold(net, pairs)
     return pairs
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #8c848709
+# %% ../../../nbs/distill/teacher/frozen.ipynb #2ac59af7
 @torch.no_grad()
 def refresh_copy(
     copy:nn.Module,  # What `frozen_copy` made of it, wherever it has moved since
@@ -137,12 +146,12 @@ def refresh_copy(
 ):
     "Bring the values of a frozen copy up to date"
     model = unwrap(model)
-    mine,theirs = _named_tensors(copy),_named_tensors(model)
-    refolded = {}
+    new = _named_tensors(model)
     for conv,bn in copy.folded.items():
-        refolded[f'{conv}.weight'],refolded[f'{conv}.bias'] = _folded_weights(model.get_submodule(conv), model.get_submodule(bn))
-    for name,t in {**theirs, **refolded}.items():
-        if name in mine: mine[name].copy_(t)
+        weight,bias = _folded_weights(model.get_submodule(conv), model.get_submodule(bn))
+        new.update({f'{conv}.weight': weight, f'{conv}.bias': bias})
+    for name,t in _named_tensors(copy).items():
+        if name in new: t.copy_(new[name])
 
 def _named_tensors(model):
     return dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))

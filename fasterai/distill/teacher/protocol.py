@@ -7,13 +7,15 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/protocol.html.md"
 # %% auto #0
 __all__ = ['BaseTeacher', 'AdaptedTeacher', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #f80fec2a
+# %% ../../../nbs/distill/teacher/protocol.ipynb #969b2c78
 import inspect
 from collections.abc import Mapping
 from typing import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from fastcore.basics import patch
 
 from ...core.task import logits_of
 from ..layers.capture import unwrap
@@ -58,9 +60,11 @@ def _accepted(
     names = {p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {k:v for k,v in kwargs.items() if k in names}
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #ca2487df
+# %% ../../../nbs/distill/teacher/protocol.ipynb #0e921b22
 class AdaptedTeacher(BaseTeacher):
-    "Any object with `answer`, as a teacher. It answers under `no_grad`: one that learns from its answers turns gradients on again"
+    """Any object with `answer`, as a teacher.
+
+    It answers under `no_grad`: one that learns from its answers turns gradients on again"""
     def __init__(self,
         source, # The object; what it lacks of the protocol does nothing
     ):
@@ -87,22 +91,32 @@ class AdaptedTeacher(BaseTeacher):
         maps = {n:maps[n].detach() for n in layers}
         return logits_of(pred).detach().float() if logits else None, maps
 
-    def begin(self, learn, layers=(), logits=True): self._tell('begin', learn=learn, layers=layers, logits=logits)
-    def after_step(self, learn): self._tell('after_step', learn=learn)
-    def end(self): self._tell('end')
-
-    def _tell(self, name, **kwargs):
-        f = getattr(self.source, name, None)
-        if f is not None: f(**_accepted(f, kwargs))
-
 def _is_answer(out): return isinstance(out, tuple) and len(out)==2 and isinstance(out[1], Mapping)
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #1d37ac4b
+# %% ../../../nbs/distill/teacher/protocol.ipynb #57a83fd8
+@patch
+def begin(self:AdaptedTeacher, learn, layers=(), logits=True):
+    self._tell('begin', learn=learn, layers=layers, logits=logits)
+
+@patch
+def after_step(self:AdaptedTeacher, learn): self._tell('after_step', learn=learn)
+
+@patch
+def end(self:AdaptedTeacher): self._tell('end')
+
+@patch
+def _tell(self:AdaptedTeacher, name, **kwargs):
+    f = getattr(self.source, name, None)
+    if f is not None: f(**_accepted(f, kwargs))
+
+# %% ../../../nbs/distill/teacher/protocol.ipynb #ba0d2b28
 def shared_with(
     student:nn.Module,          # In the modes and with the flags that it will train with
     models:Iterable[nn.Module], # The networks of a teacher
 )->list[str]:
-    "Names of the teacher's tensors that lie in the memory of something in `student` that training changes; where it has several networks, with their number"
+    """Names of the teacher's tensors that lie in the memory of something in `student` that training changes.
+
+    Where the teacher has several networks, a name begins with the number of its own: `0.fc.weight`"""
     changed = {_memory(t) for t in _that_training_changes(unwrap(student))}
     models = [unwrap(m) for m in models]
     shared = []
@@ -112,6 +126,7 @@ def shared_with(
             shared += [prefix+n for n,t in kind(remove_duplicate=False) if _memory(t) in changed]
     return shared
 
+# %% ../../../nbs/distill/teacher/protocol.ipynb #31c49675
 def _memory(t):
     "What two tensors have in common if they share memory; the tensor itself where there is none"
     try: return t.untyped_storage().data_ptr() or id(t)

@@ -35,7 +35,7 @@ def _entries(tables): return [*chain.from_iterable(d.values() for d in tables)]
 
 def _marks(tensors, counted): return [*map(Tensor.data_ptr, tensors)],[*map(_version, counted)]
 
-# %% ../../../nbs/distill/teacher/weights.ipynb #6aeb58f5
+# %% ../../../nbs/distill/teacher/weights.ipynb #e5ef77c1
 _ints = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def _content(tensors):
@@ -49,6 +49,7 @@ def _on_cpu(sums):
     devices = {s.device for s in sums}
     return [o for d in sorted(devices, key=str) for o in torch.stack([s for s in sums if s.device==d]).cpu()]
 
+# %% ../../../nbs/distill/teacher/weights.ipynb #5fd9ac77
 def _samples(tensors, n=4, k=8):
     "The first `k` numbers of `n` of the tensors, as views and as copies"
     floats = [t for t in tensors if t.is_floating_point() and t.numel() and t.layout==torch.strided]
@@ -82,7 +83,7 @@ class WeightWatch:
         if changed or full or self.seen is None: self.seen = self._see(full)
         return self.version
 
-# %% ../../../nbs/distill/teacher/weights.ipynb #cee24b7c
+# %% ../../../nbs/distill/teacher/weights.ipynb #4a428a02
 @patch
 def _see(self:WeightWatch, full):
     mods = list(self.model.modules())
@@ -95,6 +96,7 @@ def _see(self:WeightWatch, full):
     content = _content(tensors) if full and self.values else None
     return _Seen(tables, objects, tensors, counted, _marks(tensors, counted), _samples(tensors), content)
 
+# %% ../../../nbs/distill/teacher/weights.ipynb #0832acbd
 @patch
 def _other_objects(self:WeightWatch, full):
     now = _entries(self.seen.tables)
@@ -103,8 +105,10 @@ def _other_objects(self:WeightWatch, full):
 
 @patch
 def _other_values(self:WeightWatch, full):
-    return _marks(self.seen.tensors, self.seen.counted)!=self.seen.marks or self._moved() or full and self._other_content()
+    signs = _marks(self.seen.tensors, self.seen.counted)!=self.seen.marks
+    return signs or self._moved() or full and self._other_content()
 
+# %% ../../../nbs/distill/teacher/weights.ipynb #711abc65
 @patch
 def _moved(self:WeightWatch):
     "Do the samples differ, without a sign?"

@@ -81,7 +81,7 @@ def test_what_the_user_says_goes_before_the_task(x):
 
 def test_a_task_that_does_not_say_is_asked_back_only_where_it_matters(x):
     def own_loss(pred, y): return pred.mean()
-    with pytest.raises(ValueError, match=r"average: the task's loss function does not say.*2 teachers.*average='softmax'"):
+    with pytest.raises(ValueError, match=r"average: the task's loss function does not say.*2 teachers are.*average='softmax'"):
         Teacher([make_net(), make_net()]).begin(learner(own_loss))
     Teacher(make_net()).begin(learner(own_loss))
     Teacher([make_net(), make_net()]).begin(learner(own_loss), layers=['3'], logits=False)
