@@ -8,9 +8,8 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/teacher.html.md""
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #6400bc99
+# %% ../../../nbs/distill/teacher/teacher.ipynb #dc0b8614
 import re
-import warnings
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #2dbc2191
+# %% ../../../nbs/distill/teacher/teacher.ipynb #e7111043
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -69,7 +68,7 @@ class Teacher(BaseTeacher):
     def _forget_fit(self):
         self.device = None   # of the last batch
         self.checked = False # was an answer seen, and found finite?
-        self.recorded = None # what the cache knows: layers, whether logits, and of which version of the weights
+        self.recorded = None # what the cache is attached for: layers, and whether logits
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'recorded')}
     def __setstate__(self, state):
@@ -177,7 +176,7 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #37fa9715
+# %% ../../../nbs/distill/teacher/teacher.ipynb #f64b8aac
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -195,7 +194,7 @@ def begin(self:Teacher,
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
     if self.cache is None: return
     self.cache.attach(learn, self, layers, logits)
-    self.recorded = layers,logits,self.version()
+    self.recorded = layers,logits
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #bb5fd25e
 @patch
@@ -208,7 +207,7 @@ def _learn_task(self:Teacher, task, logits):
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #43625c4f
+# %% ../../../nbs/distill/teacher/teacher.ipynb #4bd792da
 @patch
 def answer(self:Teacher,
     *xb,         # The student's inputs, one batch
@@ -217,19 +216,10 @@ def answer(self:Teacher,
 )->tuple:
     "What the teacher says about the batch: from the cache, where one is attached for just this question, else computed"
     layers = _as_layers(layers)
-    if self._is_recorded(layers, logits): return self.cache.ask(*xb)
+    if self.recorded==(layers, logits): return self.cache.ask(*xb)
     return self.compute(*xb, layers=layers, logits=logits)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #35b8954c
-@patch
-def _is_recorded(self:Teacher, layers, logits):
-    if self.recorded is None or self.recorded[:2]!=(layers, logits): return False
-    if self.recorded[2]==self.version(): return True
-    warnings.warn("the teacher's weights have changed since the fit began, and with them its answers: "
-                  "the fit goes on without the cache")
-    self.end()
-    return False
-
+# %% ../../../nbs/distill/teacher/teacher.ipynb #8ed7b792
 @patch
 def end(self:Teacher):
     "Let the cache go, if one is attached; safe to call at any time"

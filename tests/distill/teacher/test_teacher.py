@@ -6,17 +6,20 @@ from operator import itemgetter
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
+from fastcore.basics import noop
 from torch import nn
 
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import FitNet, SoftTarget
+from fasterai.distill.teacher.recorded.recorded import TeacherCache
 from fasterai.distill.teacher.teacher import Teacher, as_teacher
-from helpers import learner
+from helpers import data, learner
 from teacher_nets import assert_same_state, count_calls, each_mode, make_net, net, plain, rel_err, seed, state, x
 
 
@@ -181,17 +184,29 @@ def test_a_second_begin_ends_the_first(recorded):
     recorded.begin(learner(make_net())), recorded.begin(learner(make_net()), layers=['1'], logits=False)
     assert recorded.cache.log==[('attach', (), True), 'detach', ('attach', ('1',), False)]
 
-def test_a_cache_is_left_when_the_weights_change_in_the_fit(recorded, net, x):
-    recorded.begin(learner(make_net()))
-    recorded(x)
-    with torch.no_grad(): net[8].bias.add_(1)
-    with pytest.warns(UserWarning, match="weights have changed.*goes on without the cache"): pred = recorded(x)[0]
-    assert torch.equal(pred, plain(net, x)) and recorded.cache.log[1:]==['ask', 'detach']
-    recorded(x)
-    assert recorded.cache.log[3:]==[]
-    recorded.begin(learner(make_net()))
-    recorded(x)
-    assert recorded.cache.log[3:]==[('attach', (), True), 'ask']      # the next fit starts from the new weights
+class Asks(Callback):
+    "Asks a teacher for each training batch, as a distillation does, and compares with `net`"
+    def __init__(self, teacher, net, after=noop): self.teacher,self.net,self.after,self.worst = teacher,net,after,0.
+    def before_train(self): self.teacher.begin(self.learn) if self.epoch==0 else None
+    def after_batch(self):
+        if not self.training: return
+        self.worst = max(self.worst, rel_err(self.teacher.answer(*self.xb)[0], plain(self.net, self.x)))
+        self.teacher.after_step(self.learn), self.after(self)
+    def after_fit(self): self.teacher.end()
+
+def test_a_recorded_teacher_in_a_fit():
+    pytest.importorskip('fasterai.distill.teacher.recorded.recorder')
+    net = make_net(3)
+    teacher = Teacher(net, cache=TeacherCache(dtype=torch.float32))
+    asks = Asks(teacher, net)
+    learn = learner(make_net(3), data(32, 8), cbs=asks)
+    learn.fit(3)
+    assert asks.worst<1e-6 and teacher.cache.hits==64 and teacher.recorded is None
+    def train_the_teacher(cb):
+        with torch.no_grad(): net[8].bias.add_(.1)
+    asks.after = train_the_teacher
+    with pytest.warns(UserWarning, match='weights have changed'): learn.fit(2)
+    assert asks.worst<1e-6
 
 def test_begin_without_a_cache_and_after_step_and_end_change_no_answer(net, x):
     teacher,before = Teacher(net),state(net)
