@@ -35,7 +35,7 @@ def _signature(f):
     "Parameters of a function, of a module's `forward`, or of any other callable"
     return inspect.signature(f.forward if isinstance(f, nn.Module) else f).parameters.values()
 
-# %% ../../../nbs/distill/loss/terms.ipynb #d50f5bce
+# %% ../../../nbs/distill/loss/terms.ipynb #fdecb7e5
 class Term:
     """One `loss` of a distillation and its `weight`. Raises TypeError for a loss that is not callable, misspelt
     keywords, or needs that no batch meets"""
@@ -44,8 +44,8 @@ class Term:
         weight:float=1.,  # Factor of the loss in the sum of all terms
     ):
         if not callable(loss):
-            raise TypeError(f"loss must be a function or an nn.Module, got {loss!r}; several go in a list, or a dict of loss "
-                            "to weight")
+            raise TypeError(f"loss must be a function or an nn.Module, got {loss!r}; several go in a list, or a dict "
+                            "of loss to weight")
         if not 0<=weight<math.inf: raise ValueError(f"the weight of a loss must be 0 or more, got {weight}")
         base,bound = _unwrap(loss)
         if isinstance(base, type):
@@ -102,11 +102,11 @@ def _refuse_unmet(self:Term, params):
                         f"{', '.join(OUTPUTS)}, or set them with partial({self.name}, {unmet[0]}=...)")
     if not self.needs: raise TypeError(f"{self.name} names none of {', '.join(OUTPUTS)}: what should it compare?")
 
-# %% ../../../nbs/distill/loss/terms.ipynb #81f405fe
+# %% ../../../nbs/distill/loss/terms.ipynb #216f68a6
 @patch
 def __call__(self:Term,
     outputs:dict,  # What the batch offers, by the names of `OUTPUTS`
-    **hypers       # Hyper-parameters in force, and the task's `axis` and `ignore_index`; passed on where the loss names them
+    **hypers       # Hyper-parameters in force, and the task's `axis` and `ignore_index`, for losses that name them
 )->Tensor: # Scalar
     "The loss on a batch. An exception from the loss comes back with the loss's name"
     missing = [k for k in self.required if outputs.get(k) is None]
@@ -118,8 +118,8 @@ def __call__(self:Term,
         raise
     if not isinstance(d, Tensor): raise TypeError(f"{self.name} must return a scalar tensor, got {d!r}")
     if not d.dim(): return d
-    raise ValueError(f"{self.name} must return a scalar, got a tensor of shape {tuple(d.shape)}: reduce it, for example with "
-                     ".mean()")
+    raise ValueError(f"{self.name} must return a scalar, got a tensor of shape {tuple(d.shape)}: reduce it, for "
+                     "example with .mean()")
 
 # %% ../../../nbs/distill/loss/terms.ipynb #3d27aaa1
 def as_terms(
