@@ -43,7 +43,7 @@ class LearnedLoss(nn.Module):
             raise ValueError(f"{name} was built for {len(self.shapes)} pairs of maps, got {len(fm_s)}")
         with torch.autocast(fm_s[0].device.type, enabled=False): return self.compute(fm_s, fm_t, **kwargs)
 
-# %% ../../../nbs/distill/loss/learning.ipynb #7735b54d
+# %% ../../../nbs/distill/loss/learning.ipynb #0a79d75a
 @patch
 @as_loss
 def build(self:LearnedLoss,
@@ -55,12 +55,13 @@ def build(self:LearnedLoss,
     loss cannot compare, with layer and shapes; the loss is then as it was"""
     fm_s,fm_t,self.names = zip(*pairs_of(fm_s or {}, fm_t or {}))
     shapes = tuple((s.shape[1:], t.shape[1:]) for s,t in zip(fm_s, fm_t))
-    if shapes!=self.shapes:
-        if shapes not in self.layouts: self.layouts[shapes] = self._make_layout(fm_s, fm_t)
-        vars(self).update(self.layouts[shapes])
-        self.shapes = shapes
-        self.train(self.training)
-    return self.to(fm_s[0].device, fm_s[0].dtype)
+    like = fm_s[0].device,fm_s[0].dtype
+    first = next(self.parameters(), None)
+    if shapes==self.shapes and (first is None or like==(first.device, first.dtype)): return self
+    if shapes not in self.layouts: self.layouts[shapes] = self._make_layout(fm_s, fm_t)
+    vars(self).update(self.layouts[shapes])
+    self.shapes = shapes
+    return self.train(self.training).to(*like)
 
 @patch
 def _make_layout(self:LearnedLoss, fm_s, fm_t):
