@@ -191,14 +191,15 @@ def shapes_of(
     "Both shapes, as errors have them"
     return f"{names[0]} {tuple(s.shape)} and {names[1]} {tuple(t.shape)}"
 
-# %% ../../../nbs/distill/loss/base.ipynb #bd5b89b6
+# %% ../../../nbs/distill/loss/base.ipynb #d740c291
 def pairs_of(
     fm_s:Mapping|list, # Student feature maps
     fm_t:Mapping|list, # Teacher feature maps
 )->list[tuple]:
     """`(student map, teacher map, names)` by position, after `as_pair`. Raises ValueError for unequal or no maps, or
     unequal batches"""
-    fm_s,fm_t = _by_name(fm_s, 'fm_s'),_by_name(fm_t, 'fm_t')
+    fm_s = _by_name(fm_s, 'fm_s')
+    fm_t = _by_name(fm_t, 'fm_t')
     if len(fm_s)!=len(fm_t):
         raise ValueError(f"feature maps are paired by position, got {len(fm_s)} of the student ({_names(fm_s)}) "
                          f"and {len(fm_t)} of the teacher ({_names(fm_t)})")

@@ -107,14 +107,14 @@ def _in_batch(self:CRD, z_s, z_t, y):
     same = torch.eye(len(z_s), dtype=torch.bool, device=z_s.device) if y is None else y[:,None]==y
     return sum(self._nce(i, sc.diagonal(), sc, ~same) for i,sc in enumerate((scores, scores.T)))
 
-# %% ../../../nbs/distill/loss/contrast.ipynb #3b8e2211
+# %% ../../../nbs/distill/loss/contrast.ipynb #d5605c83
 @patch
 def _with_bank(self:CRD, z_s, z_t, y, index):
     if index is None or len(index)!=len(z_s):
         got = index if index is None else len(index)
         raise ValueError(f"CRD with a bank needs index, the {len(z_s)} samples' positions in the training set, got "
-                         f"{got}; give it to the call, set the attribute index before each batch, or take negatives from "
-                         "the batch, bank=0")
+                         f"{got}; give it to the call, set the attribute index before each batch, or take negatives "
+                         "from the batch, bank=0")
     index = torch.as_tensor(index, device=z_s.device)
     window = self.order[(self.start + torch.arange(self.k, device=z_s.device)) % self.bank]
     other = window!=index[:,None]

@@ -208,7 +208,7 @@ def WTTM(
     ValueError for unequal shapes or one class"""
     return TTM(pred, teacher_pred, gamma, True, axis=axis, target=target, ignore_index=ignore_index)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #4c1decc0
+# %% ../../../nbs/distill/loss/logits.ipynb #10ea8a1f
 @as_loss
 def BinaryKD(
     pred:Tensor,         # Student logits, any shape, a sigmoid each
@@ -218,7 +218,8 @@ def BinaryKD(
     """KL of every logit's yes and no, times T², mean over all. Yang et al., ICCV 2023, arXiv 2308.06453. ValueError for
     unequal shapes"""
     s,t = like_pair(pred, teacher_pred)
-    s,t = (z/check_T(T) for z in (s, t))
+    s = s/check_T(T)
+    t = t/T
     kl = F.logsigmoid(t)-F.logsigmoid(s)-(t-s)*(-t).sigmoid()
     return T**2*kl.masked_fill(t==-torch.inf, 0).mean()
 

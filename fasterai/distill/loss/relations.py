@@ -58,7 +58,7 @@ def _chunks(s, t):
     n = len(s)*max(len(s), s.shape[1], t.shape[1])
     return torch.arange(len(s), device=s.device).split(max(1, _CHUNK//n))
 
-# %% ../../../nbs/distill/loss/relations.ipynb #6c548971
+# %% ../../../nbs/distill/loss/relations.ipynb #18ab0def
 @as_loss
 def RKDAngle(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
@@ -69,7 +69,8 @@ def RKDAngle(
     """Huber loss of the cosines of all angles between three samples, mean over B³, summed over pairs, in bounded
     memory. Park et al., CVPR 2019, arXiv 1904.05068"""
     def one(s, t, names):
-        s,t = _embed(s),_embed(t)
+        s = _embed(s)
+        t = _embed(t)
         chunks = _chunks(s, t)
         if len(chunks)==1: return _angle_loss(s, t, chunks[0])/len(s)**3
         forgotten = partial(checkpoint, _angle_loss, s, t, use_reentrant=False, preserve_rng_state=False)
@@ -91,7 +92,7 @@ def RKD(
     on_angles = RKDAngle(fm_s, fm_t, layer_weights=layer_weights)
     return distance*on_distances + angle*on_angles
 
-# %% ../../../nbs/distill/loss/relations.ipynb #a49a26da
+# %% ../../../nbs/distill/loss/relations.ipynb #4382389a
 @as_loss
 def PKT(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
@@ -106,7 +107,8 @@ def PKT(
         p = (1+gram(unit(_embed(x))))/2
         return p/p.sum(1, keepdim=True)
     def one(s, t, names):
-        q,p = neighbours(s), neighbours(t)
+        q = neighbours(s)
+        p = neighbours(t)
         return (p*((p+eps).log()-(q+eps).log())).mean()
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
