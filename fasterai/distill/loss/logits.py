@@ -8,7 +8,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/loss/logits.html.md"""
 __all__ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking',
            'standardize']
 
-# %% ../../../nbs/distill/loss/logits.ipynb #58dd23ba
+# %% ../../../nbs/distill/loss/logits.ipynb #95585c47
 from functools import update_wrapper
 import inspect
 from typing import Callable
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.names import unknown_name
-from .base import as_logits, as_pair, centred, check_T, kept, kl_div, labels_of, mean_kept, unit
+from .base import as_logits, as_loss, like_pair, labels_of, kept, mean_kept, check_T
+from .base import centred, kl_div, unit
 
-# %% ../../../nbs/distill/loss/logits.ipynb #3b780acd
+# %% ../../../nbs/distill/loss/logits.ipynb #654cc419
+@as_loss
 def SoftTarget(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,   # Teacher logits, same shape
@@ -29,14 +31,15 @@ def SoftTarget(
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "KL divergence of the softened distributions, times T². Hinton et al. 2015, arXiv 1503.02531. ValueError for unequal shapes or one class"
+    """KL divergence of the softened distributions, times T². Hinton et al. 2015, arXiv 1503.02531. ValueError for
+    unequal shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     kl = kl_div(zs/check_T(T), zt/T, axis)
     return T**2*mean_kept(kl, kept(target, kl.shape, ignore_index))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #30cb57a3
+# %% ../../../nbs/distill/loss/logits.ipynb #e202377b
+@as_loss
 def Logits(
     pred:Tensor,           # Student predictions, any shape
     teacher_pred:Tensor,   # Teacher predictions, same shape
@@ -44,16 +47,16 @@ def Logits(
     axis:int=1,            # Where the classes are, for `ignore_index` only
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "Mean squared error of the raw predictions. Ba and Caruana, NeurIPS 2014, arXiv 1312.6184. ValueError for unequal shapes"
-    s,t = as_pair(pred, teacher_pred)
-    if s.shape!=t.shape: raise ValueError(f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}")
+    """Mean squared error of the raw predictions. Ba and Caruana, NeurIPS 2014, arXiv 1312.6184. ValueError for unequal
+    shapes"""
+    s,t = like_pair(pred, teacher_pred)
     if s.ndim<2 or ignore_index is None: return F.mse_loss(s, t)
     mse = F.mse_loss(s, t, reduction='none').mean(axis)
     return mean_kept(mse, kept(target, mse.shape, ignore_index))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #6d9a32b1
+# %% ../../../nbs/distill/loss/logits.ipynb #b6277bfb
+@as_loss
 def Mutual(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,   # Logits of the teacher or of a fellow student, same shape
@@ -61,46 +64,56 @@ def Mutual(
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "KL divergence of the distributions as they are. Zhang et al., CVPR 2018, arXiv 1706.00384. ValueError for unequal shapes or one class"
+    """KL divergence of the distributions as they are. Zhang et al., CVPR 2018, arXiv 1706.00384. ValueError for unequal
+    shapes or one class"""
     return SoftTarget(pred, teacher_pred, T=1, axis=axis, target=target, ignore_index=ignore_index)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #7a22ff72
+# %% ../../../nbs/distill/loss/logits.ipynb #dcc03602
 def _split(z, y, axis):
     "Logits of target against rest, and of the rest among themselves"
     rest = z.scatter(axis, y, -torch.inf)
     return torch.stack([z.gather(axis, y).squeeze(axis), rest.logsumexp(axis)], axis), rest
 
 def _dkd(zs, zt, y, axis, T, alpha, beta):
-    (bs,rs),(bt,rt) = _split(zs/T, y, axis), _split(zt/T, y, axis)
-    return T**2*(alpha*kl_div(bs, bt, axis) + beta*kl_div(rs, rt, axis))
+    odds_s,rest_s = _split(zs/T, y, axis)
+    odds_t,rest_t = _split(zt/T, y, axis)
+    return T**2*(alpha*kl_div(odds_s, odds_t, axis) + beta*kl_div(rest_s, rest_t, axis))
 
+# %% ../../../nbs/distill/loss/logits.ipynb #ac5b0df8
 def _nkd(zs, zt, y, axis, T, alpha, beta):
     ls,lt = (z.log_softmax(axis).gather(axis, y).squeeze(axis) for z in (zs, zt))
     rs,rt = ((z/T).scatter(axis, y, -torch.inf).log_softmax(axis) for z in (zs, zt))
     p = rt.exp()
     return -alpha*lt.exp()*ls - beta*T**2*(rs*p).masked_fill_(p==0, 0).sum(axis)
 
+def _on_labels(formula, pred, teacher_pred, target, axis, ignore_index, **hypers):
+    "Mean over what counts of a `formula` that takes logits and the index of the target"
+    zs,zt,axis = as_logits(pred, teacher_pred, axis)
+    y,keep = labels_of(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
+    return mean_kept(formula(zs, zt, y.unsqueeze(axis), axis, **hypers), keep)
+
+# %% ../../../nbs/distill/loss/logits.ipynb #f46b35f8
+@as_loss(normalize=dict(T=1, beta=1.5))
 def DecoupledKD(
     pred:Tensor,            # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,    # Teacher logits, same shape
     target:Tensor,          # Class indices `(B,)`, one per position
-    T:float=4,              # Temperature
+    T:float=4,              # Temperature; with `normalize` 1, if not given
     alpha:float=1.,         # Weight of the target term
-    beta:float=8.,          # Weight of the non-target term
+    beta:float=8.,          # Weight of the non-target term; with `normalize` 1.5, if not given
     normalize:bool=False,   # Normalized KD instead (see `NKD`)
     *,
     axis:int=1,             # Where the classes are
     ignore_index:int=None,  # Label of the positions to leave out
-    **kwargs                # Not used
 )->Tensor: # Scalar
-    "KL of target against the rest, and of the rest among themselves, each with its weight. Zhao et al., CVPR 2022, arXiv 2203.08679. TypeError for soft labels, ValueError for unequal shapes or one class"
-    zs,zt,axis = as_logits(pred, teacher_pred, axis)
-    y,keep = labels_of(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
-    return mean_kept((_nkd if normalize else _dkd)(zs, zt, y.unsqueeze(axis), axis, check_T(T), alpha, beta), keep)
+    """KL of target against the rest, and of the rest among themselves, each with its weight. Zhao et al., CVPR 2022,
+    arXiv 2203.08679. TypeError for soft labels, ValueError for unequal shapes or one class"""
+    formula = _nkd if normalize else _dkd
+    return _on_labels(formula, pred, teacher_pred, target, axis, ignore_index, T=check_T(T), alpha=alpha, beta=beta)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #e3def300
+# %% ../../../nbs/distill/loss/logits.ipynb #66b486e8
+@as_loss
 def NKD(
     pred:Tensor,            # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,    # Teacher logits, same shape
@@ -110,12 +123,13 @@ def NKD(
     *,
     axis:int=1,             # Where the classes are
     ignore_index:int=None,  # Label of the positions to leave out
-    **kwargs                # Not used
 )->Tensor: # Scalar
-    "Teacher-weighted cross-entropy of the target, and cross-entropy among the rest. Yang et al., ICCV 2023, arXiv 2303.13005. TypeError for soft labels, ValueError for unequal shapes or one class"
-    return DecoupledKD(pred, teacher_pred, target, T=T, alpha=1, beta=gamma, normalize=True, axis=axis, ignore_index=ignore_index)
+    """Teacher-weighted cross-entropy of the target, and cross-entropy among the rest. Yang et al., ICCV 2023,
+    arXiv 2303.13005. TypeError for soft labels, ValueError for unequal shapes or one class"""
+    return _on_labels(_nkd, pred, teacher_pred, target, axis, ignore_index, T=check_T(T), alpha=1, beta=gamma)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #6b05603c
+# %% ../../../nbs/distill/loss/logits.ipynb #8d4636e1
+@as_loss
 def HardTarget(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,   # Teacher logits, same shape
@@ -123,14 +137,22 @@ def HardTarget(
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "Cross-entropy to the teacher's decision. Touvron et al., ICML 2021, arXiv 2012.12877. ValueError for unequal shapes or one class"
+    """Cross-entropy to the teacher's decision. Touvron et al., ICML 2021, arXiv 2012.12877. ValueError for unequal
+    shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     ce = -zs.log_softmax(axis).gather(axis, zt.argmax(axis, keepdim=True)).squeeze(axis)
     return mean_kept(ce, kept(target, ce.shape, ignore_index))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #139523ea
+# %% ../../../nbs/distill/loss/logits.ipynb #3fa64f0c
+def _pearson_distance(q, p, axis, keep):
+    "1 less the correlation of `(N, C)` probabilities along `axis`, over the rows to `keep`"
+    rows = None if keep is None else keep.unsqueeze(1)
+    q,p = (unit(*centred(x, axis, rows), axis) for x in (q, p))
+    return (q-p).square().sum(axis)/2
+
+# %% ../../../nbs/distill/loss/logits.ipynb #4d90232b
+@as_loss
 def DIST(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,   # Teacher logits, same shape
@@ -141,17 +163,19 @@ def DIST(
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "Pearson distance of the probabilities, over classes and over samples, times T². Huang et al., NeurIPS 2022, arXiv 2205.10536. ValueError for unequal shapes or one class"
+    """Pearson distance of the probabilities, over classes and over samples, times T². Huang et al., NeurIPS 2022,
+    arXiv 2205.10536. ValueError for unequal shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     keep = kept(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
-    rows = None if keep is None else keep.flatten().unsqueeze(1)
+    keep = None if keep is None else keep.flatten()
     q,p = ((z/check_T(T)).softmax(axis).movedim(axis, -1).flatten(0, -2) for z in (zs, zt))
-    inter,intra = ((unit(*centred(q, i, rows), i) - unit(*centred(p, i, rows), i)).square().sum(i)/2 for i in (1, 0))
-    return T**2*(beta*mean_kept(inter, None if rows is None else rows.squeeze(1)) + gamma*intra.mean())
+    inter = _pearson_distance(q, p, 1, keep)
+    intra = _pearson_distance(q, p, 0, keep)
+    return T**2*(beta*mean_kept(inter, keep) + gamma*intra.mean())
 
-# %% ../../../nbs/distill/loss/logits.ipynb #efd90e14
+# %% ../../../nbs/distill/loss/logits.ipynb #e3b51b01
+@as_loss
 def TTM(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,   # Teacher logits, same shape
@@ -161,14 +185,16 @@ def TTM(
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "KL to a teacher that alone is softened. Zheng and Yang, ICLR 2024, arXiv 2402.11148. ValueError for unequal shapes or one class"
+    """KL to a teacher that alone is softened. Zheng and Yang, ICLR 2024, arXiv 2402.11148. ValueError for unequal
+    shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     kl = kl_div(zs, gamma*zt, axis)
     if weighted: kl = kl*(gamma*zt.log_softmax(axis)).logsumexp(axis).exp()
     return mean_kept(kl, kept(target, kl.shape, ignore_index))
 
+# %% ../../../nbs/distill/loss/logits.ipynb #1bacfb39
+@as_loss
 def WTTM(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
     teacher_pred:Tensor,   # Teacher logits, same shape
@@ -177,26 +203,28 @@ def WTTM(
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "`TTM`, each sample weighted by the power sum of its teacher. Zheng and Yang, ICLR 2024, arXiv 2402.11148. ValueError for unequal shapes or one class"
+    """`TTM`, each sample weighted by the power sum of its teacher. Zheng and Yang, ICLR 2024, arXiv 2402.11148.
+    ValueError for unequal shapes or one class"""
     return TTM(pred, teacher_pred, gamma, True, axis=axis, target=target, ignore_index=ignore_index)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #62dbdab8
+# %% ../../../nbs/distill/loss/logits.ipynb #10ea8a1f
+@as_loss
 def BinaryKD(
     pred:Tensor,         # Student logits, any shape, a sigmoid each
     teacher_pred:Tensor, # Teacher logits, same shape
     T:float=1,           # Temperature
-    **kwargs             # Not used
 )->Tensor: # Scalar
-    "KL of every logit's yes and no, times T², mean over all. Yang et al., ICCV 2023, arXiv 2308.06453. ValueError for unequal shapes"
-    s,t = as_pair(pred, teacher_pred)
-    if s.shape!=t.shape: raise ValueError(f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}")
-    s,t = s/check_T(T), t/T
+    """KL of every logit's yes and no, times T², mean over all. Yang et al., ICCV 2023, arXiv 2308.06453. ValueError for
+    unequal shapes"""
+    s,t = like_pair(pred, teacher_pred)
+    s = s/check_T(T)
+    t = t/T
     kl = F.logsigmoid(t)-F.logsigmoid(s)-(t-s)*(-t).sigmoid()
     return T**2*kl.masked_fill(t==-torch.inf, 0).mean()
 
-# %% ../../../nbs/distill/loss/logits.ipynb #36f75377
+# %% ../../../nbs/distill/loss/logits.ipynb #2cb03d9b
+@as_loss
 def Ranking(
     pred:Tensor,           # Student scores `(B, N)`, or any shape with the items on `axis`
     teacher_pred:Tensor,   # Teacher scores, same shape
@@ -204,30 +232,35 @@ def Ranking(
     axis:int=1,            # Where the items are
     target:Tensor=None,    # Labels, for `ignore_index` only
     ignore_index:int=None, # Label of the positions to leave out
-    **kwargs               # Not used
 )->Tensor: # Scalar
-    "Negative log-likelihood of the teacher's order (ListMLE: Xia et al., ICML 2008; for distillation: Tang and Wang, KDD 2018, arXiv 1809.07428). ValueError for unequal shapes or one item"
+    """Negative log-likelihood of the teacher's order (ListMLE: Xia et al., ICML 2008; for distillation: Tang and Wang,
+    KDD 2018, arXiv 1809.07428). ValueError for unequal shapes or one item"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     order = zt.argsort(dim=axis, descending=True, stable=True)
-    s,out = zs.gather(axis, order), zt.gather(axis, order)==-torch.inf
-    s = s.masked_fill(out, torch.finfo(s.dtype).min)
+    out = zt.gather(axis, order)==-torch.inf
+    s = zs.gather(axis, order).masked_fill(out, torch.finfo(zs.dtype).min)
     nll = (s.flip(axis).logcumsumexp(axis).flip(axis)-s).masked_fill(out, 0).sum(axis)
     return mean_kept(nll, kept(target, nll.shape, ignore_index))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #b202502c
+# %% ../../../nbs/distill/loss/logits.ipynb #02819ac9
 class standardize:
-    "`loss` on standardised logits, with its signature. Over classes: Sun et al., CVPR 2024, arXiv 2403.01427. Over the batch: Hossain et al. (LumiNet), TMLR 2025, arXiv 2310.03669. TypeError for a Module, ValueError for an unknown `over` or two classes"
+    """`loss` on standardised logits, with its signature. Over classes: Sun et al., CVPR 2024, arXiv 2403.01427. Over
+    the batch: Hossain et al. (LumiNet), TMLR 2025, arXiv 2310.03669. TypeError for a Module, ValueError for an
+    unknown `over` or two classes"""
     def __init__(self,
         loss:Callable,     # A loss on `pred` and `teacher_pred`
         over:str='class',  # 'class' or 'batch'
     ):
-        if isinstance(loss, nn.Module): raise TypeError(f"standardize takes a function, got the module {type(loss).__name__}, whose parameters would not be found")
+        if isinstance(loss, nn.Module):
+            raise TypeError(f"standardize takes a function, got the module {type(loss).__name__}, whose parameters "
+                            "would not be found")
         if over not in ('class', 'batch'): raise ValueError(unknown_name('over', over, ('class', 'batch')))
         params = inspect.signature(loss).parameters
         update_wrapper(self, loss)
-        self.loss,self.over = loss,over
-        self.__name__ = f"standardize({getattr(loss, '__name__', loss)}{', over=batch' if over=='batch' else ''})"
+        self.loss = loss
+        self.over = over
         self.axis = params['axis'].default if 'axis' in params else 1
+        self.__name__ = f"standardize({getattr(loss, '__name__', loss)}{', over=batch' if over=='batch' else ''})"
 
     def __repr__(self): return self.__name__
 
@@ -238,9 +271,18 @@ class standardize:
         **kwargs             # For the loss
     )->Tensor: # Scalar
         "The loss of the standardised logits"
-        zs,zt,axis = as_logits(pred, teacher_pred, kwargs.get('axis', self.axis), least=3 if self.over=='class' else 2)
+        least = 3 if self.over=='class' else 2
+        zs,zt,axis = as_logits(pred, teacher_pred, kwargs.get('axis', self.axis), least)
         keep = kept(kwargs.get('target'), zs.shape[:axis]+zs.shape[axis+1:], kwargs.get('ignore_index'))
+        return self.loss(self._scaled(zs, axis, keep), self._scaled(zt, axis, keep), *args, **kwargs)
+
+    def _scaled(self, z, axis, keep):
+        "Logits `z` with mean 0 and standard deviation 1"
+        if self.over=='class':
+            axes = axis
+            n = z.shape[axis]-1
+        else:
+            axes = [i for i in range(z.ndim) if i!=axis]
+            n = z.numel()//z.shape[axis] if keep is None else keep.sum()
         keep = None if keep is None else keep.unsqueeze(axis)
-        axes = axis if self.over=='class' else [i for i in range(zs.ndim) if i!=axis]
-        n = zs.shape[axis]-1 if self.over=='class' else zs.numel()//zs.shape[axis] if keep is None else keep.sum()
-        return self.loss(*(unit(*centred(z, axes, keep), axes)*n**0.5 for z in (zs, zt)), *args, **kwargs)
+        return unit(*centred(z, axes, keep), axes)*n**0.5

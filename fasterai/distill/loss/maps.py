@@ -7,76 +7,90 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/loss/maps.html.md"""
 # %% auto #0
 __all__ = ['Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST']
 
-# %% ../../../nbs/distill/loss/maps.ipynb #f9478ed1
+# %% ../../../nbs/distill/loss/maps.ipynb #3626a235
 from typing import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import check_T, gram, kl_div, over_pairs, pool_to_smaller, same_channels, same_shape, unit
+from .base import as_loss, over_pairs, pool_to_smaller, same_channels, same_shape, shapes_of
+from .base import check_T, gram, kl_div, unit
 
-# %% ../../../nbs/distill/loss/maps.ipynb #e189149a
-def _attention(x, p):
-    x = x.square() if p==2 else x.pow(p) if p==int(p) else x.abs().pow(p)
-    a = x.mean(-1 if x.ndim==3 else 1).flatten(1)
-    return unit(a/a.detach().abs().amax(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny))
-
+# %% ../../../nbs/distill/loss/maps.ipynb #fdc6871f
 def _positions(s, t, names, loss):
     "Pool maps to one size. Raises ValueError unless both have the same positions"
     for x,n in zip((s, t), names):
-        if x.ndim<3: raise ValueError(f"{loss} compares positions, and {n} of shape {tuple(x.shape)} has none: use Similarity, or FitNet for equal widths")
+        if x.ndim>2: continue
+        raise ValueError(f"{loss} compares positions, and {n} of shape {tuple(x.shape)} has none: "
+                         "use Similarity, or FitNet for equal widths")
     s,t = pool_to_smaller(s, t)
-    ps,pt = (x.shape[1:2] if x.ndim==3 else x.shape[2:] for x in (s, t))
-    if ps.numel()!=pt.numel(): raise ValueError(f"{loss} needs the same positions, got {names[0]} {tuple(s.shape)} and {names[1]} {tuple(t.shape)} (is one a class token?)")
-    return s, t
+    if _n_positions(s)==_n_positions(t): return s, t
+    raise ValueError(f"{loss} needs the same positions, got {shapes_of(s, t, names)} (is one a class token?)")
 
+def _n_positions(x): return x.shape[1] if x.ndim==3 else x.shape[2:].numel()
+
+# %% ../../../nbs/distill/loss/maps.ipynb #4ed64825
+def _attention(x, p):
+    "The energy at each position `(B, P)`, at length 1"
+    x = x.square() if p==2 else x.pow(p) if p==int(p) else x.abs().pow(p)
+    a = x.mean(-1 if x.ndim==3 else 1).flatten(1)
+    largest = a.detach().abs().amax(1, keepdim=True)
+    return unit(a/largest.clamp(min=torch.finfo(a.dtype).tiny))
+
+# %% ../../../nbs/distill/loss/maps.ipynb #265e151b
+@as_loss
 def Attention(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher feature maps, paired by position; other widths and sizes are fine
     p:float=2,               # Power, at least 1
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Squared difference of the attention maps at length 1, mean over positions, summed over pairs. Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928. ValueError for vectors or an unequal number of tokens"
+    """Squared difference of the attention maps at length 1, mean over positions, summed over pairs. Zagoruyko and
+    Komodakis, ICLR 2017, arXiv 1612.03928. ValueError for vectors or an unequal number of tokens"""
     if p<1: raise ValueError(f"p must be at least 1, got {p}: the gradient of a lesser power is infinite at 0")
     def one(s, t, names): return F.mse_loss(*(_attention(x, p) for x in _positions(s, t, names, 'Attention')))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 Attention.same_positions = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #06d36720
+# %% ../../../nbs/distill/loss/maps.ipynb #8034d34e
+@as_loss
 def FitNet(
     fm_s:Mapping|list,       # Student feature maps, any shape
     fm_t:Mapping|list,       # Teacher feature maps of the same shapes, paired by position
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Mean squared error of the maps, summed over pairs. Romero et al., ICLR 2015, arXiv 1412.6550. ValueError for unequal shapes"
+    """Mean squared error of the maps, summed over pairs. Romero et al., ICLR 2015, arXiv 1412.6550. ValueError for
+    unequal shapes"""
     def one(s, t, names): return F.mse_loss(*same_shape(s, t, names, 'FitNet'))
     return over_pairs(one, fm_s, fm_t, layer_weights)
+
 FitNet.same_shape = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #b8676c20
+# %% ../../../nbs/distill/loss/maps.ipynb #36f93897
+@as_loss
 def ActivationBoundaries(
     fm_s:Mapping|list,       # Student feature maps before the activation, any shape
     fm_t:Mapping|list,       # Teacher feature maps of the same shapes, paired by position
     m:float=2,               # Margin
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Squared hinge towards the sign of the teacher's units, mean over elements, summed over pairs. Heo et al., AAAI 2019, arXiv 1811.03233. ValueError for unequal shapes"
+    """Squared hinge towards the sign of the teacher's units, mean over elements, summed over pairs. Heo et al., AAAI
+    2019, arXiv 1811.03233. ValueError for unequal shapes"""
     def one(s, t, names):
         s,t = same_shape(s, t, names, 'ActivationBoundaries')
         x = s.detach()
         return F.mse_loss(s, torch.where(t>0, x.clamp(min=m), x.clamp(max=-m)))
     return over_pairs(one, fm_s, fm_t, layer_weights)
+
 ActivationBoundaries.same_shape = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #4808c53c
+# %% ../../../nbs/distill/loss/maps.ipynb #9b9628bb
+@as_loss
 def Similarity(
     fm_s:Mapping|list,       # Student feature maps, any shape
     fm_t:Mapping|list,       # Teacher feature maps, paired by position; any other shape
@@ -84,32 +98,44 @@ def Similarity(
     p:float=2,               # Norm that scales the rows
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Squared difference of the batch's row-normalised Gram matrices, mean over B², summed over pairs. Tung and Mori, ICCV 2019, arXiv 1907.09682"
+    """Squared difference of the batch's row-normalised Gram matrices, mean over B², summed over pairs. Tung and Mori,
+    ICCV 2019, arXiv 1907.09682"""
     def one(s, t, names): return F.mse_loss(*(unit(gram(x.flatten(1)), p=p) for x in (s, t)))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/maps.ipynb #b21a8b04
+# %% ../../../nbs/distill/loss/maps.ipynb #ab83a4a6
+def _channels(x): return x.mT if x.ndim==3 else x.flatten(2)
+
+@as_loss
 def CWD(
     fm_s:Mapping|list,       # Student feature maps or dense logits `(B, C, H, W)`, or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher's, with the same channels, paired by position
     T:float=4,               # Temperature
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "KL of every channel's softmax over the positions, times T², mean over channels, summed over pairs. Shu et al., ICCV 2021, arXiv 2011.13256. ValueError for unequal channels, or fewer than two positions"
+    """KL of every channel's softmax over the positions, times T², mean over channels, summed over pairs. Shu et al.,
+    ICCV 2021, arXiv 2011.13256. ValueError for unequal channels, or fewer than two positions"""
     def one(s, t, names):
-        s,t = (_channels(x) for x in _positions(*same_channels(s, t, names, 'CWD'), names, 'CWD'))
-        if s.shape[2]<2: raise ValueError(f"CWD needs maps of several positions, whose softmax says something, got {names[0]} of shape {tuple(s.shape)}")
+        s,t = _positions(*same_channels(s, t, names, 'CWD'), names, 'CWD')
+        if _n_positions(s)<2:
+            raise ValueError("CWD needs maps of several positions, whose softmax says something, got "
+                             f"{names[0]} of shape {tuple(s.shape)}")
+        s,t = _channels(s),_channels(t)
         return T**2*kl_div(s/check_T(T), t/T, 2).mean()
     return over_pairs(one, fm_s, fm_t, layer_weights)
+
 CWD.same_shape = True
 
-def _channels(x): return x.mT if x.ndim==3 else x.flatten(2)
+# %% ../../../nbs/distill/loss/maps.ipynb #29f1fc49
+def _var_mean(x, name):
+    "Variance and mean of each channel over the positions. Raises ValueError for a single position"
+    if x.ndim>2 and _n_positions(x)>1: return torch.var_mean(_channels(x), 2)
+    raise ValueError(f"ChannelStats needs several positions, got {name} of shape {tuple(x.shape)}")
 
-# %% ../../../nbs/distill/loss/maps.ipynb #6e5d2521
+# %% ../../../nbs/distill/loss/maps.ipynb #d6a7e4a2
+@as_loss
 def ChannelStats(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher feature maps with the same channels, paired by position; other sizes are fine
@@ -117,41 +143,51 @@ def ChannelStats(
     eps:float=1e-5,          # Added to the variances
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Squared differences of the channels' means and standard deviations, summed over channels and pairs, mean over the batch. Lv et al. (WKD-F), NeurIPS 2024, arXiv 2412.08139. ValueError for unequal channels, or fewer than two positions"
+    """Squared differences of the channels' means and standard deviations, summed over channels and pairs, mean over the
+    batch. Lv et al. (WKD-F), NeurIPS 2024, arXiv 2412.08139. ValueError for unequal channels, or fewer than two
+    positions"""
     def one(s, t, names):
-        (vs,ms),(vt,mt) = (_var_mean(x, n) for x,n in zip(same_channels(s, t, names, 'ChannelStats'), names))
-        return (ratio*(ms-mt).square()+((vs+eps).sqrt()-(vt+eps).sqrt()).square()).sum(1).mean()
+        s,t = same_channels(s, t, names, 'ChannelStats')
+        var_s,mean_s = _var_mean(s, names[0])
+        var_t,mean_t = _var_mean(t, names[1])
+        stds = (var_s+eps).sqrt()-(var_t+eps).sqrt()
+        return (ratio*(mean_s-mean_t).square() + stds.square()).sum(1).mean()
     return over_pairs(one, fm_s, fm_t, layer_weights)
+
 ChannelStats.same_shape = True
 
-def _var_mean(x, name):
-    if x.ndim<3 or _channels(x).shape[2]<2: raise ValueError(f"ChannelStats needs several positions, got {name} of shape {tuple(x.shape)}")
-    return torch.var_mean(_channels(x), 2)
-
-# %% ../../../nbs/distill/loss/maps.ipynb #e98d2f56
+# %% ../../../nbs/distill/loss/maps.ipynb #4e4e2206
 def _gram_of_positions(x): return gram(unit(x).mT)/x.shape[1]
+
+def _mmd_of_positions(s, t): return (_gram_of_positions(s)-_gram_of_positions(t)).square().sum((1, 2)).mean()
 
 def _mean_kernel(g, a, b):
     "Mean squared cosine, of inner products and squared lengths; 0 with a dead channel"
     n = a.unsqueeze(2)*b.unsqueeze(1)
     return (g.square()/n.masked_fill(n==0, torch.inf)).mean()
 
+def _mmd_of_channels(s, t):
+    ss = gram(s)
+    tt = gram(t)
+    a = ss.diagonal(dim1=1, dim2=2)
+    b = tt.diagonal(dim1=1, dim2=2)
+    return _mean_kernel(ss, a, a) + _mean_kernel(tt, b, b) - 2*_mean_kernel(gram(s, t), a, b)
+
+# %% ../../../nbs/distill/loss/maps.ipynb #683cb81f
+@as_loss
 def NST(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher feature maps, paired by position; other widths and sizes are fine
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "MMD of the channels' selectivity with a squared dot product as kernel, summed over pairs. Huang and Wang, 2017, arXiv 1707.01219. ValueError for vectors or an unequal number of tokens"
+    """MMD of the channels' selectivity with a squared dot product as kernel, summed over pairs. Huang and Wang, 2017,
+    arXiv 1707.01219. ValueError for vectors or an unequal number of tokens"""
     def one(s, t, names):
         s,t = (_channels(x) for x in _positions(s, t, names, 'NST'))
-        if s.shape[2]**2<=s.shape[1]*t.shape[1]: return (_gram_of_positions(s)-_gram_of_positions(t)).square().sum((1, 2)).mean()
-        ss,tt,st = gram(s),gram(t),gram(s, t)
-        a,b = ss.diagonal(dim1=1, dim2=2),tt.diagonal(dim1=1, dim2=2)
-        return _mean_kernel(ss, a, a)+_mean_kernel(tt, b, b)-2*_mean_kernel(st, a, b)
+        few_positions = s.shape[2]**2<=s.shape[1]*t.shape[1]
+        return (_mmd_of_positions if few_positions else _mmd_of_channels)(s, t)
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 NST.same_positions = True

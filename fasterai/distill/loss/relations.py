@@ -7,8 +7,9 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/loss/relations.html.md"""
 # %% auto #0
 __all__ = ['RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG']
 
-# %% ../../../nbs/distill/loss/relations.ipynb #87514150
+# %% ../../../nbs/distill/loss/relations.ipynb #ea61799c
 import math
+from functools import partial
 from typing import Mapping
 
 import torch
@@ -16,22 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .base import as_logits, gram, over_pairs, unit
+from .base import as_logits, as_loss, gram, over_pairs, unit
 
-# %% ../../../nbs/distill/loss/relations.ipynb #f4d2ddee
-def _embed(x): return x if x.ndim==2 else x.mean(1) if x.ndim==3 else x.flatten(2).mean(2)
+# %% ../../../nbs/distill/loss/relations.ipynb #6b27a52d
+def _embed(x):
+    "One vector per sample `(B, D)`"
+    if x.ndim==2: return x
+    return x.mean(1) if x.ndim==3 else x.flatten(2).mean(2)
 
 def _distances(x): return torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
 
-# %% ../../../nbs/distill/loss/relations.ipynb #27abc2ad
+# %% ../../../nbs/distill/loss/relations.ipynb #0cc636d1
+@as_loss
 def RKDDistance(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Huber loss of the distances between samples, relative to their mean, mean over B², summed over pairs. Park et al., CVPR 2019, arXiv 1904.05068"
+    """Huber loss of the distances between samples, relative to their mean, mean over B², summed over pairs. Park et
+    al., CVPR 2019, arXiv 1904.05068"""
     def relative(x):
         d = _distances(_embed(x))
         mean = d.sum()/(d>0).sum().clamp(min=1)
@@ -39,7 +44,7 @@ def RKDDistance(
     def one(s, t, names): return F.smooth_l1_loss(relative(s), relative(t))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #c25dc283
+# %% ../../../nbs/distill/loss/relations.ipynb #562ac4ca
 _CHUNK = 2**22  # Numbers that a chunk of angles may hold, in each of its few tensors
 
 def _angles(x, j):
@@ -48,23 +53,32 @@ def _angles(x, j):
 
 def _angle_loss(s, t, j): return F.smooth_l1_loss(_angles(s, j), _angles(t, j), reduction='sum')
 
+def _chunks(s, t):
+    "The vertices, in chunks whose angles are small enough to be held"
+    n = len(s)*max(len(s), s.shape[1], t.shape[1])
+    return torch.arange(len(s), device=s.device).split(max(1, _CHUNK//n))
+
+# %% ../../../nbs/distill/loss/relations.ipynb #18ab0def
+@as_loss
 def RKDAngle(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Huber loss of the cosines of all angles between three samples, mean over B³, summed over pairs, in bounded memory. Park et al., CVPR 2019, arXiv 1904.05068"
+    """Huber loss of the cosines of all angles between three samples, mean over B³, summed over pairs, in bounded
+    memory. Park et al., CVPR 2019, arXiv 1904.05068"""
     def one(s, t, names):
-        s,t = _embed(s), _embed(t)
-        B = len(s)
-        chunks = torch.arange(B, device=s.device).split(max(1, _CHUNK//(B*max(B, s.shape[1], t.shape[1]))))
-        if len(chunks)==1: return _angle_loss(s, t, chunks[0])/B**3
-        return sum(checkpoint(_angle_loss, s, t, j, use_reentrant=False, preserve_rng_state=False) for j in chunks)/B**3
+        s = _embed(s)
+        t = _embed(t)
+        chunks = _chunks(s, t)
+        if len(chunks)==1: return _angle_loss(s, t, chunks[0])/len(s)**3
+        forgotten = partial(checkpoint, _angle_loss, s, t, use_reentrant=False, preserve_rng_state=False)
+        return sum(forgotten(j) for j in chunks)/len(s)**3
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #55f6e53e
+# %% ../../../nbs/distill/loss/relations.ipynb #ebb10cbc
+@as_loss
 def RKD(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
@@ -72,30 +86,34 @@ def RKD(
     angle:float=50,          # Weight of `RKDAngle`
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
     "`RKDDistance` and `RKDAngle`, weighted. Park et al., CVPR 2019, arXiv 1904.05068"
-    return distance*RKDDistance(fm_s, fm_t, layer_weights=layer_weights) + angle*RKDAngle(fm_s, fm_t, layer_weights=layer_weights)
+    on_distances = RKDDistance(fm_s, fm_t, layer_weights=layer_weights)
+    on_angles = RKDAngle(fm_s, fm_t, layer_weights=layer_weights)
+    return distance*on_distances + angle*on_angles
 
-# %% ../../../nbs/distill/loss/relations.ipynb #afc768e1
+# %% ../../../nbs/distill/loss/relations.ipynb #4382389a
+@as_loss
 def PKT(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     eps:float=1e-7,          # Added to the probabilities
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "KL of the neighbourhoods that the cosines define, mean over B², summed over pairs. Passalis and Tefas, ECCV 2018, arXiv 1803.10837"
+    """KL of the neighbourhoods that the cosines define, mean over B², summed over pairs. Passalis and Tefas, ECCV 2018,
+    arXiv 1803.10837"""
     def neighbours(x):
         p = (1+gram(unit(_embed(x))))/2
         return p/p.sum(1, keepdim=True)
     def one(s, t, names):
-        q,p = neighbours(s), neighbours(t)
+        q = neighbours(s)
+        p = neighbours(t)
         return (p*((p+eps).log()-(q+eps).log())).mean()
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #c16f4695
+# %% ../../../nbs/distill/loss/relations.ipynb #232b9b3c
+@as_loss
 def CC(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
@@ -103,18 +121,26 @@ def CC(
     P:int=2,                 # Highest power
     *,
     layer_weights:list=None, # One weight per pair
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Squared difference of the embeddings' Gaussian kernel matrices, mean over B², summed over pairs. Peng et al., ICCV 2019, arXiv 1904.01802"
+    """Squared difference of the embeddings' Gaussian kernel matrices, mean over B², summed over pairs. Peng et al.,
+    ICCV 2019, arXiv 1904.01802"""
     def kernel(x):
         g = gram(unit(_embed(x)))
         return sum(math.exp(-2*gamma)*(2*gamma)**p/math.factorial(p)*g**p for p in range(P+1))
     def one(s, t, names): return F.mse_loss(kernel(s), kernel(t))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #aef0376f
+# %% ../../../nbs/distill/loss/relations.ipynb #4932b2f1
+def _edges(x):
+    "Squared distances between samples, relative to the largest"
+    d = _distances(_embed(x)).square()
+    top = d.amax()
+    return d/top.masked_fill(top==0, 1)
+
+# %% ../../../nbs/distill/loss/relations.ipynb #1ad55b08
+@as_loss
 def IRG(
-    fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions, from early to late
+    fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions; early ones first
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     pred:Tensor,             # Student logits `(B, C)`
     teacher_pred:Tensor,     # Teacher logits, same shape
@@ -123,17 +149,15 @@ def IRG(
     transform:float=5.,      # Weight of the edges' changes between layers
     *,
     layer_weights:list=None, # One weight per pair, for the edges
-    **kwargs                 # Not used
 )->Tensor: # Scalar
-    "Squared differences of vertices, edges and transformations of the graph of samples. Liu et al., CVPR 2019. ValueError for unequal logits"
-    def edges(x):
-        d = _distances(_embed(x)).square()
-        top = d.amax()
-        return d/top.masked_fill(top==0, 1)
+    """Squared differences of vertices, edges and transformations of the graph of samples. Liu et al., CVPR 2019.
+    ValueError for unequal logits"""
     gaps = []
     def one(s, t, names):
-        gaps.append(edges(s)-edges(t))
+        gaps.append(_edges(s)-_edges(t))
         return gaps[-1].square().mean()
     zs,zt,_ = as_logits(pred, teacher_pred, least=1)
-    loss = vertex*F.mse_loss(zs, zt) + edge*over_pairs(one, fm_s, fm_t, layer_weights)
-    return loss + transform*sum((b-a).square().mean() for a,b in zip(gaps, gaps[1:]))
+    vertices = F.mse_loss(zs, zt)
+    edges = over_pairs(one, fm_s, fm_t, layer_weights)
+    transforms = sum((b-a).square().mean() for a,b in zip(gaps, gaps[1:]))
+    return vertex*vertices + edge*edges + transform*transforms

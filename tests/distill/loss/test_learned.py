@@ -384,6 +384,79 @@ def test_build_at_another_image_size_keeps_what_was_learned(make):
     torch.testing.assert_close(dict(loss.state_dict()), state, equal_nan=True)
     assert loss(**big, **extra(loss)).isfinite()
 
+def sized(n, channels=(4, 6, 5, 7)):
+    "Two pairs of maps, as of images of size `n`"
+    a,b,c,d = channels
+    return dict(fm_s=maps((3, a, n, n), (3, b, n//2, n//2)), fm_t=maps((3, c, n, n), (3, d, n, n), names='xyzw'))
+
+def test_sizes_that_alternate_train_the_same_parameters(make):
+    "An optimizer that was made at the first size goes on, with its state, whatever sizes follow"
+    loss = make().build(**sized(4))
+    params = list(loss.parameters())
+    opt = torch.optim.Adam(params, .01)
+    for i,n in enumerate([4, 6, 4, 4, 8, 6, 4]):
+        loss.build(**sized(n))
+        assert all(p is q for p,q in zip(loss.parameters(), params, strict=True))
+        before = [p.detach().clone() for p in params]
+        value = loss(**sized(n), **extra(loss))
+        opt.zero_grad()
+        value.backward()
+        opt.step()
+        assert value.isfinite() and all(p.ne(q).any() for p,q in zip(params, before, strict=True))
+    assert {s['step'].item() for s in opt.state.values()}=={7} and len(opt.state)==len(params)
+
+def test_each_size_is_made_once(make, monkeypatch):
+    loss,made = make(),[]
+    do = loss.make
+    monkeypatch.setattr(loss, 'make', lambda *args: (made.append(args[0][0].shape[-1]), do(*args)))
+    for n in (4, 4, 6, 4, 6, 8, 4): loss.build(**sized(n))
+    assert made==[4, 6, 8]
+
+def test_a_size_that_returns_computes_as_before(make):
+    loss,d = make().build(**sized(4)).eval(),sized(4)
+    want = copy.deepcopy(loss)(**d, **extra(loss))
+    loss.build(**sized(6))
+    for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        torch.testing.assert_close(clone.build(**d)(**d, **extra(loss)), want)
+        assert not any(m.training for m in clone.modules())
+    loss.train().build(**d)
+    assert all(m.training for m in loss.modules())
+    assert set(loss.state_dict())==set(make().build(**d).state_dict())
+
+def test_sizes_share_what_is_loaded_and_cast(make):
+    a,b = make().build(**sized(4)),make().build(**sized(4))
+    for p in b.parameters(): p.data += 1
+    a.build(**sized(6))
+    a.load_state_dict(b.state_dict())
+    a.build(**sized(4))
+    torch.testing.assert_close(dict(a.state_dict()), dict(b.state_dict()), equal_nan=True)
+    half = {k: {n: v.float() for n,v in fm.items()} for k,fm in sized(6).items()}
+    assert {p.dtype for p in a.build(**half).parameters()}=={torch.float32}
+    assert {p.dtype for p in a.build(**sized(4)).parameters()}=={torch.float64}
+
+def test_other_channels_and_back(make):
+    "Another network has parameters of its own; the first one's are there when it returns"
+    loss = make().build(**sized(4))
+    params = list(loss.parameters())
+    loss.build(**sized(4, (5, 7, 6, 8)))
+    assert not {id(p) for p in loss.parameters()} & {id(p) for p in params if p.ndim>1}
+    assert loss(**sized(4, (5, 7, 6, 8)), **extra(loss)).isfinite()
+    loss.build(**sized(4))
+    assert all(p is q for p,q in zip(loss.parameters(), params, strict=True))
+
+@pytest.mark.parametrize('make', [VID, OFD, ReviewKD])
+def test_a_refused_build_changes_nothing(make):
+    loss,d = make().build(**sized(4)),sized(4)
+    want = copy.deepcopy(loss)(**d)
+    params = list(loss.parameters())
+    bad = dict(fm_s=maps((3, 4, 4, 4), (3, 6)), fm_t=maps((3, 5, 4, 4), (3, 7, 5, 4, 4)))
+    with pytest.raises(ValueError, match='student b'): loss.build(**bad)
+    assert all(p is q for p,q in zip(loss.parameters(), params, strict=True))
+    torch.testing.assert_close(loss(**d), want)
+    empty = make()
+    with pytest.raises(ValueError): empty.build(**bad)
+    assert not list(empty.parameters()) and not list(empty.buffers())
+
 def test_build_leaves_the_random_stream(make):
     d = stages()
     state = torch.get_rng_state()
