@@ -27,7 +27,8 @@ from ..core.names import unknown_name
 from ..core.schedule import Schedule, as_schedule
 from .layers.adapters import Adapters, adapter
 from .teacher.recorded.recorded import as_cache
-from .layers.capture import Capture, _is_compiled, as_found, get_model_layers, get_module_by_name, layer_pairs, unwrap
+from .layers.capture import Capture, as_found
+from .layers.names import get_model_layers, get_module_by_name, is_compiled, layer_pairs, unwrap
 from .training.loss_log import LossLog
 from .losses import SoftTarget
 from .layers.matching import match_feature_layers
@@ -218,7 +219,7 @@ def _meet(self:KnowledgeDistillationCallback):
     if self._student is not model:
         self._student,self._tried = model,{}
         self._capture = Capture(model, self.layers_s, kind='layer of the student') if self.layers_s else None
-        self._compiled = any(map(_is_compiled, [model, *student.modules()]))
+        self._compiled = any(map(is_compiled, [model, *student.modules()]))
     self._met,self._ask = True,self._hire()
     if self._tried: self._join()
     if hasattr(self.learn, 'lr_finder'): self._saved = self._snapshot()

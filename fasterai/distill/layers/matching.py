@@ -17,7 +17,8 @@ from fastai.learner import Learner
 from torch import nn, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .capture import as_found, tensors_in, to_model, unwrap
+from .capture import as_found, tensors_in, to_model
+from .names import unwrap
 
 # %% ../../../nbs/distill/layers/matching.ipynb #fdffb3b1
 @dataclass

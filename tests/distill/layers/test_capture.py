@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fasterai.distill.layers.capture import Capture, as_found, get_module_by_name, output_shapes, unwrap
+from fasterai.distill.layers.capture import Capture, as_found, output_shapes
+from fasterai.distill.layers.names import get_module_by_name, unwrap
 
 
 def n_hooks(m): return sum(len(o._forward_hooks)+len(o._forward_pre_hooks) for o in m.modules())

@@ -16,8 +16,9 @@ from fastai.vision.models import xresnet
 from torch import nn
 from torchvision import models as tv
 
-from fasterai.distill.layers.capture import Capture, as_found, layer_pairs
+from fasterai.distill.layers.capture import Capture, as_found
 from fasterai.distill.layers.matching import find_stages, match_feature_layers
+from fasterai.distill.layers.names import layer_pairs
 
 timm = pytest.importorskip('timm')
 
