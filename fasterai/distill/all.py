@@ -7,20 +7,32 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #66118679
-from ..core import schedule
+# %% ../../nbs/distill/all.ipynb #ab64627c
 from ..core.schedule import *
-from . import distillation_callback, losses
-from .loss import learned
-from .study import advice, compare as report, sweep as sweeps
-from .study.advice import *
-from .teacher.recorded.recorded import Replay, TeacherCache
 from .distillation_callback import *
-from .loss.learned import *
+from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
-from .study.compare import *
-from .study.sweep import *
-from .teacher.teacher import Teacher
+from .study.advice import suggest_weights
+from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets, save_report
+from .study.experiment import Experiment
+from .study.sweep import sweep
+from .teacher.recorded.recorded import Replay, TeacherCache
+from .teacher.teacher import Renormalize, Teacher, resize_batch
 
-# %% ../../nbs/distill/all.ipynb #b5e4ba19
-__all__ = ['Teacher', 'TeacherCache', 'Replay'] + [n for room in (schedule, losses, learned, distillation_callback, report, sweeps, advice) for n in room.__all__]
+from ..core import schedule
+from . import distillation_callback, losses
+
+# %% ../../nbs/distill/all.ipynb #966d1ef1
+__all__ = [
+    'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay',
+    *distillation_callback.__all__,
+    *losses.__all__, 'VID', 'CRD', 'ReviewKD', 'OFD',
+    *[n for n in schedule.__all__ if n!='as_schedule'],
+    'Experiment', 'sweep', 'compare', 'suggest_weights',
+    'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']
+
+# %% ../../nbs/distill/all.ipynb #dedd1e08
+try:
+    from fasterai.distill.study.study import Study
+    __all__.append('Study')
+except ImportError: pass

@@ -6,12 +6,12 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/layers/adapters.html.md""
 
 # %% auto #0
 __all__ = ['token_grid', 'ResizeGrid', 'MeanPositions', 'ToGrid', 'ToTokens', 'ResizeTokens', 'position_steps', 'MapNorm',
-           'channel_steps', 'placed', 'adapter', 'carry_over', 'Adapters']
+           'channel_steps', 'placed', 'adapter', 'Adapters', 'carry_over', 'OnSeries']
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #03dbf16e
+# %% ../../../nbs/distill/layers/adapters.ipynb #cc5bc1b0
 import math
 from collections import OrderedDict
-from typing import Mapping
+from typing import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,35 +21,43 @@ from torchvision.ops import Permute
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #943b898d
+# %% ../../../nbs/distill/layers/adapters.ipynb #437dd169
 _prefixes = (0, 1, 2, 5)  # none, class, class and distillation (DeiT), class and four registers (DINOv2)
 
 def token_grid(
     n:int,                # Number of tokens
     like:tuple|None=None, # Height and width of a grid with the same proportions; None: square
 )->tuple|None:
-    "How `n` tokens split into `(prefix, height, width)`: class and register tokens in front, then a grid; None where they do not"
-    for tol in (1e-6, 0.15) if like else (1e-6,):  # proportions to the letter first, then those that rounding by strides bends
+    "How `n` tokens split into `(prefix, height, width)`: class and register tokens in front, then a grid; None if they do not"
+    for tol in (1e-6, 0.15) if like else (1e-6,):  # proportions to the letter first, then those that strides bend by rounding
         for p in _prefixes:
-            grids = [(_bend((h, (n-p)//h), like or (1,1)), h) for h in range(1, n-p+1) if (n-p)%h==0]
-            if grids and min(grids)[0]<=tol: return p, min(grids)[1], (n-p)//min(grids)[1]
+            bend,h = min(((_bend((h, (n-p)//h), like or (1,1)), h) for h in range(1, n-p+1) if (n-p)%h==0), default=(math.inf, 0))
+            if bend<=tol: return p, h, (n-p)//h
+    return (0, n, 1) if like and like[1]==1 else None
 
 def _bend(a, b): return abs(math.log(a[0]*b[1]/(a[1]*b[0])))
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #b69233c6
-def _readings(s): c,h,w = s; return [('first', c, (h,w)), ('last', w, (c,h))]
+# %% ../../../nbs/distill/layers/adapters.ipynb #6f6b570a
+def _readings(s):
+    "`(layout, channels, grid)` of a map with axes `s`, in both layouts"
+    a,b,c = s
+    first,last = ('first', a, (b,c)),('last', c, (a,b))
+    return [first] if b>c==1 else [first, last]
 
 def _alike(a, b):
     "Whether grids `a` and `b` can come of one image, each side being rounded by up to one"
     return (a[0]-1)*(b[1]-1) < (a[1]+1)*(b[0]+1) and (b[0]-1)*(a[1]-1) < (b[1]+1)*(a[0]+1)
 
 def _read_maps(s, t):
-    both = [(a, b) for a in _readings(s) for b in _readings(t)]
-    return min(both, key=lambda ab: 0 if _bend(ab[0][2], ab[1][2])<1e-6 else 1 if _alike(ab[0][2], ab[1][2]) else 2)  # the first of the best
+    "The readings of two maps whose grids are the most alike, the first of equals"
+    def unlike(ab):
+        a,b = ab[0][2],ab[1][2]
+        return 0 if _bend(a, b)<1e-6 else 1 if _alike(a, b) else 2
+    return min(((a, b) for a in _readings(s) for b in _readings(t)), key=unlike)
 
 def _read_map(s, n=None):
     "The reading of a map `s` beside `n` tokens, or beside a vector, and the tokens' split"
-    if n is None: return _readings(s)[s[0]==s[1]!=s[2]], None
+    if n is None: return _readings(s)[-1 if s[0]==s[1]!=s[2] else 0], None
     for r in _readings(s):
         g = token_grid(n, r[2])
         if g and (r[0]=='first' or _bend(r[2], g[1:])<1e-6): return r, g
@@ -83,7 +91,7 @@ class MeanPositions(nn.Module):
 
     def extra_repr(self): return f"{self.dims}"
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #e3db0952
+# %% ../../../nbs/distill/layers/adapters.ipynb #33ac7774
 class ToGrid(nn.Module):
     "Tokens `(B, N, D)` as a grid `(B, D, H, W)`, without the `prefix` tokens in front"
     def __init__(self,
@@ -91,14 +99,16 @@ class ToGrid(nn.Module):
         size:tuple, # Height and width of the grid
     ):
         super().__init__()
-        self.prefix,self.size = prefix,tuple(size)
+        self.prefix = prefix
+        self.size = tuple(size)
 
     def forward(self, x): return x[:, self.prefix:].transpose(1, 2).unflatten(2, self.size)
 
     def extra_repr(self): return f"{self.size[0]}x{self.size[1]}, prefix={self.prefix}"
 
 class ToTokens(nn.Module):
-    "A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the mean over the grid"
+    """A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the mean
+    over the grid"""
     def __init__(self,
         prefix:int=0, # Number of class and register tokens to put in front
     ):
@@ -119,42 +129,58 @@ class ResizeTokens(nn.Module):
         new:tuple, # the same of the result
     ):
         super().__init__()
-        self.to_grid,self.resize,self.to_tokens = ToGrid(old[0], old[1:]),ResizeGrid(new[1:]),ToTokens(new[0])
+        self.to_grid = ToGrid(old[0], old[1:])
+        self.resize = ResizeGrid(new[1:])
+        self.to_tokens = ToTokens(new[0])
 
     def forward(self, x): return self.to_tokens(self.resize(self.to_grid(x)), x[:, :self.to_grid.prefix])
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #86983589
+# %% ../../../nbs/distill/layers/adapters.ipynb #f4843c9c
 def position_steps(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's
 )->tuple:
-    """What brings a student's map to a teacher's positions and layout, as `(steps, c_s, c_t, axis)`: a list of modules, the student's and the teacher's number of
-    channels, and the axis where the channels are afterwards. ValueError where no rule applies"""
+    """What brings a student's map to a teacher's positions and layout, as `(steps, c_s, c_t, axis)`: a list of modules, the
+    student's and the teacher's number of channels, and the axis where the channels are afterwards. ValueError where no rule applies"""
     s,t = tuple(s_shape)[1:],tuple(t_shape)[1:]
-    kinds = len(s),len(t)
-    if kinds in ((1,1), (2,2)) and s[:-1]==t[:-1]: return [], s[-1], t[-1], -1
-    if kinds==(2,2):
-        a,b = token_grid(s[0]),token_grid(t[0])
-        if a and b: return [ResizeTokens(a, b)], s[1], t[1], -1
-        raise ValueError(f"{s[0] if b else t[0]} tokens are no grid")
-    if kinds==(2,1): return [MeanPositions((1,))], s[1], t[0], -1
-    if kinds==(3,1):
-        (layout,c,_),_ = _read_map(s)
-        return [MeanPositions((2,3) if layout=='first' else (1,2))], c, t[0], -1
-    if kinds==(1,3) and t[1:]==(1,1): return [nn.Unflatten(1, (-1,1,1))], s[0], t[0], 1
-    if kinds[0]==1 and kinds[1] in (2,3): raise ValueError("a vector has no positions")
-    if kinds==(3,2):
-        a,b = _read_map(s, t[0])
-        if a is None: raise ValueError(f"{t[0]} tokens are no grid with the proportions of the map")
-        return _grid_steps(a, ('first', None, b[1:])) + [ToTokens(b[0])], a[1], t[1], -1
-    if kinds==(2,3):
-        b,a = _read_map(t, s[0])
-        if b is None: raise ValueError(f"{s[0]} tokens are no grid with the proportions of the map")
-        return [ToGrid(a[0], a[1:])] + _grid_steps(('first', None, a[1:]), b), s[1], b[1], _axis(b)
-    if kinds==(3,3):
-        a,b = _read_maps(s, t)
-        return _grid_steps(a, b), a[1], b[1], _axis(b)
-    raise ValueError("only vectors (B, D), tokens (B, N, D) and maps (B, C, H, W) can be adapted")
+    rule = _rules.get((len(s), len(t)))
+    if rule is None: raise ValueError("only vectors (B, D), tokens (B, N, D) and maps (B, C, H, W) can be adapted")
+    return rule(s, t)
+
+def _between_vectors(s, t): return [], s[0], t[0], -1
+
+def _between_tokens(s, t):
+    if s[0]==t[0]: return [], s[1], t[1], -1
+    a,b = token_grid(s[0]),token_grid(t[0])
+    if not (a and b): raise ValueError(f"{s[0] if b else t[0]} tokens are no grid")
+    return [ResizeTokens(a, b)], s[1], t[1], -1
+
+def _tokens_to_vector(s, t): return [MeanPositions((1,))], s[1], t[0], -1
+
+def _map_to_vector(s, t):
+    (layout,c,_),_ = _read_map(s)
+    return [MeanPositions((2,3) if layout=='first' else (1,2))], c, t[0], -1
+
+def _vector_to_places(s, t):
+    if t[1:]==(1,1): return [nn.Unflatten(1, (-1,1,1))], s[0], t[0], 1
+    raise ValueError("a vector has no positions")
+
+def _map_to_tokens(s, t):
+    a,b = _read_map(s, t[0])
+    if a is None: raise ValueError(f"{t[0]} tokens are no grid with the proportions of the map")
+    return _grid_steps(a, ('first', None, b[1:])) + [ToTokens(b[0])], a[1], t[1], -1
+
+def _tokens_to_map(s, t):
+    b,a = _read_map(t, s[0])
+    if b is None: raise ValueError(f"{s[0]} tokens are no grid with the proportions of the map")
+    return [ToGrid(a[0], a[1:])] + _grid_steps(('first', None, a[1:]), b), s[1], b[1], _axis(b)
+
+def _between_maps(s, t):
+    a,b = _read_maps(s, t)
+    return _grid_steps(a, b), a[1], b[1], _axis(b)
+
+_rules = {(1,1): _between_vectors, (2,2): _between_tokens, (3,3): _between_maps, (2,1): _tokens_to_vector, (3,1): _map_to_vector,
+          (1,2): _vector_to_places, (1,3): _vector_to_places, (3,2): _map_to_tokens, (2,3): _tokens_to_map}
 
 def _axis(reading): return 1 if reading[0]=='first' else -1
 
@@ -163,9 +189,10 @@ def _grid_steps(a, b):
     if a[0]==b[0] and not resize: return []
     return [Permute([0,3,1,2])]*(a[0]=='last') + resize + [Permute([0,2,3,1])]*(b[0]=='last')
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #077088f9
+# %% ../../../nbs/distill/layers/adapters.ipynb #f2b0b7c5
 class MapNorm(nn.BatchNorm2d):
-    "BatchNorm2d that also trains on one value per channel (a last batch of one image, a map of one cell), by its running statistics"
+    """BatchNorm2d that also trains on one value per channel (a last batch of one image, a map of one cell), by its running
+    statistics"""
     def forward(self, x):
         if x.shape[0]*x.shape[2]*x.shape[3]>1: return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps)
@@ -176,7 +203,7 @@ def channel_steps(
     axis:int=1,  # Axis of the channels: 1, or -1 for tokens, vectors and channels-last maps
     ndim:int=4,  # Number of axes of the map, with the batch
 )->list:
-    "Modules that learn to turn `c_s` channels into `c_t`: 1x1 convolution and norm; or norm and linear; or, for vectors, linear"
+    "Modules that learn to turn `c_s` channels into `c_t`: 1x1 convolution and norm; norm and linear; or, for vectors, linear"
     if axis==1: return [nn.Conv2d(c_s, c_t, 1, bias=False), MapNorm(c_t)]
     return [nn.LayerNorm(c_s)]*(ndim>2) + [nn.Linear(c_s, c_t)]
 
@@ -191,89 +218,120 @@ def adapter(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's
 )->nn.Module|None:
-    """A new module from a student's map of `s_shape` to a teacher's of `t_shape`; None where they are equal already. ValueError where it
-    takes a module of your own. Leaves the global random stream where it was"""
+    """A new module from a student's map of `s_shape` to a teacher's of `t_shape`; None where they are equal already. ValueError
+    where it takes a module of your own. Leaves the global random stream where it was"""
     s_shape,t_shape = tuple(s_shape),tuple(t_shape)
     if s_shape[1:]==t_shape[1:]: return None
     try: steps,c_s,c_t,axis = position_steps(s_shape, t_shape)
-    except ValueError as e: raise ValueError(f"no adapter from a student's map {s_shape} to a teacher's {t_shape}: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"no adapter from a student's map {s_shape} to a teacher's {t_shape}: {e}") from None
     with torch.random.fork_rng(devices=[]):
         return placed(steps, channel_steps(c_s, c_t, axis, len(t_shape)) if c_s!=c_t else [])
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #c4a2647e
-def _wide(x): return x.as_subclass(torch.Tensor).to(torch.promote_types(x.dtype, torch.float32))
-
-def carry_over(
-    module:nn.Module, # A module built anew
-    old:nn.Module,    # The one that it replaces
-):
-    "Let `module` have the very parameters and buffers of `old`, so that an optimizer goes on with them, if names and shapes agree"
-    shapes = lambda m: {k: v.shape for k,v in m.state_dict().items()}
-    if shapes(module)!=shapes(old): return
-    for name,m in module.named_modules():
-        if m._parameters or m._buffers:
-            o = old.get_submodule(name)
-            m._parameters,m._buffers = o._parameters,o._buffers
-
+# %% ../../../nbs/distill/layers/adapters.ipynb #6bf397c5
 class Adapters(nn.Module):
-    """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al., ICLR 2015, arXiv 1412.6550).
-    `Adapters.build` makes them. They compute in float32, also under autocast; a pair without a module passes unchanged"""
+    """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al., ICLR 2015,
+    arXiv 1412.6550). `Adapters.build` makes them. They compute in float32, also under autocast; a pair without a module passes
+    unchanged"""
     def __init__(self,
         pairs:Mapping|list, # `{student layer: module}` or modules, for all pairs in their order; None leaves a pair as it is
     ):
         super().__init__()
         pairs = dict(pairs) if isinstance(pairs, Mapping) else dict(enumerate(pairs))
-        self.names = list(pairs)
         for k,m in pairs.items():
             if not isinstance(m, nn.Module|None): raise TypeError(f"the adapter of {k!r} must be an nn.Module or None, got {m!r}")
+        self.names = list(pairs)
         self.mods = nn.ModuleList(nn.Identity() if m is None else m for m in pairs.values())
 
     def forward(self,
         fm_s:dict, # Student's maps `{layer: tensor}`, in the order of the pairs
     )->dict:
         "The adapted maps, under the same keys"
-        if len(fm_s)!=len(self.mods): raise ValueError(f"{len(self.mods)} adapters got {len(fm_s)} student maps: {', '.join(map(str, fm_s))}")
-        return {k: self._adapt(m, x) for m,(k,x) in zip(self.mods, fm_s.items())}
+        if len(fm_s)==len(self.mods): return {k: self._adapt(m, x) for m,(k,x) in zip(self.mods, fm_s.items())}
+        raise ValueError(f"{len(self.mods)} adapters got {len(fm_s)} student maps: {_names(fm_s)}")
 
     def _adapt(self, m, x):
         if isinstance(m, nn.Identity): return x
         with torch.autocast(x.device.type, enabled=False): return m(_wide(x))
 
-    @torch.no_grad()
-    def _dry(self, fm_s):
-        "`forward` in eval mode, which moves no statistics and takes a batch of one"
-        modes = {m: m.training for m in self.modules()}
-        try: return self.eval()(fm_s)
-        finally:
-            for m,mode in modes.items(): m.training = mode
+def _wide(x): return x.as_subclass(torch.Tensor).to(torch.promote_types(x.dtype, torch.float32))
+def _names(fm): return ', '.join(map(str, fm))
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #d2aa70c7
+# %% ../../../nbs/distill/layers/adapters.ipynb #0b9df36a
+@patch
+@torch.no_grad()
+def dry(self:Adapters,
+    fm_s:dict, # Student's maps `{layer: tensor}`
+)->dict:
+    "`forward` in evaluation mode; each module's mode is as before afterwards"
+    modes = {m: m.training for m in self.modules()}
+    try: return self.eval()(fm_s)
+    finally:
+        for m,mode in modes.items(): m.training = mode
+
+# %% ../../../nbs/distill/layers/adapters.ipynb #88bd2f35
+def carry_over(
+    module:nn.Module, # A module built anew
+    old:nn.Module,    # The one that it replaces
+):
+    "Let `module` have the very parameters and buffers of `old`, so that an optimizer goes on with them, if names and shapes agree"
+    def shapes(m): return {k: v.shape for k,v in m.state_dict().items()}
+    if shapes(module)!=shapes(old): return
+    for name,m in module.named_modules():
+        if m._parameters or m._buffers:
+            o = old.get_submodule(name)
+            m._parameters,m._buffers = o._parameters,o._buffers
+
+# %% ../../../nbs/distill/layers/adapters.ipynb #77c3b3aa
+class OnSeries(nn.Module):
+    "`module`, which takes and gives maps `(B, C, L)`, between maps `(B, C, L, 1)`"
+    def __init__(self,
+        module:nn.Module, # A module of your own
+    ):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x): return self.module(x.squeeze(-1)).unsqueeze(-1)
+
+# %% ../../../nbs/distill/layers/adapters.ipynb #bc805b43
 @patch(cls_method=True)
 def build(cls:Adapters,
     fm_s:dict,             # Student's maps `{layer: tensor}` of one batch
     fm_t:dict,             # Teacher's maps, in the same order
     own:Mapping|None=None, # Modules of your own: `{student layer or number of the pair: module}`
     same_shape:bool=True,  # Whether the loss needs equal shapes: adapt the pairs that `own` leaves out, and check all
-    old:Adapters|None=None,# Earlier adapters of these pairs, to go on from if all their parameters fit, for example at another image size
+    old:Adapters|None=None,# Earlier adapters of these pairs, to go on from if all their parameters fit, e.g. at another image size
+    series:Iterable=(),    # Student layers whose maps are `(B, C, L)`, given here as `(B, C, L, 1)`: your own modules get the former
 )->Adapters:
-    """Adapters for pairs of maps, in float32 on the maps' device. Leaves the global CPU random stream where it was. ValueError for a pair
-    that cannot be adapted or an unknown name, with the layer, both shapes and the remedy"""
-    if len(fm_s)!=len(fm_t): raise ValueError(f"{len(fm_s)} student maps for {len(fm_t)} teacher maps: {', '.join(map(str, fm_s))} and {', '.join(map(str, fm_t))}")
-    names,own = list(fm_s),dict(own or {})
-    for k in own:
-        if k not in names and not (isinstance(k, int) and 0<=k<len(names)): raise ValueError(unknown_name('student layer of adapters', k, map(str, names)))
-    pairs = {}
+    """Adapters for pairs of maps, in float32 on the maps' device. Leaves the global CPU random stream where it was. ValueError for a
+    pair that cannot be adapted or an unknown name, with the layer, both shapes and the remedy"""
+    if len(fm_s)!=len(fm_t):
+        raise ValueError(f"{len(fm_s)} student maps for {len(fm_t)} teacher maps: {_names(fm_s)} and {_names(fm_t)}")
+    own = _by_layer(own or {}, list(fm_s), set(series))
     with torch.random.fork_rng(devices=[]):
-        for i,((k,s),(kt,t)) in enumerate(zip(fm_s.items(), fm_t.items())):
-            pair = f"student layer {k!r} {tuple(s.shape)}, teacher layer {kt!r} {tuple(t.shape)}"
-            remedy = f"pair other layers, or give a module of your own, adapters={{{k!r}: module}}"
-            try:
-                m = own[k] if k in own else own[i] if i in own else adapter(s.shape, t.shape) if same_shape else None
-                one = cls({k: m}).to(s.device, torch.promote_types(s.dtype, torch.float32))
-                out = one._dry({k: s})[k]
-            except (RuntimeError, ValueError) as e: raise ValueError(f"{pair}: {e}; {remedy}") from e
-            if same_shape and out.shape[1:]!=t.shape[1:]: raise ValueError(f"{pair}: the adapter gives {tuple(out.shape)}; {remedy}")
-            pairs[k] = m
-    new = cls(pairs)
+        new = cls({k: _one_pair(cls, k, fm_s[k], kt, t, own, same_shape) for k,(kt,t) in zip(fm_s, fm_t.items())})
     if old is not None: carry_over(new, old)
     return new
+
+# %% ../../../nbs/distill/layers/adapters.ipynb #3e235984
+def _by_layer(own, names, series):
+    "`own` under the names of the layers, those of a series as `OnSeries`"
+    found = {}
+    for k,m in own.items():
+        if k not in names and not (isinstance(k, int) and 0<=k<len(names)):
+            raise ValueError(unknown_name('student layer of adapters', k, map(str, names)))
+        name = k if k in names else names[k]
+        if k==name or name not in own: found[name] = OnSeries(m) if name in series and isinstance(m, nn.Module) else m
+    return found
+
+def _one_pair(cls, k, s, kt, t, own, same_shape):
+    "The module of one pair, once it was tried"
+    pair = f"student layer {k!r} {tuple(s.shape)}, teacher layer {kt!r} {tuple(t.shape)}"
+    remedy = f"pair other layers, or give a module of your own, adapters={{{k!r}: module}}"
+    try:
+        m = own[k] if k in own else adapter(s.shape, t.shape) if same_shape else None
+        one = cls({k: m}).to(s.device, torch.promote_types(s.dtype, torch.float32))
+        out = one.dry({k: s})[k]
+    except (RuntimeError, ValueError) as e: raise ValueError(f"{pair}: {e}; {remedy}") from e
+    if not same_shape or out.shape[1:]==t.shape[1:]: return m
+    raise ValueError(f"{pair}: the adapter gives {tuple(out.shape)}; {remedy}")

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .capture import as_found, tensors_in, to_model
 from .names import unwrap
 
-# %% ../../../nbs/distill/layers/matching.ipynb #fdffb3b1
+# %% ../../../nbs/distill/layers/matching.ipynb #f717ab3f
 @dataclass
 class Geometry:
     "What the shape of a map means"
@@ -34,10 +34,9 @@ def geometry(
 )->Geometry:
     "Grid, channels and level of a map of this `shape`"
     if len(shape)<3: return Geometry((), shape[-1] if shape else 0, None)
-    if len(shape)==3 and len(size)!=1: grid,channels = shape[1:2],shape[2]
-    else:
-        first,last = (shape[2:],shape[1]),(shape[1:-1],shape[-1])
-        grid,channels = min(first, last, key=lambda o: _distortion(o[0], size))
+    first,last = (shape[2:], shape[1]),(shape[1:-1], shape[-1])
+    if len(shape)==3 and len(size)!=1: grid,channels = last
+    else: grid,channels = min(first, last, key=lambda o: _distortion(o[0], size))
     return Geometry(grid, channels, _level(grid, size))
 
 def _distortion(grid, size):
@@ -55,10 +54,11 @@ def image_size(
     model:nn.Module, # The model
 )->tuple:
     "Height and width (or length, or volume) of the first input that has them, `()` if none has"
-    is_map = lambda o: isinstance(o, Tensor) and o.is_floating_point() and (o.ndim>3 or o.ndim==3 and any(isinstance(m, nn.Conv1d) for m in model.modules()))
-    return next((tuple(o.shape[2:]) for o in xb if is_map(o)), ())
+    least = 3 if any(isinstance(m, nn.Conv1d) for m in model.modules()) else 4
+    maps = [o for o in xb if isinstance(o, Tensor) and o.is_floating_point() and o.ndim>=least]
+    return tuple(maps[0].shape[2:]) if maps else ()
 
-# %% ../../../nbs/distill/layers/matching.ipynb #aaeb874e
+# %% ../../../nbs/distill/layers/matching.ipynb #45b318de
 @dataclass
 class Step:
     "What one module did in a forward"
@@ -86,35 +86,49 @@ class Step:
         if not self.leaf: return 'block' if self.learns else 'other'
         if 'Norm' in name: return 'norm'
         if self.learns: return 'layer'
-        return 'other' if any(o in name for o in ('Drop', 'Pool', 'Flatten', 'Identity', 'Pad', 'Upsample')) else 'activation'
+        return 'other' if any(o in name for o in _idle) else 'activation'
+
+_idle = 'Drop','Pool','Flatten','Identity','Pad','Upsample'  # in the names of classes
+
+# %% ../../../nbs/distill/layers/matching.ipynb #906bc60b
+class _Tracer:
+    "Notes down each module that ends"
+    def __init__(self, size):
+        self.size = size   # of the image
+        self.steps = {}
+        self.refs = []     # to the storages
+        self.ended = 0     # elementary modules so far
+
+    def end(self, name, m, args, out):
+        self.ended += not m._modules
+        i,o = next(tensors_in(args), None),next(tensors_in(out), None)
+        if o is None or o.is_nested or o.layout is not torch.strided: return
+        self.refs.append(StorageWeakRef(o.untyped_storage()))
+        self.steps.pop(name, None)
+        inp = geometry(() if i is None else tuple(i.shape), self.size)
+        state = o._version,o.storage_offset(),tuple(o.shape)
+        self.steps[name] = Step(name, m, self.ended, inp, geometry(tuple(o.shape), self.size), self.refs[-1].cdata, state)
+
+    def hook(self, name, m):
+        return m.register_forward_hook(lambda m, args, kwargs, out: self.end(name, m, (args, kwargs), out), with_kwargs=True)
 
 def trace(
     model:nn.Module, # Any model
     *xb,             # Its inputs
 )->dict[str, Step]:
-    "The steps of one forward in the order in which modules end (of a module that runs several times, the last); the model comes back as it was"
+    """The steps of one forward in the order in which modules end (of a module that runs several times, the last);
+    the model comes back as it was"""
     model = unwrap(model)
-    size,steps,refs,ended = image_size(xb, model),{},[],0
-    def end(name, m, args, out):
-        nonlocal ended
-        ended += not m._modules
-        i,o = next(tensors_in(args), None),next(tensors_in(out), None)
-        if o is None or o.is_nested or o.layout is not torch.strided: return
-        refs.append(StorageWeakRef(o.untyped_storage()))  # while this is alive, its memory's number is not given to another
-        steps.pop(name, None)
-        steps[name] = Step(name, m, ended, geometry(() if i is None else tuple(i.shape), size), geometry(tuple(o.shape), size),
-                           refs[-1].cdata, (o._version, o.storage_offset(), tuple(o.shape)))
-    handles = []
+    tracer,handles = _Tracer(image_size(xb, model)),[]
     try:
-        for n,m in model.named_modules():
-            handles.append(m.register_forward_hook(lambda m, a, k, o, n=n: end(n, m, (a, k), o), with_kwargs=True))
+        for n,m in model.named_modules(): handles.append(tracer.hook(n, m))
         with as_found(model): model(*to_model(model, xb))
     finally:
         for h in handles: h.remove()
-    for s in steps.values(): s.depth /= ended
-    return steps
+    for s in tracer.steps.values(): s.depth /= tracer.ended
+    return tracer.steps
 
-# %% ../../../nbs/distill/layers/matching.ipynb #36d19332
+# %% ../../../nbs/distill/layers/matching.ipynb #d4f61fc4
 @dataclass
 class Stage:
     "A place in a network that stands for all the computation before it"
@@ -124,6 +138,7 @@ class Stage:
     pre:str=''        # Of a stem: the convolution before its norm and activation
     pooled:bool=False # Nothing but pooling since the stage before
 
+# %% ../../../nbs/distill/layers/matching.ipynb #855a448a
 def _chain(steps, model, name=''):
     "The steps under `name`; instead of a container that spans several levels those inside it, then itself"
     for child,m in (model.get_submodule(name) if name else model)._modules.items():
@@ -141,24 +156,29 @@ def _spans(s, inner):
 
 def _trunk(steps, model):
     "The steps on the way down, in order"
-    order = {n:i for i,n in enumerate(steps)}
-    name = ''
-    while True:  # a model that only wraps another one has one step
-        chain = sorted(_chain(steps, model, name), key=lambda s: order[s.name])
-        inner = [s for s in chain if s.learns]
-        if len(inner)!=1 or inner[0].leaf: break
-        name = inner[0].name
     res = []
-    for s in chain:
+    for s in _outer_chain(steps, model):
         if s.level is None: continue
         if _ends_trunk(s, steps['']) or res and s.level<res[-1].level: break
         res.append(s)
     return res
 
+def _outer_chain(steps, model):
+    "The chain of the outermost module that holds more than one step: a model that only wraps another one holds one"
+    order = {n:i for i,n in enumerate(steps)}
+    name = ''
+    while True:
+        chain = sorted(_chain(steps, model, name), key=lambda s: order[s.name])
+        inner = [s for s in chain if s.learns]
+        if len(inner)!=1 or inner[0].leaf: return chain
+        name = inner[0].name
+
 def _ends_trunk(s, final):
     "Is `s` a global pooling, or reshaped into the model's output?"
-    return not s.learns and prod(s.out.grid)==1<prod(s.inp.grid) or s.memory==final.memory and len(s.out.grid)!=len(final.out.grid)
+    if not s.learns and prod(s.out.grid)==1<prod(s.inp.grid): return True
+    return s.memory==final.memory and len(s.out.grid)!=len(final.out.grid)
 
+# %% ../../../nbs/distill/layers/matching.ipynb #c65a353e
 def _settled(s, after):
     "The end of the norms and activations that directly follow `s`"
     for o in after:
@@ -173,47 +193,68 @@ def _stage_at(here, last):
     if blocks and last: return max(reversed(blocks), key=lambda s: s.opened),'',False
     if blocks or loose:
         s = (blocks or loose)[-1]
-        return _settled(s, here[here.index(s)+1:]),loose[0].name if not blocks and len(loose)==1 else '',False
+        pre = loose[0].name if not blocks and len(loose)==1 else ''
+        return _settled(s, here[here.index(s)+1:]),pre,False
     return (here[0],'',True) if last else None
 
-def _only_pools(s, here): return not any(o.kind=='layer' for o in here) and any(o.tensor==s.tensor and o.leaf and not o.learns for o in here)
+def _only_pools(s, here):
+    if any(o.kind=='layer' for o in here): return False
+    return any(o.tensor==s.tensor and o.leaf and not o.learns for o in here)
 
 def _pyramid(steps, model):
+    "The stages of the trunk, one for each level that has one"
     trunk = _trunk(steps, model)
-    levels,names = sorted({s.level for s in trunk}),{}
-    for s in trunk: names.setdefault(s.tensor, []).append(s.name)
+    levels = sorted({s.level for s in trunk})
     has_blocks = any(s.kind=='block' and not s.opened for s in trunk)
-    at = [_stage_at([s for s in trunk if s.level==l], l==levels[-1]) for l in levels]
-    return [Stage(min(names[s.tensor], key=lambda n: n.count('.')), s.level, s.depth, pre if has_blocks and i==0 else '', pooled)
-            for i,(s,pre,pooled) in enumerate(filter(None, at))]
+    stages = []
+    for l in levels:
+        at = _stage_at([s for s in trunk if s.level==l], l==levels[-1])
+        if at is None: continue
+        s,pre,pooled = at
+        pre = pre if has_blocks and not stages else ''
+        stages.append(Stage(_shortest_name(s, trunk), s.level, s.depth, pre, pooled))
+    return stages
 
+def _shortest_name(s, trunk): return min((o.name for o in trunk if o.tensor==s.tensor), key=lambda n: n.count('.'))
+
+# %% ../../../nbs/distill/layers/matching.ipynb #9699e1de
 def _declared(steps, model):
     "The stages that a timm model declares, if most of them are modules of their own"
     for prefix,m in model.named_modules():
-        info = getattr(m, 'feature_info', None)
-        info = getattr(info, 'info', info)
-        if not isinstance(info, (list, tuple)) or not all(isinstance(o, dict) and 'module' in o for o in info): continue
-        names = [f"{prefix}.{o['module']}" if prefix else o['module'] for o in info]
+        names = [f'{prefix}.{n}' if prefix else n for n in _feature_info(m)]
         found = [n for n in names if n in steps]
         if len(set(found))==len(found)>len(names)/2: return [Stage(n, steps[n].level, steps[n].depth) for n in found]
     return []
 
-# %% ../../../nbs/distill/layers/matching.ipynb #1a849cf7
+def _feature_info(m):
+    "Names of the stages in timm's `feature_info`"
+    info = getattr(m, 'feature_info', None)
+    info = getattr(info, 'info', info)
+    if not isinstance(info, (list, tuple)) or not all(isinstance(o, dict) and 'module' in o for o in info): return []
+    return [o['module'] for o in info]
+
+# %% ../../../nbs/distill/layers/matching.ipynb #690a9fb9
 def _column(steps, model):
     "The hidden states between equal blocks"
     final,run = steps[''].memory,list(steps.values())
-    groups = {}
-    for s in run:
-        if s.name and _has_state(s): groups.setdefault((s.name.rpartition('.')[0], type(s.module)), []).append(s)
-    groups = [h for g in groups.values() if len(g)>1 and (h := [s for s in g if not _is_output(s, final)])]
-    best = max(groups, key=lambda g: (len(g)>1, sum(p.numel() for s in g for p in s.module.parameters())), default=None)
+    best = max(_siblings(run, final), key=lambda g: (len(g)>1, _size(g)), default=None)
     if best is None: best = [s for s in _chain(steps, model) if _has_state(s) and not _is_output(s, final)]
     ends = [_settled(s, run[run.index(s)+1:]) if s.leaf else s for s in best]
     return [Stage((s if _is_output(e, final) else e).name, e.level, e.depth) for s,e in zip(best, ends)]
 
+def _siblings(run, final):
+    "Groups of equal blocks in one container, without the one that is the output"
+    groups = {}
+    for s in run:
+        if s.name and _has_state(s): groups.setdefault((s.name.rpartition('.')[0], type(s.module)), []).append(s)
+    inner = [[s for s in g if not _is_output(s, final)] for g in groups.values() if len(g)>1]
+    return [g for g in inner if g]
+
+def _size(group): return sum(p.numel() for s in group for p in s.module.parameters())
 def _has_state(s): return s.kind in ('layer', 'block') and not isinstance(s.module, nn.Embedding)
 def _is_output(s, final): return s.memory==final and (s.leaf or not s.out.grid)
 
+# %% ../../../nbs/distill/layers/matching.ipynb #4ed7b120
 def _stages(model, steps):
     found = _declared(steps, model)
     if not found:
@@ -230,37 +271,7 @@ def find_stages(
     "The stages of `model` from its input to its output; empty if it has no hidden state"
     return _stages(unwrap(model), trace(model, *xb))
 
-# %% ../../../nbs/distill/layers/matching.ipynb #be91f1b9
-class FeaturePairs(dict):
-    "Pairs of layers, `{'student': [...], 'teacher': [...]}`; shown as a table in a notebook"
-    def __init__(self, student, teacher, rows=()):
-        super().__init__(student=student, teacher=teacher)
-        self.rows = rows
-
-    def table(self)->pd.DataFrame:
-        "One line per pair: both layers, the shapes of their maps, where they stand in the forward (0 to 1), and what an adapter would have to change"
-        return pd.DataFrame(self.rows)
-
-    def _repr_html_(self): return self.table().to_html(index=False, border=0) if self.rows else None
-    def __reduce__(self): return type(self),(self['student'], self['teacher'], self.rows)
-
-def match_feature_layers(
-    student:nn.Module|Learner,  # The student
-    teacher:nn.Module|Learner,  # The teacher
-    x:Tensor|tuple,             # One batch of inputs, labels not included; a batch of one will do
-)->FeaturePairs:
-    "Pairs of layers for a feature loss, from shallow to deep; both models stay as they are. ValueError if one has no hidden state"
-    xb = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    stages,steps = {},{}
-    for who,m in dict(student=student, teacher=teacher).items():
-        m = unwrap(m.model if isinstance(m, Learner) else m)
-        steps[who] = trace(m, *xb)
-        stages[who] = _stages(m, steps[who])
-        if not stages[who]: raise ValueError(f"nothing to pair: the {who} ({type(m).__name__}) has no hidden state, "
-                                             "that is no layer that computes something between its input and its output")
-    pairs = [(s.pre, t.pre) if s.pre and t.pre else (s.name, t.name) for s,t in _pair(stages['student'], stages['teacher'])]
-    return FeaturePairs([s for s,_ in pairs], [t for _,t in pairs], [_row(steps['student'][s], steps['teacher'][t]) for s,t in pairs])
-
+# %% ../../../nbs/distill/layers/matching.ipynb #07911d73
 def _pair(ss, ts):
     both = _is_pyramid(ss) and _is_pyramid(ts)
     pairs = _by_level(ss, ts) if both else []
@@ -286,6 +297,21 @@ def _by_depth(ss, ts):
 
 def _evenly(o, n): return [o[-(-(i+1)*len(o)//n)-1] for i in range(n)]
 
+# %% ../../../nbs/distill/layers/matching.ipynb #2a74968e
+class FeaturePairs(dict):
+    "Pairs of layers, `{'student': [...], 'teacher': [...]}`; shown as a table in a notebook"
+    def __init__(self, student, teacher, rows=()):
+        super().__init__(student=student, teacher=teacher)
+        self.rows = rows
+
+    def table(self)->pd.DataFrame:
+        """One line per pair: both layers, the shapes of their maps, where they stand in the forward (0 to 1), and what an
+        adapter would have to change"""
+        return pd.DataFrame(self.rows)
+
+    def _repr_html_(self): return self.table().to_html(index=False, border=0) if self.rows else None
+    def __reduce__(self): return type(self),(self['student'], self['teacher'], self.rows)
+
 def _row(s, t):
     return {'student': s.name, 'teacher': t.name, 'student map': _times(s.out), 'teacher map': _times(t.out),
             'student depth': round(s.depth, 2), 'teacher depth': round(t.depth, 2), 'adapter': _differences(s.out, t.out)}
@@ -296,3 +322,44 @@ def _differences(a, b):
     found = [] if a.grid==b.grid else ['size'] if len(a.grid)==len(b.grid) else ['tokens/grid']
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
+
+# %% ../../../nbs/distill/layers/matching.ipynb #c3f6c7f2
+def _network(who, o, xb):
+    "The network that `o` stands for, and its inputs"
+    if isinstance(o, Learner): o = o.model
+    if isinstance(o, nn.Module): return unwrap(o),xb
+    models = o if isinstance(o, (list, tuple)) else getattr(o, 'models', None)
+    if not models:
+        raise TypeError(f"the {who} must be a module or a Learner, or a Teacher that has networks, got {type(o).__name__}")
+    return _network(who, models[0], _first_inputs(o, xb))
+
+def _first_inputs(teacher, xb):
+    "What the first network of a `Teacher` gets for the student's inputs `xb`"
+    net = next(iter(getattr(teacher, 'nets', ())), None)
+    tfm = getattr(net, 'tfm', None)
+    if tfm is None: return xb
+    out = tfm(*xb)
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+def match_feature_layers(
+    student:nn.Module|Learner,  # The student
+    teacher:nn.Module|Learner,  # The teacher; also a `Teacher`, of whose networks the first counts, on what its `tfms` make of `x`
+    x:Tensor|tuple,             # One batch of inputs, labels not included; a batch of one will do
+)->FeaturePairs:
+    """Pairs of layers for a feature loss, from shallow to deep; both models stay as they are. ValueError if one has no
+    hidden state, TypeError for a teacher without networks"""
+    xb = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    steps_s,stages_s = _traced('student', student, xb)
+    steps_t,stages_t = _traced('teacher', teacher, xb)
+    pairs = [(s.pre, t.pre) if s.pre and t.pre else (s.name, t.name) for s,t in _pair(stages_s, stages_t)]
+    rows = [_row(steps_s[s], steps_t[t]) for s,t in pairs]
+    return FeaturePairs([s for s,_ in pairs], [t for _,t in pairs], rows)
+
+def _traced(who, model, xb):
+    "Steps and stages of a network; ValueError if it has none"
+    m,xb = _network(who, model, xb)
+    steps = trace(m, *xb)
+    stages = _stages(m, steps)
+    if stages: return steps,stages
+    raise ValueError(f"nothing to pair: the {who} ({type(m).__name__}) has no hidden state, "
+                     "that is no layer that computes something between its input and its output")

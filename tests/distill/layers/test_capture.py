@@ -268,3 +268,39 @@ def test_as_found_takes_several_models():
     a,b = net(),net().eval()
     with as_found(a, b): assert not (a.training or b.training or torch.is_grad_enabled())
     assert a.training and not b.training
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_observers_of_quantization_aware_training_stay_as_they_were(fails):
+    Q = pytest.importorskip('torch.ao.quantization')
+    m = nn.Sequential(Q.QuantStub(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), Q.DeQuantStub(), nn.Linear(6, 9 if fails else 6), nn.Linear(6, 2))
+    engines = torch.backends.quantized.supported_engines
+    m.qconfig = Q.get_default_qat_qconfig('x86' if 'x86' in engines else 'qnnpack')
+    Q.prepare_qat(m.train(), inplace=True)
+    was = copy.deepcopy(m.state_dict())
+    if fails:
+        with pytest.raises(RuntimeError): output_shapes(m, ['1'], x)
+    else: assert output_shapes(m, ['1'], x) == {'1': (2, 4, 6, 6)}
+    assert {k:v.shape for k,v in m.state_dict().items()} == {k:v.shape for k,v in was.items()}
+    torch.testing.assert_close(m.state_dict(), was, rtol=0, atol=0, equal_nan=True)
+    if not fails: m(x).sum().backward()
+
+def test_a_dry_run_keeps_a_lazy_norms_buffers():
+    m = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d())
+    assert output_shapes(m, ['1'], torch.randn(2, 3, 8)) == {'1': (2, 4, 6)}
+    assert m[1].running_mean.tolist() == [0]*4 and m[1].num_batches_tracked == 0
+
+def test_the_whole_model_is_a_layer():
+    m = net()
+    want = m(x)
+    with Capture(m, ['', ':input', '3'], detach=True) as c: m(x)
+    torch.testing.assert_close(c.maps[''], want.detach())
+    assert c.maps[':input'].equal(x)
+    assert output_shapes(nn.DataParallel(m), [''], x) == {'': (2, 2)}
+    assert get_module_by_name(nn.DataParallel(m), '') is m
+
+def test_the_whole_of_a_compiled_model_is_a_layer(compiler):
+    m = net()
+    model = torch.compile(m, backend='aot_eager', fullgraph=True)
+    with Capture(model, ['', '1']) as c: out = model(x)
+    torch.testing.assert_close(c.maps[''], out)
