@@ -11,7 +11,7 @@ __all__ = ['unknown_name']
 from difflib import get_close_matches
 from typing import Iterable
 
-# %% ../../nbs/core/names.ipynb #4c7e2c44
+# %% ../../nbs/core/names.ipynb #cc0700be
 def unknown_name(
     kind:str,             # What the name stands for, e.g. 'layer of the student'
     name:str,             # The name that was got
@@ -23,4 +23,5 @@ def unknown_name(
     by_lower = {v.lower():v for v in reversed(valid)}
     near = [by_lower[o] for o in get_close_matches(str(name).lower(), by_lower, n=n)]
     if near: return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
-    return f"unknown {kind} {name!r}; there is {', '.join(valid[:10])}{', ...' if len(valid)>10 else ''}" if valid else f"unknown {kind} {name!r}; there are none"
+    if not valid: return f"unknown {kind} {name!r}; there are none"
+    return f"unknown {kind} {name!r}; there is {', '.join(valid[:10])}{', ...' if len(valid)>10 else ''}"

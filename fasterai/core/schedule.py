@@ -18,7 +18,7 @@ from fastai.callback.schedule import sched_cos, sched_lin
 
 from .names import unknown_name
 
-# %% ../../nbs/core/schedule.ipynb #c0ca4ff5
+# %% ../../nbs/core/schedule.ipynb #102c8a52
 @dataclass(frozen=True)
 class Schedule:
     "A curve over the training's progress; immutable and stateless. Raises ValueError unless 0 <= `start_pct` < `end_pct` <= 1"
@@ -29,9 +29,11 @@ class Schedule:
     end_val:float=1.     # Value at which the curve aims
 
     def __post_init__(self):
-        if not callable(self.sched_func): raise TypeError(f"sched_func must be f(start, end, pos) or a fastai annealer, got {self.sched_func!r}")
+        if not callable(self.sched_func):
+            raise TypeError(f"sched_func must be f(start, end, pos) or a fastai annealer, got {self.sched_func!r}")
         object.__setattr__(self, '_pos_only', _takes_pos_only(self.sched_func))
-        if not 0<=self.start_pct<self.end_pct<=1: raise ValueError(f"need 0 <= start_pct < end_pct <= 1, got {self.start_pct} and {self.end_pct}")
+        if not 0<=self.start_pct<self.end_pct<=1:
+            raise ValueError(f"need 0 <= start_pct < end_pct <= 1, got {self.start_pct} and {self.end_pct}")
 
     def progress(self,
         pct:float, # Share of the training that is done, 0 to 1
@@ -55,7 +57,9 @@ class Schedule:
         ax.set(xlabel='share of the training', ylabel='value')
         return ax
 
-def _takes_pos_only(f): return len([p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind<2])==1
+def _takes_pos_only(f):
+    required = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind<2]
+    return len(required)==1
 
 # %% ../../nbs/core/schedule.ipynb #01a7e04b
 def sched_oneshot(start, end, pos): "All at once"; return end

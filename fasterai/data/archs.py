@@ -7,26 +7,29 @@ Docs: https://FasterAI-Labs.github.io/fasterai/data/archs.html.md"""
 # %% auto #0
 __all__ = ['available_archs', 'make_model', 'load_weights']
 
-# %% ../../nbs/data/archs.ipynb #995a0969
+# %% ../../nbs/data/archs.ipynb #1060cc04
 import re
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
+from fastcore.foundation import L
+from torch import nn, Tensor
 from torchvision import models as tv
 
 from .digits import digits_net
 from ..core.names import unknown_name
 
-# %% ../../nbs/data/archs.ipynb #a77869d9
+# %% ../../nbs/data/archs.ipynb #43bdc8ba
 def _timm():
     if find_spec('timm') is None: return None
     import timm
     return timm
 
 def available_archs()->list[str]:
-    "Names that `make_model` knows: torchvision's, timm's if it is installed, and `digits_net` with a width, such as `digits_net4`"
+    """Names that `make_model` knows: torchvision's, timm's if it is installed, and `digits_net` with a width, such as
+    `digits_net4`"""
     timm = _timm()
     return [*tv.list_models(module=tv), *(timm.list_models() if timm else []), 'digits_net4', 'digits_net32']
 
@@ -40,36 +43,75 @@ def make_model(
     if name in tv.list_models(module=tv): return tv.get_model(name, weights=None, num_classes=c, **_no_aux(name))
     bare = name.removeprefix('timm:')
     if timm and bare in timm.list_models(): return timm.create_model(bare, pretrained=False, num_classes=c)
-    raise ValueError(unknown_name('architecture', name, available_archs()) + ('' if timm else " (timm's names need timm installed)"))
+    hint = '' if timm else " (timm's names need timm installed)"
+    raise ValueError(unknown_name('architecture', name, available_archs()) + hint)
 
 def _no_aux(name): return dict(aux_logits=False, init_weights=True) if name in ('googlenet','inception_v3') else {}
 
-# %% ../../nbs/data/archs.ipynb #95e7e32a
-def load_weights(
-    model:nn.Module,  # Gets the weights
-    file:str|Path,    # `.safetensors`, or a state dict written by `torch.save` (also inside a dict, under `model` or `state_dict`)
-)->nn.Module:
-    "Load a state dict into `model`, and return it. Raises FileNotFoundError, or ValueError where the file's weights are of another model"
-    file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"no file {str(file)!r} with weights")
-    sd = _read(file)
-    for k in ('model','state_dict'):
-        if isinstance(sd, dict) and isinstance(sd.get(k), dict): sd = sd[k]
-    own = model.state_dict()
-    odd = [f"{k} {tuple(sd[k].shape)} for {tuple(own[k].shape)}" for k in own if k in sd and sd[k].shape!=own[k].shape]
-    lost,extra = [k for k in own if k not in sd],[k for k in sd if k not in own]
-    problems = [f"{what} {', '.join(ks[:3])}{f' and {len(ks)-3} more' if len(ks)>3 else ''}" for what,ks in
-                (('other shapes:',odd), ('missing:',lost), ('unknown:',extra)) if ks]
-    if problems:
-        hint = " (they look like those of fastai's vision_learner, whose layers have other names: use the callback, with that learner as its teacher)" if '0.0.weight' in sd else ''
-        raise ValueError(f"the weights in {file.name} are not those of this model with its number of classes: {'; '.join(problems)}{hint}")
-    model.load_state_dict(sd)
-    return model
+# %% ../../nbs/data/archs.ipynb #6cd79488
+_inside = 'model','state_dict','model_state_dict'
+_prefixes = 'module.','_orig_mod.'
 
 def _read(file):
+    "What the file holds; ValueError with its name if it cannot be read"
     if file.suffix=='.safetensors':
         if find_spec('safetensors') is None: raise ValueError(f"reading {file.name} needs the package safetensors")
         from safetensors.torch import load_file
-        return load_file(file)
-    try: return torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file.name} is no state dict that can be read safely ({type(e).__name__}): save it with torch.save(model.state_dict(), file)") from e
+        hint,read = 'is it whole?',load_file
+    else:
+        hint = 'save it with torch.save(model.state_dict(), file)'
+        read = _safe_load
+    try: return read(file)
+    except Exception as e:
+        raise ValueError(f"{file.name} is no state dict that can be read safely ({type(e).__name__}): {hint}") from e
+
+def _safe_load(file):
+    "`torch.load` that runs nothing; it knows fastcore's `L`, a list, which fastai writes beside the optimizer's state"
+    known = getattr(torch.serialization, 'safe_globals', lambda _: nullcontext())  # new in PyTorch 2.5
+    with known([L]): return torch.load(file, map_location='cpu', weights_only=True)
+
+def _state_dict(o, own, name):
+    "The state dict in what a file holds, without prefixes of wrappers that the names `own` have not; ValueError if there is none"
+    while isinstance(o, dict) and (k := next((k for k in _inside if isinstance(o.get(k), dict)), None)): o = o[k]
+    if not isinstance(o, dict) or not o: raise ValueError(f"{name} holds no state dict, but a {type(o).__name__}")
+    for p in _prefixes:
+        wrapped = all(str(k).startswith(p) for k in o) and not any(k.startswith(p) for k in own)
+        if wrapped: o = {k.removeprefix(p): v for k,v in o.items()}
+    return o
+
+# %% ../../nbs/data/archs.ipynb #4aaf67d9
+def load_weights(
+    model:nn.Module,  # Gets the weights
+    file:str|Path,    # `.safetensors`, or what `torch.save` or `learn.save` wrote: a state dict, bare, or inside a dict
+)->nn.Module:
+    """Load a state dict into `model`, and return it. Raises FileNotFoundError, or ValueError where the file cannot be read safely, its
+    weights are of another model, or not finite; the model is then as it was"""
+    file = Path(file)
+    if not file.is_file(): raise FileNotFoundError(f"no file {str(file)!r} with weights")
+    own = model.state_dict()
+    sd = _state_dict(_read(file), own, file.name)
+    _refuse_others_weights(sd, own, file.name)
+    bad = [k for k,v in sd.items() if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()]
+    if bad: raise ValueError(f"the weights in {file.name} are NaN or infinite: {_some(bad)}")
+    model.load_state_dict(sd)
+    return model
+
+def _refuse_others_weights(sd, own, name):
+    "ValueError if the state dict `sd` is not one of a model whose state dict is `own`"
+    no_tensor = [k for k,v in sd.items() if k in own and isinstance(own[k], Tensor) and not isinstance(v, Tensor)]
+    if no_tensor: raise ValueError(f"{name} holds no weights: {_some(no_tensor)} should be tensors, got {sd[no_tensor[0]]!r}")
+    odd = [k for k in own if k in sd and isinstance(own[k], Tensor) and sd[k].shape!=own[k].shape]
+    problems = {'other shapes:': [f"{k} {tuple(sd[k].shape)} for {tuple(own[k].shape)}" for k in odd],
+                'missing:': [k for k in own if k not in sd], 'unknown:': [k for k in sd if k not in own]}
+    problems = [f"{what} {_some(ks)}" for what,ks in problems.items() if ks]
+    if not problems: return
+    hint = _fastai_hint if '0.0.weight' in sd else ''
+    raise ValueError(f"the weights in {name} are not those of this model with its number of classes: {'; '.join(problems)}{hint}")
+
+def _some(names):
+    "A few of them"
+    more = f' and {len(names)-3} more' if len(names)>3 else ''
+    return ', '.join(map(str, names[:3])) + more
+
+_fastai_hint = (" (they look like those of fastai's vision_learner, whose layers have other names: "
+                "use the callback, with that learner as its teacher)")

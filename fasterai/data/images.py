@@ -21,7 +21,7 @@ from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
 from fastcore.basics import using_attr
 
-# %% ../../nbs/data/images.ipynb #f1eb6786
+# %% ../../nbs/data/images.ipynb #38011d83
 _splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
 
 def _split_of(path, f):
@@ -32,9 +32,43 @@ def _labels(path, files, pattern):
     if pattern is None: return [f.parent.name for f in files]
     found = [re.search(pattern, f.name) for f in files]
     missed = [f.name for f,m in zip(files, found) if m is None or not m.groups()]
-    if missed: raise ValueError(f"pattern {pattern!r} finds no class (its first group) in {len(missed)} of {len(files)} file names, for example {missed[0]!r}")
+    if missed:
+        raise ValueError(f"pattern {pattern!r} finds no class (its first group) in {len(missed)} of {len(files)} file names, "
+                         f"for example {missed[0]!r}")
     return [m[1] for m in found]
 
+# %% ../../nbs/data/images.ipynb #ac14e5a3
+def _readable(path):
+    "The images below `path` that can be opened, sorted; what cannot is printed"
+    files = get_image_files(path)
+    if not files: raise ValueError(f"no images in {str(path)!r}")
+    bad = set(verify_images(files))
+    for f in bad: print(f"skipped {f}: not a readable image")
+    good = [f for f in sorted(files) if f not in bad]
+    if not good: raise ValueError(f"no readable image in {str(path)!r}")
+    return good
+
+def _sides(path, files):
+    "`(files, sides)`: those for training and validation and which is which, or all and None where no folders say it"
+    sides = [_split_of(path, f) for f in files]
+    if 'valid' not in sides: sides = ['valid' if s=='test' else s for s in sides]
+    if not {'train','valid'}<=set(sides): return files,None
+    if n := sides.count('test'): print(f"left out {n} images in the test folder: there are others for validation")
+    return zip(*[(f,s) for f,s in zip(files, sides) if s in ('train','valid')])
+
+# %% ../../nbs/data/images.ipynb #b9781ae7
+def _check_classes(path, counts, pattern):
+    if len(counts)>1: return
+    hint = f"pattern {pattern!r} finds no other"
+    if pattern is None: hint = "put each class into a folder of its own, or give a `pattern` that finds it in the file's name"
+    raise ValueError(f"{str(path)!r} has images of one class only, {next(iter(counts))!r}: {hint}")
+
+def _check_sides(labels, sides):
+    train,valid = ({l for l,o in zip(labels, sides) if o==s} for s in ('train','valid'))
+    new = ', '.join(sorted(valid-train)[:5])
+    if new: raise ValueError(f"classes {new} are in the validation images but not in the training ones")
+
+# %% ../../nbs/data/images.ipynb #adf2a7f5
 def image_dls(
     path:str|Path,         # Folder of images
     size:int=64,           # Height and width to which images are resized, by cropping
@@ -46,33 +80,18 @@ def image_dls(
     device=None,           # Device of the batches; fastai's default if None
     **kwargs               # For `DataBlock.dataloaders`
 )->DataLoaders:
-    "`DataLoaders` of the images in `path`, normalized with ImageNet's statistics. Raises FileNotFoundError or ValueError for a folder that cannot train a classifier"
+    """`DataLoaders` of the images in `path`, normalized with ImageNet's statistics. Raises FileNotFoundError or ValueError for a folder
+    that cannot train a classifier"""
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"no folder {str(path)!r}")
-    files = get_image_files(path)
-    if not files: raise ValueError(f"no images in {str(path)!r}")
-    bad = set(verify_images(files))
-    for f in bad: print(f"skipped {f}: not a readable image")
-    files = [f for f in sorted(files) if f not in bad]
-    sides = [_split_of(path, f) for f in files]
-    if 'valid' not in sides: sides = ['valid' if s=='test' else s for s in sides]
-    split = {'train','valid'} <= set(sides)
-    if split:
-        if n := sides.count('test'): print(f"left out {n} images in the test folder: there are others for validation")
-        files,sides = zip(*[(f,s) for f,s in zip(files, sides) if s in ('train','valid')])
-    labels = dict(zip(files, _labels(path, files, pattern)))
-    _check_classes(path, Counter(labels.values()), pattern)
-    if split: _check_sides(labels, sides)
-    splitter = IndexSplitter([i for i,s in enumerate(sides) if s=='valid']) if split else RandomSplitter(valid_pct, seed=seed)
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: list(files), get_y=parent_label if pattern is None else using_attr(RegexLabeller(pattern), 'name'), splitter=splitter,
+    files,sides = _sides(path, _readable(path))
+    labels = _labels(path, files, pattern)
+    _check_classes(path, Counter(labels), pattern)
+    if sides is not None: _check_sides(labels, sides)
+    valid = [i for i,s in enumerate(sides or ()) if s=='valid']
+    block = DataBlock(
+        (ImageBlock, CategoryBlock), get_items=lambda _: list(files),
+        get_y=parent_label if pattern is None else using_attr(RegexLabeller(pattern), 'name'),
+        splitter=IndexSplitter(valid) if valid else RandomSplitter(valid_pct, seed=seed),
         item_tfms=Resize(size), batch_tfms=(aug_transforms(size=size) if augment else []) + [Normalize.from_stats(*imagenet_stats)])
     return block.dataloaders(path, bs=bs, device=device, **kwargs)
-
-def _check_classes(path, counts, pattern):
-    if len(counts)>1: return
-    hint = "put each class into a folder of its own, or give a `pattern` that finds it in the file's name" if pattern is None else f"pattern {pattern!r} finds no other"
-    raise ValueError(f"{str(path)!r} has images of one class only, {next(iter(counts))!r}: {hint}")
-
-def _check_sides(labels, sides):
-    train,valid = ({l for l,o in zip(labels.values(), sides) if o==s} for s in ('train','valid'))
-    if valid-train: raise ValueError(f"classes {', '.join(sorted(valid-train)[:5])} are in the validation images but not in the training ones")
