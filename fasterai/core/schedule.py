@@ -18,10 +18,11 @@ from fastai.callback.schedule import sched_cos, sched_lin
 
 from .names import unknown_name
 
-# %% ../../nbs/core/schedule.ipynb #102c8a52
+# %% ../../nbs/core/schedule.ipynb #6ca8549a
 @dataclass(frozen=True)
 class Schedule:
-    "A curve over the training's progress; immutable and stateless. Raises ValueError unless 0 <= `start_pct` < `end_pct` <= 1"
+    """A curve over the training's progress; immutable and stateless. Raises ValueError unless
+    0 <= `start_pct` < `end_pct` <= 1"""
     sched_func:Callable  # `f(start, end, pos)`, or a fastai annealer `f(pos)`
     start_pct:float=0.   # Share of the training at which the curve begins
     end_pct:float=1.     # Share of the training at which it ends

@@ -48,7 +48,7 @@ def make_model(
 
 def _no_aux(name): return dict(aux_logits=False, init_weights=True) if name in ('googlenet','inception_v3') else {}
 
-# %% ../../nbs/data/archs.ipynb #6cd79488
+# %% ../../nbs/data/archs.ipynb #6a9cb6b3
 _inside = 'model','state_dict','model_state_dict'
 _prefixes = 'module.','_orig_mod.'
 
@@ -71,7 +71,8 @@ def _safe_load(file):
     with known([L]): return torch.load(file, map_location='cpu', weights_only=True)
 
 def _state_dict(o, own, name):
-    "The state dict in what a file holds, without prefixes of wrappers that the names `own` have not; ValueError if there is none"
+    """The state dict in what a file holds, without prefixes of wrappers that the names `own` have not; ValueError if
+    there is none"""
     while isinstance(o, dict) and (k := next((k for k in _inside if isinstance(o.get(k), dict)), None)): o = o[k]
     if not isinstance(o, dict) or not o: raise ValueError(f"{name} holds no state dict, but a {type(o).__name__}")
     for p in _prefixes:
@@ -79,13 +80,13 @@ def _state_dict(o, own, name):
         if wrapped: o = {k.removeprefix(p): v for k,v in o.items()}
     return o
 
-# %% ../../nbs/data/archs.ipynb #4aaf67d9
+# %% ../../nbs/data/archs.ipynb #85784a88
 def load_weights(
     model:nn.Module,  # Gets the weights
     file:str|Path,    # `.safetensors`, or what `torch.save` or `learn.save` wrote: a state dict, bare, or inside a dict
 )->nn.Module:
-    """Load a state dict into `model`, and return it. Raises FileNotFoundError, or ValueError where the file cannot be read safely, its
-    weights are of another model, or not finite; the model is then as it was"""
+    """Load a state dict into `model`, and return it. Raises FileNotFoundError, or ValueError where the file cannot be
+    read safely, its weights are of another model, or not finite; the model is then as it was"""
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"no file {str(file)!r} with weights")
     own = model.state_dict()
@@ -99,14 +100,16 @@ def load_weights(
 def _refuse_others_weights(sd, own, name):
     "ValueError if the state dict `sd` is not one of a model whose state dict is `own`"
     no_tensor = [k for k,v in sd.items() if k in own and isinstance(own[k], Tensor) and not isinstance(v, Tensor)]
-    if no_tensor: raise ValueError(f"{name} holds no weights: {_some(no_tensor)} should be tensors, got {sd[no_tensor[0]]!r}")
+    if no_tensor:
+        raise ValueError(f"{name} holds no weights: {_some(no_tensor)} should be tensors, got {sd[no_tensor[0]]!r}")
     odd = [k for k in own if k in sd and isinstance(own[k], Tensor) and sd[k].shape!=own[k].shape]
     problems = {'other shapes:': [f"{k} {tuple(sd[k].shape)} for {tuple(own[k].shape)}" for k in odd],
                 'missing:': [k for k in own if k not in sd], 'unknown:': [k for k in sd if k not in own]}
     problems = [f"{what} {_some(ks)}" for what,ks in problems.items() if ks]
     if not problems: return
     hint = _fastai_hint if '0.0.weight' in sd else ''
-    raise ValueError(f"the weights in {name} are not those of this model with its number of classes: {'; '.join(problems)}{hint}")
+    raise ValueError(f"the weights in {name} are not those of this model with its number of classes: "
+                     f"{'; '.join(problems)}{hint}")
 
 def _some(names):
     "A few of them"

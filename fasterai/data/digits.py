@@ -16,7 +16,7 @@ from fastai.torch_core import TensorImageBW
 from sklearn.datasets import load_digits
 from torch import nn
 
-# %% ../../nbs/data/digits.ipynb #05aa507d
+# %% ../../nbs/data/digits.ipynb #2e19b5eb
 class _At:
     "Picks one item out of an array, as a fastai transform"
     def __init__(self, a, cls=int): self.a,self.cls = a,cls
@@ -28,8 +28,8 @@ def digits_dls(
     device=None,       # Device of the batches; fastai's default if None
     n_valid:int=600,   # Number of validation images, always the same ones
 )->DataLoaders:
-    """Handwritten digits: batches of images `(B, 1, 8, 8)` from 0 to 1, and labels 0 to 9. Raises ValueError where there are not
-    that many"""
+    """Handwritten digits: batches of images `(B, 1, 8, 8)` from 0 to 1, and labels 0 to 9. Raises ValueError where
+    there are not that many"""
     d = load_digits()
     n = len(d.target)-n_valid
     if not (10<=n_train<=n and n_valid>0):
@@ -41,12 +41,13 @@ def digits_dls(
     dsets = Datasets(range(len(y)), tfms=[[_At(x, TensorImageBW)], [_At(y), Categorize(range(10))]], splits=splits)
     return dsets.dataloaders(bs=bs, val_bs=n_valid, device=device, num_workers=0)
 
-# %% ../../nbs/data/digits.ipynb #cc65dd1c
+# %% ../../nbs/data/digits.ipynb #1aeaca75
 def digits_net(
     width:int,  # Channels of the first two convolutions; the third has twice as many
     c:int=10,   # Classes
 )->nn.Module:
     "A small convolutional network for `(B, 1, 8, 8)`: blocks `0`, `1`, `2`, then pooling and a linear head"
-    def block(i, o, stride): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    def block(i, o, stride):
+        return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     return nn.Sequential(block(1, width, 1), block(width, width, 2), block(width, 2*width, 2),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*width, c))

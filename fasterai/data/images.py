@@ -7,21 +7,22 @@ Docs: https://FasterAI-Labs.github.io/fasterai/data/images.html.md"""
 # %% auto #0
 __all__ = ['image_dls']
 
-# %% ../../nbs/data/images.ipynb #11ab0814
+# %% ../../nbs/data/images.ipynb #801f685e
 import re
 from collections import Counter
 from pathlib import Path
 
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import IndexSplitter, Normalize, RandomSplitter, RegexLabeller, get_image_files, parent_label
+from fastai.data.transforms import (IndexSplitter, Normalize, RandomSplitter, RegexLabeller, get_image_files,
+                                    parent_label)
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
 from fastcore.basics import using_attr
 
-# %% ../../nbs/data/images.ipynb #38011d83
+# %% ../../nbs/data/images.ipynb #212554dc
 _splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
 
 def _split_of(path, f):
@@ -33,8 +34,8 @@ def _labels(path, files, pattern):
     found = [re.search(pattern, f.name) for f in files]
     missed = [f.name for f,m in zip(files, found) if m is None or not m.groups()]
     if missed:
-        raise ValueError(f"pattern {pattern!r} finds no class (its first group) in {len(missed)} of {len(files)} file names, "
-                         f"for example {missed[0]!r}")
+        raise ValueError(f"pattern {pattern!r} finds no class (its first group) in {len(missed)} of {len(files)} file "
+                         f"names, for example {missed[0]!r}")
     return [m[1] for m in found]
 
 # %% ../../nbs/data/images.ipynb #ac14e5a3
@@ -56,11 +57,12 @@ def _sides(path, files):
     if n := sides.count('test'): print(f"left out {n} images in the test folder: there are others for validation")
     return zip(*[(f,s) for f,s in zip(files, sides) if s in ('train','valid')])
 
-# %% ../../nbs/data/images.ipynb #b9781ae7
+# %% ../../nbs/data/images.ipynb #513efa64
 def _check_classes(path, counts, pattern):
     if len(counts)>1: return
     hint = f"pattern {pattern!r} finds no other"
-    if pattern is None: hint = "put each class into a folder of its own, or give a `pattern` that finds it in the file's name"
+    if pattern is None:
+        hint = "put each class into a folder of its own, or give a `pattern` that finds it in the file's name"
     raise ValueError(f"{str(path)!r} has images of one class only, {next(iter(counts))!r}: {hint}")
 
 def _check_sides(labels, sides):
@@ -68,20 +70,20 @@ def _check_sides(labels, sides):
     new = ', '.join(sorted(valid-train)[:5])
     if new: raise ValueError(f"classes {new} are in the validation images but not in the training ones")
 
-# %% ../../nbs/data/images.ipynb #adf2a7f5
+# %% ../../nbs/data/images.ipynb #f54282d8
 def image_dls(
     path:str|Path,         # Folder of images
     size:int=64,           # Height and width to which images are resized, by cropping
     bs:int=64,             # Batch size
-    pattern:str=None,      # Regular expression whose first group is the class in a file's name; None: the class is the folder's name
+    pattern:str=None,      # Regular expression whose first group is the class in a file's name; None: the folder's name
     augment:bool=False,    # Random flips, rotations, zooms and lighting in training?
     valid_pct:float=0.2,   # Share of the images for validation, where no folders say which
     seed:int=42,           # Of that split
     device=None,           # Device of the batches; fastai's default if None
     **kwargs               # For `DataBlock.dataloaders`
 )->DataLoaders:
-    """`DataLoaders` of the images in `path`, normalized with ImageNet's statistics. Raises FileNotFoundError or ValueError for a folder
-    that cannot train a classifier"""
+    """`DataLoaders` of the images in `path`, normalized with ImageNet's statistics. Raises FileNotFoundError or
+    ValueError for a folder that cannot train a classifier"""
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"no folder {str(path)!r}")
     files,sides = _sides(path, _readable(path))
@@ -89,9 +91,10 @@ def image_dls(
     _check_classes(path, Counter(labels), pattern)
     if sides is not None: _check_sides(labels, sides)
     valid = [i for i,s in enumerate(sides or ()) if s=='valid']
+    augmented = aug_transforms(size=size) if augment else []
     block = DataBlock(
         (ImageBlock, CategoryBlock), get_items=lambda _: list(files),
         get_y=parent_label if pattern is None else using_attr(RegexLabeller(pattern), 'name'),
         splitter=IndexSplitter(valid) if valid else RandomSplitter(valid_pct, seed=seed),
-        item_tfms=Resize(size), batch_tfms=(aug_transforms(size=size) if augment else []) + [Normalize.from_stats(*imagenet_stats)])
+        item_tfms=Resize(size), batch_tfms=augmented + [Normalize.from_stats(*imagenet_stats)])
     return block.dataloaders(path, bs=bs, device=device, **kwargs)

@@ -7,13 +7,14 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #ab64627c
+# %% ../../nbs/distill/all.ipynb #a1fbe3c5
 from ..core.schedule import *
 from .distillation_callback import *
 from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
 from .study.advice import suggest_weights
-from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets, save_report
+from .study.compare import (compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets,
+                                            save_report)
 from .study.experiment import Experiment
 from .study.sweep import sweep
 from .teacher.recorded.recorded import Replay, TeacherCache
@@ -31,8 +32,8 @@ __all__ = [
     'Experiment', 'sweep', 'compare', 'suggest_weights',
     'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']
 
-# %% ../../nbs/distill/all.ipynb #dedd1e08
+# %% ../../nbs/distill/all.ipynb #58733f5c
 try:
-    from fasterai.distill.study.study import Study
+    from fasterai.distill.study.study import Study  # noqa: F401
     __all__.append('Study')
 except ImportError: pass

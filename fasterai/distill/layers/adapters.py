@@ -21,19 +21,24 @@ from torchvision.ops import Permute
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #437dd169
+# %% ../../../nbs/distill/layers/adapters.ipynb #35a14b28
 _prefixes = (0, 1, 2, 5)  # none, class, class and distillation (DeiT), class and four registers (DINOv2)
 
 def token_grid(
     n:int,                # Number of tokens
     like:tuple|None=None, # Height and width of a grid with the same proportions; None: square
 )->tuple|None:
-    "How `n` tokens split into `(prefix, height, width)`: class and register tokens in front, then a grid; None if they do not"
-    for tol in (1e-6, 0.15) if like else (1e-6,):  # proportions to the letter first, then those that strides bend by rounding
+    """How `n` tokens split into `(prefix, height, width)`: class and register tokens in front, then a grid; None where
+    they do not"""
+    for tol in (1e-6, 0.15) if like else (1e-6,):  # proportions to the letter first, then those that strides bend
         for p in _prefixes:
-            bend,h = min(((_bend((h, (n-p)//h), like or (1,1)), h) for h in range(1, n-p+1) if (n-p)%h==0), default=(math.inf, 0))
+            bend,h = _straightest(n-p, like or (1,1))
             if bend<=tol: return p, h, (n-p)//h
     return (0, n, 1) if like and like[1]==1 else None
+
+def _straightest(n, like):
+    "How far the grid of `n` cells with the proportions nearest to `like` is from them, and its height"
+    return min(((_bend((h, n//h), like), h) for h in range(1, n+1) if n%h==0), default=(math.inf, 0))
 
 def _bend(a, b): return abs(math.log(a[0]*b[1]/(a[1]*b[0])))
 
@@ -91,7 +96,7 @@ class MeanPositions(nn.Module):
 
     def extra_repr(self): return f"{self.dims}"
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #33ac7774
+# %% ../../../nbs/distill/layers/adapters.ipynb #377a1b6b
 class ToGrid(nn.Module):
     "Tokens `(B, N, D)` as a grid `(B, D, H, W)`, without the `prefix` tokens in front"
     def __init__(self,
@@ -107,8 +112,8 @@ class ToGrid(nn.Module):
     def extra_repr(self): return f"{self.size[0]}x{self.size[1]}, prefix={self.prefix}"
 
 class ToTokens(nn.Module):
-    """A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the mean
-    over the grid"""
+    """A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the
+    mean over the grid"""
     def __init__(self,
         prefix:int=0, # Number of class and register tokens to put in front
     ):
@@ -135,13 +140,14 @@ class ResizeTokens(nn.Module):
 
     def forward(self, x): return self.to_tokens(self.resize(self.to_grid(x)), x[:, :self.to_grid.prefix])
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #f4843c9c
+# %% ../../../nbs/distill/layers/adapters.ipynb #2bd65c68
 def position_steps(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's
 )->tuple:
-    """What brings a student's map to a teacher's positions and layout, as `(steps, c_s, c_t, axis)`: a list of modules, the
-    student's and the teacher's number of channels, and the axis where the channels are afterwards. ValueError where no rule applies"""
+    """What brings a student's map to a teacher's positions and layout, as `(steps, c_s, c_t, axis)`: a list of modules,
+    the student's and the teacher's number of channels, and the axis where the channels are afterwards. ValueError where
+    no rule applies"""
     s,t = tuple(s_shape)[1:],tuple(t_shape)[1:]
     rule = _rules.get((len(s), len(t)))
     if rule is None: raise ValueError("only vectors (B, D), tokens (B, N, D) and maps (B, C, H, W) can be adapted")
@@ -179,8 +185,10 @@ def _between_maps(s, t):
     a,b = _read_maps(s, t)
     return _grid_steps(a, b), a[1], b[1], _axis(b)
 
-_rules = {(1,1): _between_vectors, (2,2): _between_tokens, (3,3): _between_maps, (2,1): _tokens_to_vector, (3,1): _map_to_vector,
-          (1,2): _vector_to_places, (1,3): _vector_to_places, (3,2): _map_to_tokens, (2,3): _tokens_to_map}
+_rules = {  # by the number of axes without the batch's: 1 a vector, 2 tokens, 3 a map
+    (1,1): _between_vectors,  (1,2): _vector_to_places, (1,3): _vector_to_places,
+    (2,1): _tokens_to_vector, (2,2): _between_tokens,   (2,3): _tokens_to_map,
+    (3,1): _map_to_vector,    (3,2): _map_to_tokens,    (3,3): _between_maps}
 
 def _axis(reading): return 1 if reading[0]=='first' else -1
 
@@ -189,10 +197,10 @@ def _grid_steps(a, b):
     if a[0]==b[0] and not resize: return []
     return [Permute([0,3,1,2])]*(a[0]=='last') + resize + [Permute([0,2,3,1])]*(b[0]=='last')
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #f2b0b7c5
+# %% ../../../nbs/distill/layers/adapters.ipynb #4a14b194
 class MapNorm(nn.BatchNorm2d):
-    """BatchNorm2d that also trains on one value per channel (a last batch of one image, a map of one cell), by its running
-    statistics"""
+    """BatchNorm2d that also trains on one value per channel (a last batch of one image, a map of one cell), by its
+    running statistics"""
     def forward(self, x):
         if x.shape[0]*x.shape[2]*x.shape[3]>1: return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps)
@@ -203,7 +211,7 @@ def channel_steps(
     axis:int=1,  # Axis of the channels: 1, or -1 for tokens, vectors and channels-last maps
     ndim:int=4,  # Number of axes of the map, with the batch
 )->list:
-    "Modules that learn to turn `c_s` channels into `c_t`: 1x1 convolution and norm; norm and linear; or, for vectors, linear"
+    "Modules that learn to turn `c_s` channels into `c_t`: 1x1 convolution and norm; norm and linear; or just linear"
     if axis==1: return [nn.Conv2d(c_s, c_t, 1, bias=False), MapNorm(c_t)]
     return [nn.LayerNorm(c_s)]*(ndim>2) + [nn.Linear(c_s, c_t)]
 
@@ -218,8 +226,8 @@ def adapter(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's
 )->nn.Module|None:
-    """A new module from a student's map of `s_shape` to a teacher's of `t_shape`; None where they are equal already. ValueError
-    where it takes a module of your own. Leaves the global random stream where it was"""
+    """A new module from a student's map of `s_shape` to a teacher's of `t_shape`; None where they are equal already.
+    ValueError where it takes a module of your own. Leaves the global random stream where it was"""
     s_shape,t_shape = tuple(s_shape),tuple(t_shape)
     if s_shape[1:]==t_shape[1:]: return None
     try: steps,c_s,c_t,axis = position_steps(s_shape, t_shape)
@@ -228,18 +236,19 @@ def adapter(
     with torch.random.fork_rng(devices=[]):
         return placed(steps, channel_steps(c_s, c_t, axis, len(t_shape)) if c_s!=c_t else [])
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #6bf397c5
+# %% ../../../nbs/distill/layers/adapters.ipynb #b4e086f7
 class Adapters(nn.Module):
-    """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al., ICLR 2015,
-    arXiv 1412.6550). `Adapters.build` makes them. They compute in float32, also under autocast; a pair without a module passes
-    unchanged"""
+    """One module per pair of layers, called on the student's maps in the order of the pairs (FitNets: Romero et al.,
+    ICLR 2015, arXiv 1412.6550). `Adapters.build` makes them. They compute in float32, also under autocast; a pair
+    without a module passes unchanged"""
     def __init__(self,
-        pairs:Mapping|list, # `{student layer: module}` or modules, for all pairs in their order; None leaves a pair as it is
+        pairs:Mapping|list, # `{student layer: module}` or modules, for all pairs in order; None leaves a pair as it is
     ):
         super().__init__()
         pairs = dict(pairs) if isinstance(pairs, Mapping) else dict(enumerate(pairs))
         for k,m in pairs.items():
-            if not isinstance(m, nn.Module|None): raise TypeError(f"the adapter of {k!r} must be an nn.Module or None, got {m!r}")
+            if isinstance(m, nn.Module|None): continue
+            raise TypeError(f"the adapter of {k!r} must be an nn.Module or None, got {m!r}")
         self.names = list(pairs)
         self.mods = nn.ModuleList(nn.Identity() if m is None else m for m in pairs.values())
 
@@ -269,12 +278,13 @@ def dry(self:Adapters,
     finally:
         for m,mode in modes.items(): m.training = mode
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #88bd2f35
+# %% ../../../nbs/distill/layers/adapters.ipynb #24df7f22
 def carry_over(
     module:nn.Module, # A module built anew
     old:nn.Module,    # The one that it replaces
 ):
-    "Let `module` have the very parameters and buffers of `old`, so that an optimizer goes on with them, if names and shapes agree"
+    """Let `module` have the very parameters and buffers of `old`, so that an optimizer goes on with them, if names and
+    shapes agree"""
     def shapes(m): return {k: v.shape for k,v in m.state_dict().items()}
     if shapes(module)!=shapes(old): return
     for name,m in module.named_modules():
@@ -293,18 +303,18 @@ class OnSeries(nn.Module):
 
     def forward(self, x): return self.module(x.squeeze(-1)).unsqueeze(-1)
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #bc805b43
+# %% ../../../nbs/distill/layers/adapters.ipynb #b8da1b38
 @patch(cls_method=True)
 def build(cls:Adapters,
     fm_s:dict,             # Student's maps `{layer: tensor}` of one batch
     fm_t:dict,             # Teacher's maps, in the same order
     own:Mapping|None=None, # Modules of your own: `{student layer or number of the pair: module}`
     same_shape:bool=True,  # Whether the loss needs equal shapes: adapt the pairs that `own` leaves out, and check all
-    old:Adapters|None=None,# Earlier adapters of these pairs, to go on from if all their parameters fit, e.g. at another image size
-    series:Iterable=(),    # Student layers whose maps are `(B, C, L)`, given here as `(B, C, L, 1)`: your own modules get the former
+    old:Adapters|None=None,# Earlier adapters of these pairs, to go on from if all parameters fit: at another image size
+    series:Iterable=(),    # Student layers with maps `(B, C, L)`, here `(B, C, L, 1)`: your own modules get the former
 )->Adapters:
-    """Adapters for pairs of maps, in float32 on the maps' device. Leaves the global CPU random stream where it was. ValueError for a
-    pair that cannot be adapted or an unknown name, with the layer, both shapes and the remedy"""
+    """Adapters for pairs of maps, in float32 on the maps' device. Leaves the global CPU random stream where it was.
+    ValueError for a pair that cannot be adapted or an unknown name, with the layer, both shapes and the remedy"""
     if len(fm_s)!=len(fm_t):
         raise ValueError(f"{len(fm_s)} student maps for {len(fm_t)} teacher maps: {_names(fm_s)} and {_names(fm_t)}")
     own = _by_layer(own or {}, list(fm_s), set(series))

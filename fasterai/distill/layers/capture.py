@@ -40,7 +40,7 @@ def first_tensor(
     for o in tensors_in(out): return o
     raise TypeError(f"{where} gives a {type(out).__name__} without a tensor in it: there is nothing to capture")
 
-# %% ../../../nbs/distill/layers/capture.ipynb #73d56e84
+# %% ../../../nbs/distill/layers/capture.ipynb #f2c9a8c6
 class _Tap:
     "What passes at one layer. At module level, so that a model pickles while it is hooked"
     def __init__(self, name, detach, every):
@@ -71,20 +71,21 @@ class _Tap:
         if version is None or t._version==version: return t
         self.overwritten = self.copying = True
         if copy is not None: return copy
-        raise RuntimeError(f"the output of {self.name} was changed in place after it was captured, for the first time now; "
-                           "it is copied from the next forward on, so run this one again")
+        raise RuntimeError(f"the output of {self.name} was changed in place after it was captured, for the first time "
+                           "now; it is copied from the next forward on, so run this one again")
 
     def hook(self, module):
         "Listen to `module` until the handle that is returned is removed"
         if self.name.endswith(':input'): return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
         return module.register_forward_hook(self.on_output)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #40113f53
+# %% ../../../nbs/distill/layers/capture.ipynb #84c6e1a6
 class Capture:
-    "Context manager that keeps what `layers` of `model` compute while it is entered; it can be entered any number of times"
+    """Context manager that keeps what `layers` of `model` compute while it is entered; it can be entered any number of
+    times"""
     def __init__(self,
-        model:nn.Module,                    # Any model; `DistributedDataParallel` and `torch.compile` wrappers are looked through
-        layers:str|Iterable[str],           # Names; `name:input` is what goes into a layer instead of what comes out, `''` the model
+        model:nn.Module,                    # Any model; wrappers such as `DistributedDataParallel` are looked through
+        layers:str|Iterable[str],           # Names; `name:input` is what goes into a layer, `''` is the whole model
         detach:bool=False,                  # Cut the captured tensors off the graph
         calls:Literal['last','all']='last', # Of a layer that runs several times keep the last tensor, or a list of all
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'
@@ -122,40 +123,41 @@ def _keys(layers):
 def _refuse_copies(model):
     for m in wrapping(model):
         if isinstance(m, DataParallel) and len(m.device_ids)>1:
-            raise ValueError("DataParallel runs copies of the model side by side, and their captures would overwrite each other; "
-                             "use DistributedDataParallel")
+            raise ValueError("DataParallel runs copies of the model side by side, and their captures would overwrite "
+                             "each other; use DistributedDataParallel")
 
-# %% ../../../nbs/distill/layers/capture.ipynb #d27be441
+# %% ../../../nbs/distill/layers/capture.ipynb #9327009f
 @patch(as_prop=True)
 def maps(self:Capture)->dict[str, Tensor]:
     """The captured tensors in the order of `layers`; the second one of a layer listed twice is called `name#2`.
     RuntimeError if a layer was not reached"""
     missing = [t.name for t in self.taps.values() if not t.kept]
-    if missing:
-        raise RuntimeError(f"the forward never reached {self.kind} {', '.join(map(repr, missing))}{_why_missing(self, missing)}")
-    return {k:t.read() for k,t in self.taps.items()}
+    if not missing: return {k:t.read() for k,t in self.taps.items()}
+    names = ', '.join(map(repr, missing))
+    raise RuntimeError(f"the forward never reached {self.kind} {names}{_why_missing(self, missing)}")
 
 def _why_missing(capture, missing):
     none = len(missing)==len(capture.layers)
     wrappers = wrapping(capture.model) if none else ()
     if any(map(is_compiled, [*wrappers, *unwrap(capture.model).modules()])):
-        return (": the model was compiled and ran before it was hooked, and compiled code does not look for hooks again; "
-                "call torch.compiler.reset() before the first captured forward")
+        return (": the model was compiled and ran before it was hooked, and compiled code does not look for hooks "
+                "again; call torch.compiler.reset() before the first captured forward")
     return '; did the model run at all while this capture was entered?' if none else ''
 
-# %% ../../../nbs/distill/layers/capture.ipynb #c8b8744a
+# %% ../../../nbs/distill/layers/capture.ipynb #73226efb
 @patch(as_prop=True)
 def layouts(self:Capture)->dict[str, str|None]:
-    "The layout of each map in `maps`, under its key: 'first' or 'last' for the channels' axis, None where nothing tells"
+    "The layout of each map in `maps`, under its key: 'first' or 'last' for the channels' axis, None if nothing tells"
     def shape(tap): return tap.kept[-1][0].shape if tap.kept else ()
     return {k:layout_of(self.model, t.name, shape(t)) for k,t in self.taps.items()}
 
-# %% ../../../nbs/distill/layers/capture.ipynb #1ea566bd
+# %% ../../../nbs/distill/layers/capture.ipynb #bcba7a0c
 @contextmanager
 def as_found(
     *models:nn.Module, # The models to run inside
 ):
-    "Evaluation mode and no graph inside; afterwards every mode, attribute, buffer and random state is as before, whatever happened"
+    """Evaluation mode and no graph inside; afterwards every mode, attribute, buffer and random state is as before,
+    whatever happened"""
     mods = [m for model in models for m in unwrap(model).modules()]
     modules = [(m, type(m), dict(vars(m)), dict(m._buffers)) for m in mods]
     values = [(b, b.clone()) for m in mods for b in m._buffers.values() if b is not None and not is_lazy(b)]

@@ -30,13 +30,13 @@ def _witness(m, comes_in=False):
     if isinstance(m, nn.RNNBase) and not comes_in: return layout, (m.proj_size or m.hidden_size)*(1+m.bidirectional)
     return next(((layout, getattr(m, n)) for n in (_n_in if comes_in else _n_out) if hasattr(m, n)), None)
 
-# %% ../../../nbs/distill/layers/layout.ipynb #8a098d44
+# %% ../../../nbs/distill/layers/layout.ipynb #903262be
 def layout_of(
     model:nn.Module, # Any model
     name:str,        # A layer, as for `Capture`
     shape:tuple,     # Shape of its map, with the batch
 )->str|None:
-    "'first' if the second axis of the layer's map holds the channels, 'last' if the last axis does, None where nothing tells"
+    "'first' if the second axis of the layer's map holds the channels, 'last' if the last one, None if nothing tells"
     if len(shape)<3: return None
     comes_in = name.endswith(':input')
     for m in _makers(model, name.removesuffix(':input'), comes_in):

@@ -90,7 +90,7 @@ class Step:
 
 _idle = 'Drop','Pool','Flatten','Identity','Pad','Upsample'  # in the names of classes
 
-# %% ../../../nbs/distill/layers/matching.ipynb #906bc60b
+# %% ../../../nbs/distill/layers/matching.ipynb #70880b06
 class _Tracer:
     "Notes down each module that ends"
     def __init__(self, size):
@@ -107,10 +107,12 @@ class _Tracer:
         self.steps.pop(name, None)
         inp = geometry(() if i is None else tuple(i.shape), self.size)
         state = o._version,o.storage_offset(),tuple(o.shape)
-        self.steps[name] = Step(name, m, self.ended, inp, geometry(tuple(o.shape), self.size), self.refs[-1].cdata, state)
+        out = geometry(tuple(o.shape), self.size)
+        self.steps[name] = Step(name, m, self.ended, inp, out, self.refs[-1].cdata, state)
 
     def hook(self, name, m):
-        return m.register_forward_hook(lambda m, args, kwargs, out: self.end(name, m, (args, kwargs), out), with_kwargs=True)
+        def end(m, args, kwargs, out): self.end(name, m, (args, kwargs), out)
+        return m.register_forward_hook(end, with_kwargs=True)
 
 def trace(
     model:nn.Module, # Any model
@@ -178,7 +180,7 @@ def _ends_trunk(s, final):
     if not s.learns and prod(s.out.grid)==1<prod(s.inp.grid): return True
     return s.memory==final.memory and len(s.out.grid)!=len(final.out.grid)
 
-# %% ../../../nbs/distill/layers/matching.ipynb #c65a353e
+# %% ../../../nbs/distill/layers/matching.ipynb #b40cbe72
 def _settled(s, after):
     "The end of the norms and activations that directly follow `s`"
     for o in after:
@@ -187,7 +189,7 @@ def _settled(s, after):
     return s
 
 def _stage_at(here, last):
-    "The step that stands for the steps at one level, its convolution if that is a loose one, and whether it merely pools"
+    "The step that stands for those at one level, its convolution if that is a loose one, and whether it merely pools"
     blocks = [s for s in here if s.kind=='block' and not _only_pools(s, here)]
     loose = [s for s in here if s.kind=='layer']
     if blocks and last: return max(reversed(blocks), key=lambda s: s.opened),'',False
@@ -297,7 +299,7 @@ def _by_depth(ss, ts):
 
 def _evenly(o, n): return [o[-(-(i+1)*len(o)//n)-1] for i in range(n)]
 
-# %% ../../../nbs/distill/layers/matching.ipynb #2a74968e
+# %% ../../../nbs/distill/layers/matching.ipynb #eec2d509
 class FeaturePairs(dict):
     "Pairs of layers, `{'student': [...], 'teacher': [...]}`; shown as a table in a notebook"
     def __init__(self, student, teacher, rows=()):
@@ -305,8 +307,8 @@ class FeaturePairs(dict):
         self.rows = rows
 
     def table(self)->pd.DataFrame:
-        """One line per pair: both layers, the shapes of their maps, where they stand in the forward (0 to 1), and what an
-        adapter would have to change"""
+        """One line per pair: both layers, the shapes of their maps, where they stand in the forward (0 to 1), and what
+        an adapter would have to change"""
         return pd.DataFrame(self.rows)
 
     def _repr_html_(self): return self.table().to_html(index=False, border=0) if self.rows else None
@@ -314,7 +316,8 @@ class FeaturePairs(dict):
 
 def _row(s, t):
     return {'student': s.name, 'teacher': t.name, 'student map': _times(s.out), 'teacher map': _times(t.out),
-            'student depth': round(s.depth, 2), 'teacher depth': round(t.depth, 2), 'adapter': _differences(s.out, t.out)}
+            'student depth': round(s.depth, 2), 'teacher depth': round(t.depth, 2),
+            'adapter': _differences(s.out, t.out)}
 
 def _times(o): return 'x'.join(map(str, (o.channels, *o.grid)))
 
@@ -323,15 +326,14 @@ def _differences(a, b):
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
 
-# %% ../../../nbs/distill/layers/matching.ipynb #c3f6c7f2
+# %% ../../../nbs/distill/layers/matching.ipynb #3aa85613
 def _network(who, o, xb):
     "The network that `o` stands for, and its inputs"
     if isinstance(o, Learner): o = o.model
     if isinstance(o, nn.Module): return unwrap(o),xb
     models = o if isinstance(o, (list, tuple)) else getattr(o, 'models', None)
-    if not models:
-        raise TypeError(f"the {who} must be a module or a Learner, or a Teacher that has networks, got {type(o).__name__}")
-    return _network(who, models[0], _first_inputs(o, xb))
+    if models: return _network(who, models[0], _first_inputs(o, xb))
+    raise TypeError(f"the {who} must be a module, a Learner, or a Teacher that has networks, got {type(o).__name__}")
 
 def _first_inputs(teacher, xb):
     "What the first network of a `Teacher` gets for the student's inputs `xb`"
@@ -343,7 +345,7 @@ def _first_inputs(teacher, xb):
 
 def match_feature_layers(
     student:nn.Module|Learner,  # The student
-    teacher:nn.Module|Learner,  # The teacher; also a `Teacher`, of whose networks the first counts, on what its `tfms` make of `x`
+    teacher:nn.Module|Learner,  # The teacher; also a `Teacher`: its first network, on what its `tfms` make of `x`
     x:Tensor|tuple,             # One batch of inputs, labels not included; a batch of one will do
 )->FeaturePairs:
     """Pairs of layers for a feature loss, from shallow to deep; both models stay as they are. ValueError if one has no

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/layers/names.ipynb #624c0c82
+# %% ../../../nbs/distill/layers/names.ipynb #2d2dbdfd
 def wrapping(
     model:nn.Module, # A model, perhaps inside wrappers
 )->Iterable[nn.Module]:
@@ -23,7 +23,7 @@ def wrapping(
     while model is not None:
         yield model
         if isinstance(model, (DistributedDataParallel, DataParallel)): model = model.module
-        else: model = model._modules.get('_orig_mod')  # torch.compile's; its class lives in torch._dynamo, slow to import
+        else: model = model._modules.get('_orig_mod')  # torch.compile's; its class is in torch._dynamo, slow to import
 
 def unwrap(
     model:nn.Module, # A model, perhaps inside `DistributedDataParallel`, `DataParallel` or `torch.compile`
@@ -44,10 +44,10 @@ def get_model_layers(
     "Dotted names of all submodules, outer before inner"
     return [n for n,_ in unwrap(model).named_modules(remove_duplicate=False) if n]
 
-# %% ../../../nbs/distill/layers/names.ipynb #3c54928e
+# %% ../../../nbs/distill/layers/names.ipynb #cf7b62a5
 def get_module_by_name(
     model:nn.Module,   # Any model
-    name:str,          # Dotted name, one of `get_model_layers`; `''` is the whole model, as in PyTorch's `named_modules`
+    name:str,          # Dotted name, one of `get_model_layers`; `''` is the whole model, as in `named_modules`
     kind:str='layer',  # What an error calls it, e.g. 'layer of the student'
 )->nn.Module:
     "The submodule called `name`; ValueError with the nearest names if there is none"
@@ -57,13 +57,13 @@ def get_module_by_name(
         if m is None: raise ValueError(unknown_name(kind, name, get_model_layers(model)))
     return m
 
-# %% ../../../nbs/distill/layers/names.ipynb #d2144623
+# %% ../../../nbs/distill/layers/names.ipynb #789e1ea7
 def layer_pairs(
-    student_layers:str|Iterable|Mapping|None, # Name or names; or all pairs: `{'layer3': '0.6'}`, `[('layer3', '0.6')]`,
-                                              # a result of `match_feature_layers`
-    teacher_layers:str|Iterable|None=None,    # Name or names of the teacher's, where the first argument does not bring them
+    student_layers:str|Iterable|Mapping|None, # Name or names; or all pairs: `{'layer3': '0.6'}`, `[('layer3', '0.6')]`
+    teacher_layers:str|Iterable|None=None,    # Name or names of the teacher's, where the first argument has no pairs
 )->tuple[list[str], list[str]]:
-    "Pairs in any form as two lists of names; ValueError if the two sides do not pair up"
+    """Pairs in any form, a result of `match_feature_layers` too, as two lists of names; ValueError if the two sides do
+    not pair up"""
     pairs = _written_as_pairs(student_layers)
     if pairs is None: s,t = as_names(student_layers),as_names(teacher_layers)
     elif teacher_layers is None: s,t = pairs
