@@ -20,5 +20,6 @@ setup(
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
     packages=find_packages(include=['fasterai*']), include_package_data=True,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['fasterai=fasterai._modidx:d']},
-    classifiers=['Development Status :: 4 - Beta', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
+    classifiers=['Development Status :: 4 - Beta', 'Intended Audience :: Developers',
+                 'Intended Audience :: Science/Research',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence', 'Programming Language :: Python :: 3'])

@@ -6,10 +6,11 @@ def _refuse_mixed_files():
     from pathlib import Path
     for record in Path(__file__).parent.parent.glob('fasterai-*.dist-info/RECORD'):
         if 'fasterai/__init__.py' not in record.read_text(encoding='utf-8'): continue  # an editable one lies elsewhere
+        other = record.parent.name.removesuffix('.dist-info')
         raise ImportError(
-            f"the distribution {record.parent.name.removesuffix('.dist-info')!r}, another project, was installed into the folder of "
-            "fasterai-distill, and each has overwritten files of the other. Remove both (pip uninstall fasterai fasterai-distill), "
-            "and install one of them again; whoever needs both gives each an environment of its own")
+            f"the distribution {other!r}, another project, was installed into the folder of fasterai-distill, and each "
+            "has overwritten files of the other. Remove both (pip uninstall fasterai fasterai-distill), and install "
+            "one of them again; whoever needs both gives each an environment of its own")
 
 
 _refuse_mixed_files()

@@ -1,7 +1,7 @@
 "Weights from files as trainings, wrappers and strangers write them"
 import os
 
-import fastai.callback.progress  # gives Learner `no_bar`
+import fastai.callback.progress  # noqa: F401 gives Learner `no_bar`
 import pytest
 import torch
 from fastai.learner import Learner
@@ -18,9 +18,12 @@ def model(seed=0, c=10):
 
 def same(a, b): return all(torch.equal(v, b.state_dict()[k]) for k,v in a.state_dict().items())
 
-wrappers = dict(bare=lambda sd: sd, state_dict=lambda sd: {'epoch': 3, 'state_dict': sd}, model_state_dict=lambda sd: {'model_state_dict': sd, 'loss': .5},
-                model=lambda sd: {'model': sd, 'optimizer': {'state': {}}}, twice=lambda sd: {'model': {'state_dict': sd}},
-                module=lambda sd: {f'module.{k}': v for k,v in sd.items()}, compiled=lambda sd: {f'_orig_mod.{k}': v for k,v in sd.items()},
+wrappers = dict(bare=lambda sd: sd, state_dict=lambda sd: {'epoch': 3, 'state_dict': sd},
+                model_state_dict=lambda sd: {'model_state_dict': sd, 'loss': .5},
+                model=lambda sd: {'model': sd, 'optimizer': {'state': {}}},
+                twice=lambda sd: {'model': {'state_dict': sd}},
+                module=lambda sd: {f'module.{k}': v for k,v in sd.items()},
+                compiled=lambda sd: {f'_orig_mod.{k}': v for k,v in sd.items()},
                 both=lambda sd: {'state_dict': {f'module._orig_mod.{k}': v for k,v in sd.items()}})
 
 @pytest.mark.parametrize('how', wrappers)
@@ -58,10 +61,14 @@ def test_safetensors(tmp_path):
 class Evil:
     def __reduce__(self): return os.system, ('echo evil',)
 
-odd = dict(a_list=([1, 2], 'holds no state dict, but a list'), nothing=({}, 'holds no state dict'), a_tensor=(torch.ones(2), 'holds no state dict, but a Tensor'),
-           numbers=({k:5 for k in model().state_dict()}, 'holds no weights'), nan=({k:v*float('nan') for k,v in model().state_dict().items()}, 'are NaN'),
-           inf=({k:v/0 for k,v in model(1).state_dict().items()}, 'are NaN or infinite'), other=(model(c=3).state_dict(), r'other shapes: 5.weight \(3, 8\) for \(10, 8\)'),
-           part=(dict(list(model().state_dict().items())[:3]), 'missing: '), code=(Evil(), 'read safely'), no_names=({1: torch.ones(1)}, 'unknown: 1'))
+odd = dict(a_list=([1, 2], 'holds no state dict, but a list'), nothing=({}, 'holds no state dict'),
+           a_tensor=(torch.ones(2), 'holds no state dict, but a Tensor'),
+           numbers=({k:5 for k in model().state_dict()}, 'holds no weights'),
+           nan=({k:v*float('nan') for k,v in model().state_dict().items()}, 'are NaN'),
+           inf=({k:v/0 for k,v in model(1).state_dict().items()}, 'are NaN or infinite'),
+           other=(model(c=3).state_dict(), r'other shapes: 5.weight \(3, 8\) for \(10, 8\)'),
+           part=(dict(list(model().state_dict().items())[:3]), 'missing: '), code=(Evil(), 'read safely'),
+           no_names=({1: torch.ones(1)}, 'unknown: 1'))
 
 @pytest.mark.parametrize('what', odd)
 def test_other_files_are_refused_by_name_and_the_model_stays(tmp_path, what, capfd):

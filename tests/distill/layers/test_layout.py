@@ -25,7 +25,8 @@ class Mixed(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.stem = nn.Sequential(conv(2, width), nn.MaxPool1d(2))
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 32, batch_first=True), 1, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 32, batch_first=True), 1,
+                                             enable_nested_tensor=False)
         self.lstm = nn.LSTM(width, 8, batch_first=True, bidirectional=True)
         self.head = nn.Linear(16, 3)
     def forward(self, x): return self.head(self.lstm(self.encoder(self.stem(x).mT))[0].mean(1))
@@ -34,9 +35,11 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize('length', [40, 16, 32])  # 16 is the number of channels too
 def test_convolutions_transformer_and_recurrent_layer(length):
     m = Mixed().eval()
-    with Capture(m, ['stem', 'stem.0', 'stem.0.2', 'encoder', 'encoder:input', 'encoder.layers.0', 'lstm', 'head', 'head:input']) as c:
+    with Capture(m, ['stem', 'stem.0', 'stem.0.2', 'encoder', 'encoder:input', 'encoder.layers.0', 'lstm', 'head',
+                     'head:input']) as c:
         m(torch.randn(4, 2, length))
-    want = {'stem': 'first', 'stem.0': 'first', 'stem.0.2': 'first', 'encoder': 'last', 'encoder:input': 'last', 'encoder.layers.0': 'last',
+    want = {'stem': 'first', 'stem.0': 'first', 'stem.0.2': 'first', 'encoder': 'last', 'encoder:input': 'last',
+            'encoder.layers.0': 'last',
             'lstm': 'last', 'head': None, 'head:input': None}
     assert c.layouts == want == layouts(m, c.maps)
     shapes = {k:tuple(x.shape) for k,x in spatial(c.maps, c.layouts).items()}
@@ -44,7 +47,8 @@ def test_convolutions_transformer_and_recurrent_layer(length):
     assert shapes['encoder'] == (4, length//2, 16) and shapes['head'] == (4, 3)
 
 def test_residual_blocks_in_time():
-    m = nn.Sequential(conv(2, 8), Residual(8, 32), Residual(32, 32), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 3))
+    m = nn.Sequential(conv(2, 8), Residual(8, 32), Residual(32, 32), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+                      nn.Linear(32, 3))
     with Capture(m, ['1', '1:input', '1.a', '2', '3']) as c: m(torch.randn(4, 2, 32))
     assert set(c.layouts.values()) == {'first'}
 
@@ -72,7 +76,9 @@ def test_nothing_tells():
     assert layouts(None, {'a': torch.zeros(4, 16, 50)}) == {'a': None}
 
 
-@pytest.mark.parametrize('shapes', [((16, 50), (64, 50)), ((16, 50), (32, 100)), ((16, 50), (16, 25)), ((24, 50), (64, 1)), ((50, 50), (64, 50))])
+@pytest.mark.parametrize('shapes',
+                         [((16, 50), (64, 50)), ((16, 50), (32, 100)), ((16, 50), (16, 25)), ((24, 50), (64, 1)),
+                          ((50, 50), (64, 50))])
 def test_adapters_of_series(shapes):
     (cs,ls),(ct,lt) = shapes
     s,t = torch.randn(4, cs, ls, 1),torch.randn(4, ct, lt, 1)
@@ -98,7 +104,8 @@ def test_series_and_tokens():
     torch.testing.assert_close(adapter(s.shape, (4, 16)).place(s), s.mean((2, 3)))
 
 def test_own_modules_get_series_as_they_are():
-    s,t = dict(a=torch.randn(4, 16, 50, 1), b=torch.randn(4, 8, 4, 4)),dict(a=torch.randn(4, 64, 50, 1), b=torch.randn(4, 8, 4, 4))
+    s,t = dict(a=torch.randn(4, 16, 50, 1), b=torch.randn(4, 8, 4, 4)),dict(a=torch.randn(4, 64, 50, 1),
+                                                                            b=torch.randn(4, 8, 4, 4))
     m = nn.Conv1d(16, 64, 1)
     for own in {'a': m}, {0: m}:
         got = Adapters.build(s, t, own=own, series=['a'])(s)
