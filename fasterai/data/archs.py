@@ -19,7 +19,7 @@ from torchvision import models as tv
 from .digits import digits_net
 from ..core.names import unknown_name
 
-# %% ../../nbs/data/archs.ipynb #43bdc8ba
+# %% ../../nbs/data/archs.ipynb #d410cdab
 def _timm():
     if find_spec('timm') is None: return None
     import timm
@@ -31,6 +31,7 @@ def available_archs()->list[str]:
     timm = _timm()
     return [*tv.list_models(module=tv), *(timm.list_models() if timm else []), 'digits_net4', 'digits_net32']
 
+# %% ../../nbs/data/archs.ipynb #eb571504
 def make_model(
     name:str,  # One of `available_archs`; torchvision's comes first where both have the name, `timm:name` says timm's
     c:int,     # Number of classes
@@ -46,7 +47,7 @@ def make_model(
 
 def _no_aux(name): return dict(aux_logits=False, init_weights=True) if name in ('googlenet','inception_v3') else {}
 
-# %% ../../nbs/data/archs.ipynb #6a9cb6b3
+# %% ../../nbs/data/archs.ipynb #4d74d0f0
 _inside = 'model','state_dict','model_state_dict'
 _prefixes = 'module.','_orig_mod.'
 
@@ -68,6 +69,7 @@ def _safe_load(file):
     known = getattr(torch.serialization, 'safe_globals', lambda _: nullcontext())  # new in PyTorch 2.5
     with known([L]): return torch.load(file, map_location='cpu', weights_only=True)
 
+# %% ../../nbs/data/archs.ipynb #91c29622
 def _state_dict(o, own, name):
     """The state dict in what a file holds, without prefixes of wrappers that the names `own` have not; ValueError if
     there is none"""
@@ -78,7 +80,7 @@ def _state_dict(o, own, name):
         if wrapped: o = {k.removeprefix(p): v for k,v in o.items()}
     return o
 
-# %% ../../nbs/data/archs.ipynb #85784a88
+# %% ../../nbs/data/archs.ipynb #ac935e45
 def load_weights(
     model:nn.Module,  # Gets the weights
     file:str|Path,    # `.safetensors`, or what `torch.save` or `learn.save` wrote: a state dict, bare, or inside a dict
@@ -95,6 +97,7 @@ def load_weights(
     model.load_state_dict(sd)
     return model
 
+# %% ../../nbs/data/archs.ipynb #f95392fc
 def _refuse_others_weights(sd, own, name):
     "ValueError if the state dict `sd` is not one of a model whose state dict is `own`"
     no_tensor = [k for k,v in sd.items() if k in own and isinstance(own[k], Tensor) and not isinstance(v, Tensor)]

@@ -40,7 +40,7 @@ def _straightest(n, like):
 
 def _bend(a, b): return abs(math.log(a[0]*b[1]/(a[1]*b[0])))
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #6f6b570a
+# %% ../../../nbs/distill/layers/adapters.ipynb #c223e82f
 def _readings(s):
     "`(layout, channels, grid)` of a map with axes `s`, in both layouts"
     a,b,c = s
@@ -58,6 +58,7 @@ def _read_maps(s, t):
         return 0 if _bend(a, b)<1e-6 else 1 if _alike(a, b) else 2
     return min(((a, b) for a in _readings(s) for b in _readings(t)), key=unlike)
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #51624acf
 def _read_map(s, n=None):
     "The reading of a map `s` beside `n` tokens, or beside a vector, and the tokens' split"
     if n is None: return _readings(s)[-1 if s[0]==s[1]!=s[2] else 0], None
@@ -66,7 +67,7 @@ def _read_map(s, n=None):
         if g and (r[0]=='first' or _bend(r[2], g[1:])<1e-6): return r, g
     return None, None
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #3e20beb3
+# %% ../../../nbs/distill/layers/adapters.ipynb #d5ca0090
 class ResizeGrid(nn.Module):
     "Bring a grid `(B, C, H, W)` to `size`: average pooling where it shrinks, bilinear interpolation where it grows"
     def __init__(self,
@@ -82,6 +83,7 @@ class ResizeGrid(nn.Module):
 
     def extra_repr(self): return f"{self.size[0]}x{self.size[1]}"
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #89571aa8
 class MeanPositions(nn.Module):
     "The mean over `dims`: all positions of a map, as one vector `(B, C)`"
     def __init__(self,
@@ -94,7 +96,7 @@ class MeanPositions(nn.Module):
 
     def extra_repr(self): return f"{self.dims}"
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #377a1b6b
+# %% ../../../nbs/distill/layers/adapters.ipynb #4868824d
 class ToGrid(nn.Module):
     "Tokens `(B, N, D)` as a grid `(B, D, H, W)`, without the `prefix` tokens in front"
     def __init__(self,
@@ -109,6 +111,7 @@ class ToGrid(nn.Module):
 
     def extra_repr(self): return f"{self.size[0]}x{self.size[1]}, prefix={self.prefix}"
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #12c0057d
 class ToTokens(nn.Module):
     """A grid `(B, C, H, W)` as tokens `(B, prefix+H*W, C)`; each `prefix` token not given in `front` `(B, n, C)` is the
     mean over the grid"""
@@ -125,6 +128,7 @@ class ToTokens(nn.Module):
 
     def extra_repr(self): return f"prefix={self.prefix}"
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #23b76f1e
 class ResizeTokens(nn.Module):
     "Tokens `(B, N, D)` on another grid: class and register tokens kept, the rest resized as a grid"
     def __init__(self,
@@ -138,7 +142,7 @@ class ResizeTokens(nn.Module):
 
     def forward(self, x): return self.to_tokens(self.resize(self.to_grid(x)), x[:, :self.to_grid.prefix])
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #2bd65c68
+# %% ../../../nbs/distill/layers/adapters.ipynb #9cda5cb6
 def position_steps(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's
@@ -151,13 +155,8 @@ def position_steps(
     if rule is None: raise ValueError("only vectors (B, D), tokens (B, N, D) and maps (B, C, H, W) can be adapted")
     return rule(s, t)
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #ab975a22
 def _between_vectors(s, t): return [], s[0], t[0], -1
-
-def _between_tokens(s, t):
-    if s[0]==t[0]: return [], s[1], t[1], -1
-    a,b = token_grid(s[0]),token_grid(t[0])
-    if not (a and b): raise ValueError(f"{s[0] if b else t[0]} tokens are no grid")
-    return [ResizeTokens(a, b)], s[1], t[1], -1
 
 def _tokens_to_vector(s, t): return [MeanPositions((1,))], s[1], t[0], -1
 
@@ -168,6 +167,13 @@ def _map_to_vector(s, t):
 def _vector_to_places(s, t):
     if t[1:]==(1,1): return [nn.Unflatten(1, (-1,1,1))], s[0], t[0], 1
     raise ValueError("a vector has no positions")
+
+# %% ../../../nbs/distill/layers/adapters.ipynb #42e6ec38
+def _between_tokens(s, t):
+    if s[0]==t[0]: return [], s[1], t[1], -1
+    a,b = token_grid(s[0]),token_grid(t[0])
+    if not (a and b): raise ValueError(f"{s[0] if b else t[0]} tokens are no grid")
+    return [ResizeTokens(a, b)], s[1], t[1], -1
 
 def _map_to_tokens(s, t):
     a,b = _read_map(s, t[0])
@@ -195,7 +201,7 @@ def _grid_steps(a, b):
     if a[0]==b[0] and not resize: return []
     return [Permute([0,3,1,2])]*(a[0]=='last') + resize + [Permute([0,2,3,1])]*(b[0]=='last')
 
-# %% ../../../nbs/distill/layers/adapters.ipynb #4a14b194
+# %% ../../../nbs/distill/layers/adapters.ipynb #ccc5448b
 class MapNorm(nn.BatchNorm2d):
     """BatchNorm2d that also trains on one value per channel (a last batch of one image, a map of one cell), by its
     running statistics"""
@@ -203,6 +209,7 @@ class MapNorm(nn.BatchNorm2d):
         if x.shape[0]*x.shape[2]*x.shape[3]>1: return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps)
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #db024f98
 def channel_steps(
     c_s:int,     # Student's number of channels
     c_t:int,     # Teacher's number of channels
@@ -220,6 +227,7 @@ def placed(
     "`steps` as `place`, then `layers` as `project`: parameters are called the same whatever the sizes of the maps"
     return nn.Sequential(OrderedDict(place=nn.Sequential(*steps), project=nn.Sequential(*layers)))
 
+# %% ../../../nbs/distill/layers/adapters.ipynb #88adad2c
 def adapter(
     s_shape:tuple, # Shape of the student's map, with the batch
     t_shape:tuple, # Shape of the teacher's

@@ -19,7 +19,7 @@ from ...core.names import unknown_name
 from .layout import layout_of
 from .names import as_names, get_module_by_name, is_compiled, unwrap, wrapping
 
-# %% ../../../nbs/distill/layers/capture.ipynb #0c783199
+# %% ../../../nbs/distill/layers/capture.ipynb #a0ee4b25
 def tensors_in(
     o, # A tensor, or tuples, lists and mappings of them, nested as you like
 )->Iterable[Tensor]:
@@ -29,6 +29,7 @@ def tensors_in(
         for p in o: yield from tensors_in(p)
     elif isinstance(o, Mapping): yield from tensors_in(list(o.values()))
 
+# %% ../../../nbs/distill/layers/capture.ipynb #598938b0
 def first_tensor(
     out,              # What a module got or returned: a tensor, or a tuple, list or mapping with one in it
     where:str='it',   # The layer, for the error
@@ -77,7 +78,7 @@ class _Tap:
         if self.name.endswith(':input'): return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
         return module.register_forward_hook(self.on_output)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #84c6e1a6
+# %% ../../../nbs/distill/layers/capture.ipynb #d5b3de44
 class Capture:
     """Context manager that keeps what `layers` of `model` compute while it is entered; it can be entered any number of
     times"""
@@ -115,6 +116,7 @@ class Capture:
         "Let go of the captured tensors"
         for tap in self.taps.values(): tap.kept.clear()
 
+# %% ../../../nbs/distill/layers/capture.ipynb #2527fb3a
 def _keys(layers):
     return [n if (c:=layers[:i+1].count(n))==1 else f'{n}#{c}' for i,n in enumerate(layers)]
 
@@ -188,7 +190,7 @@ def _refill(buffer, was):
     if buffer.shape!=was.shape: buffer.resize_(was.shape)
     buffer.copy_(was)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #9ff2f80d
+# %% ../../../nbs/distill/layers/capture.ipynb #d98c54b3
 def to_model(
     model:nn.Module, # Any model
     xb:tuple,        # Its inputs
@@ -198,6 +200,7 @@ def to_model(
     def one(o): return o.to(p.device, p.dtype if o.is_floating_point() else o.dtype) if isinstance(o, Tensor) else o
     return xb if p is None else tuple(map(one, xb))
 
+# %% ../../../nbs/distill/layers/capture.ipynb #f327537c
 def output_shapes(
     model:nn.Module,     # Any model
     layers:Iterable[str],# Names, as for `Capture`

@@ -28,7 +28,7 @@ def _witness(m, comes_in=False):
     if isinstance(m, nn.RNNBase) and not comes_in: return layout, (m.proj_size or m.hidden_size)*(1+m.bidirectional)
     return next(((layout, getattr(m, n)) for n in (_n_in if comes_in else _n_out) if hasattr(m, n)), None)
 
-# %% ../../../nbs/distill/layers/layout.ipynb #903262be
+# %% ../../../nbs/distill/layers/layout.ipynb #b79ee012
 def layout_of(
     model:nn.Module, # Any model
     name:str,        # A layer, as for `Capture`
@@ -43,6 +43,7 @@ def layout_of(
         layout,n = said
         return layout if shape[1]==shape[-1] else 'first' if shape[1]==n else 'last'
 
+# %% ../../../nbs/distill/layers/layout.ipynb #81fcb02c
 def _makers(model, name, comes_in):
     "Modules that may have made what a layer gives, or gets, with whether their inputs are meant; the likeliest first"
     model,layer = unwrap(model),get_module_by_name(model, name)
@@ -52,7 +53,7 @@ def _makers(model, name, comes_in):
     else: yield from ((m, False) for m in reversed(inside))
     yield from ((m, False) for m in reversed(before))
 
-# %% ../../../nbs/distill/layers/layout.ipynb #1a3f2c2f
+# %% ../../../nbs/distill/layers/layout.ipynb #33fae535
 def layouts(
     model:nn.Module|None,     # Where the maps come from; None if nobody knows, as of answers that were recorded
     maps:Mapping[str,Tensor], # `{layer: map}`; the second one of a layer listed twice is called `name#2`
@@ -61,6 +62,7 @@ def layouts(
     if model is None: return dict.fromkeys(maps)
     return {k:layout_of(model, k.partition('#')[0], x.shape) for k,x in maps.items()}
 
+# %% ../../../nbs/distill/layers/layout.ipynb #2bed9958
 def spatial(
     maps:Mapping[str,Tensor],      # `{layer: map}`
     layouts:Mapping[str,str|None], # The layout of each, under the same keys

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/layers/names.ipynb #2d2dbdfd
+# %% ../../../nbs/distill/layers/names.ipynb #4d996e7a
 def wrapping(
     model:nn.Module, # A model, perhaps inside wrappers
 )->Iterable[nn.Module]:
@@ -23,6 +23,7 @@ def wrapping(
         if isinstance(model, (DistributedDataParallel, DataParallel)): model = model.module
         else: model = model._modules.get('_orig_mod')  # torch.compile's; its class is in torch._dynamo, slow to import
 
+# %% ../../../nbs/distill/layers/names.ipynb #f269d3d1
 def unwrap(
     model:nn.Module, # A model, perhaps inside `DistributedDataParallel`, `DataParallel` or `torch.compile`
 )->nn.Module:
@@ -55,7 +56,7 @@ def get_module_by_name(
         if m is None: raise ValueError(unknown_name(kind, name, get_model_layers(model)))
     return m
 
-# %% ../../../nbs/distill/layers/names.ipynb #789e1ea7
+# %% ../../../nbs/distill/layers/names.ipynb #f91cd1a6
 def layer_pairs(
     student_layers:str|Iterable|Mapping|None, # Name or names; or all pairs: `{'layer3': '0.6'}`, `[('layer3', '0.6')]`
     teacher_layers:str|Iterable|None=None,    # Name or names of the teacher's, where the first argument has no pairs
@@ -70,6 +71,7 @@ def layer_pairs(
     if len(s)==len(t): return s,t
     raise ValueError(f"a pair needs a layer of each: got {len(s)} of the student {s} and {len(t)} of the teacher {t}")
 
+# %% ../../../nbs/distill/layers/names.ipynb #07ab05b3
 def as_names(
     o:str|Iterable|None, # A name, several, or None
 )->list[str]:
