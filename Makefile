@@ -9,6 +9,7 @@ demo: $(VENV)/.installed
 	$(bin)/fasterai_distill --out demo
 
 test: $(VENV)/.installed-dev
+	$(bin)/ruff check
 	$(bin)/nbdev-test --n-workers 2 --skip-folder-re '^(tutorials|howto)'
 	$(bin)/python -m pytest
 

@@ -1,8 +1,9 @@
 """What capturing four stages costs a training step of resnet18 at 64 px
 
-Steps with and without `Capture` take turns, so that other work on the machine meets both alike; CPU time is compared, since wall time
-on a shared machine says more about the neighbours. On a GPU the wall time of synchronized steps is compared. The ratio of two steps is
-noisy by more than the answer, so what capture does is also timed alone, around four modules that do nothing, and given as a share of the step."""
+Steps with and without `Capture` take turns, so that other work on the machine meets both alike; CPU time is compared,
+since wall time on a shared machine says more about the neighbours. On a GPU the wall time of synchronized steps is
+compared. The ratio of two steps is noisy by more than the answer, so what capture does is also timed alone, around four
+modules that do nothing, and given as a share of the step."""
 import json
 import time
 from pathlib import Path
@@ -45,7 +46,8 @@ def measure(
     device:str='cpu', # Where
     out:Path=None, # JSON file for the result
 )->dict:
-    "Print and return the paired ratio of a step with capture to one without: median and quartiles; and the cost of the capture alone"
+    """Print and return the paired ratio of a step with capture to one without: median and quartiles; and the cost of
+    the capture alone"""
     torch.manual_seed(0)
     cuda,model = device!='cpu',resnet18(num_classes=10).to(device)
     opt = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
@@ -69,8 +71,10 @@ def measure(
         steps.append(both[plain])
     low,_,high = quantiles(ratios, n=4)
     cost = alone()
-    res = dict(device=torch.cuda.get_device_name() if cuda else 'cpu', threads=torch.get_num_threads(), bs=bs, size=size, rounds=rounds,
-               step_ms=round(1e3*median(steps), 2), ratio=round(median(ratios), 4), quartiles=(round(low, 4), round(high, 4)),
+    res = dict(device=torch.cuda.get_device_name() if cuda else 'cpu', threads=torch.get_num_threads(), bs=bs,
+               size=size, rounds=rounds,
+               step_ms=round(1e3*median(steps), 2), ratio=round(median(ratios), 4),
+               quartiles=(round(low, 4), round(high, 4)),
                alone_us=round(1e6*cost, 1), alone_percent=round(100*cost/median(steps), 3))
     print(res)
     if out: Path(out).write_text(json.dumps(res, indent=1)+'\n')

@@ -1,7 +1,7 @@
 """The networks of the CIFAR distillation literature, by the names and sizes of its tables.
 
-Residual networks of He et al. (CVPR 2016, arXiv 1512.03385) and wide ones (Zagoruyko and Komodakis, BMVC 2016, arXiv 1605.07146), VGG13 with BatchNorm, and
-MobileNetV2 at half width. Feature maps are those of `stages.i`."""
+Residual networks of He et al. (CVPR 2016, arXiv 1512.03385) and wide ones (Zagoruyko and Komodakis, BMVC 2016,
+arXiv 1605.07146), VGG13 with BatchNorm, and MobileNetV2 at half width. Feature maps are those of `stages.i`."""
 import torch.nn.functional as F
 from torch import nn
 
@@ -13,7 +13,8 @@ class BasicBlock(nn.Module):
     "Two convolutions and a short cut, which is projected where the shape changes"
     def __init__(self, i, o, stride):
         super().__init__()
-        self.body = nn.Sequential(conv(i, o, stride=stride), nn.BatchNorm2d(o), nn.ReLU(), conv(o, o), nn.BatchNorm2d(o))
+        self.body = nn.Sequential(conv(i, o, stride=stride), nn.BatchNorm2d(o), nn.ReLU(), conv(o, o),
+                                  nn.BatchNorm2d(o))
         self.skip = nn.Identity() if i==o and stride==1 else nn.Sequential(conv(i, o, 1, stride), nn.BatchNorm2d(o))
         self.act = nn.ReLU()
     def forward(self, x): return self.act(self.body(x)+self.skip(x))
@@ -36,7 +37,8 @@ class InvertedResidual(nn.Module):
     def __init__(self, i, o, stride, expand):
         super().__init__()
         m = i*expand
-        self.body = nn.Sequential(conv(i, m, 1), nn.BatchNorm2d(m), nn.ReLU(), conv(m, m, stride=stride, groups=m), nn.BatchNorm2d(m), nn.ReLU(), conv(m, o, 1), nn.BatchNorm2d(o))
+        self.body = nn.Sequential(conv(i, m, 1), nn.BatchNorm2d(m), nn.ReLU(), conv(m, m, stride=stride, groups=m),
+                                  nn.BatchNorm2d(m), nn.ReLU(), conv(m, o, 1), nn.BatchNorm2d(o))
         self.add = i==o and stride==1
     def forward(self, x): return x+self.body(x) if self.add else self.body(x)
 
@@ -55,12 +57,14 @@ class Net(nn.Module):
 
 
 def _stages(block, n, widths):
-    return [nn.Sequential(*(block(widths[j] if k==0 else widths[j+1], widths[j+1], 2 if j and not k else 1) for k in range(n))) for j in range(len(widths)-1)]
+    return [nn.Sequential(*(block(widths[j] if k==0 else widths[j+1], widths[j+1], 2 if j and not k else 1)
+                            for k in range(n))) for j in range(len(widths)-1)]
 
 def resnet(depth, c=10, k=1):
     "`resnet20`, or with `k=4` the four times wider `resnet8x4`, whose stem has 32 channels"
     widths = [16 if k==1 else 32, *(16*k*2**j for j in range(3))]
-    return Net(nn.Sequential(conv(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU()), _stages(BasicBlock, (depth-2)//6, widths), widths[-1], c)
+    return Net(nn.Sequential(conv(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU()),
+               _stages(BasicBlock, (depth-2)//6, widths), widths[-1], c)
 
 def wrn(depth, k, c=10):
     widths = [16, 16*k, 32*k, 64*k]
@@ -70,13 +74,16 @@ def wrn(depth, k, c=10):
 
 def vgg13(c=10):
     "Five stages, of which the last two have 4 by 4 positions on CIFAR"
-    def stage(i, o, pool): return nn.Sequential(*([nn.MaxPool2d(2)] if pool else []), nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+    def stage(i, o, pool):
+        return nn.Sequential(*([nn.MaxPool2d(2)] if pool else []), nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o),
+                             nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
     widths = [3, 64, 128, 256, 512, 512]
     return Net(nn.Identity(), [stage(widths[j], widths[j+1], 0<j<4) for j in range(5)], 512, c)
 
 def mobilenetv2(c=10):
     "At half the width of the paper but for its last layer, as the literature's student"
-    rows = [[(1, 8, 1, 1), (6, 12, 2, 1)], [(6, 16, 3, 2)], [(6, 32, 4, 2), (6, 48, 3, 1)], [(6, 80, 3, 2), (6, 160, 1, 1)]]
+    rows = [[(1, 8, 1, 1), (6, 12, 2, 1)], [(6, 16, 3, 2)], [(6, 32, 4, 2), (6, 48, 3, 1)],
+            [(6, 80, 3, 2), (6, 160, 1, 1)]]
     i,stages = 16,[]
     for row in rows:
         blocks = []

@@ -1,13 +1,16 @@
-"""What a distillation costs, as a ratio to the floor: a hand-written loop of student step and teacher forward under `no_grad`.
+"""What a distillation costs, as a ratio to the floor: a hand-written loop of student step and teacher forward under
+`no_grad`.
 
-    python benchmarks/overhead.py                 # resnet34 -> resnet18 at 64 px on a CPU; resnet50 -> resnet18 at 224 px under amp on a GPU
+    python benchmarks/overhead.py                 # resnet34 -> resnet18 at 64 px on a CPU;
+                                                  # resnet50 -> resnet18 at 224 px under amp on a GPU
     python benchmarks/overhead.py --pair toy      # a net of about a millisecond a step: what the Python around it costs
     python benchmarks/overhead.py --only SoftTarget,Attention --rounds 4 --out -
 
-All variants live in one process and train the same student. A round visits each once, in shuffled order and right after a visit of the floor;
-a visit is a fit of a few batches and one of validation. The first batch is timed apart, with all else that a fit does only once. What is
-reported are medians and quartiles of the paired ratios, so a machine that is busy for a while slows both sides of a pair. Peak memory
-is measured apart, each variant in a process of its own. Data and weights are random: neither changes the time of a step."""
+All variants live in one process and train the same student. A round visits each once, in shuffled order and right
+after a visit of the floor; a visit is a fit of a few batches and one of validation. The first batch is timed apart,
+with all else that a fit does only once. What is reported are medians and quartiles of the paired ratios, so a machine
+that is busy for a while slows both sides of a pair. Peak memory is measured apart, each variant in a process of its
+own. Data and weights are random: neither changes the time of a step."""
 import argparse
 import csv
 import importlib.util
@@ -55,14 +58,18 @@ T = 5.                                                # the temperature of the f
 
 def _resnet(name, c):
     net = getattr(models, name)(num_classes=c)
-    for m in net.modules():                           # statistics as training leaves them, so that formats differ as they do in earnest
+    # statistics as training leaves them, so that formats differ as they do in earnest
+    for m in net.modules():
         if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5)
     return net
 
 pairs = dict(
-    cpu=dict(teacher=partial(_resnet, 'resnet34', 10), student=partial(_resnet, 'resnet18', 10), shape=(3, 64, 64), bs=64, c=10, steps=4, amp=False),
-    cuda=dict(teacher=partial(_resnet, 'resnet50', 1000), student=partial(_resnet, 'resnet18', 1000), shape=(3, 224, 224), bs=256, c=1000, steps=8, amp=True),
-    toy=dict(teacher=partial(digits_net, 8), student=partial(digits_net, 8), shape=(1, 8, 8), bs=64, c=10, steps=20, amp=False))
+    cpu=dict(teacher=partial(_resnet, 'resnet34', 10), student=partial(_resnet, 'resnet18', 10), shape=(3, 64, 64),
+             bs=64, c=10, steps=4, amp=False),
+    cuda=dict(teacher=partial(_resnet, 'resnet50', 1000), student=partial(_resnet, 'resnet18', 1000),
+              shape=(3, 224, 224), bs=256, c=1000, steps=8, amp=True),
+    toy=dict(teacher=partial(digits_net, 8), student=partial(digits_net, 8), shape=(1, 8, 8), bs=64, c=10, steps=20,
+             amp=False))
 
 class Loader(TfmdDL):
     "A fastai DataLoader that takes its batches out of tensors on the device, so that a step's time is the step's"
@@ -76,12 +83,16 @@ def make_bench(name, steps=None):
     device = torch.device('cuda' if name=='cuda' or name=='toy' and torch.cuda.is_available() else 'cpu')
     steps = steps or p['steps']
     torch.manual_seed(0)
-    def data(n): return TensorDataset(torch.randn(n, *p['shape'], device=device), torch.randint(0, p['c'], (n,), device=device))
+    def data(n):
+        return TensorDataset(torch.randn(n, *p['shape'], device=device), torch.randint(0, p['c'], (n,), device=device))
     def loader(data, **kwargs): return Loader(data, bs=p['bs'], num_workers=0, device=device, **kwargs)
     train,valid = data((steps+1)*p['bs']),loader(data(p['bs']))
-    dls,augmented = [DataLoaders(loader(train, shuffle=True, after_batch=tfms), valid, device=device) for tfms in (None, [Flip()])]
-    return SimpleNamespace(name=name, dls=dls, augmented=augmented, device=device, steps=steps, bs=p['bs'], amp=p['amp'], loss_func=CrossEntropyLossFlat(),
-                           student=p['student']().to(device), teacher=p['teacher']().to(device).eval(), new_teacher=p['teacher'],
+    dls,augmented = [DataLoaders(loader(train, shuffle=True, after_batch=tfms), valid, device=device)
+                     for tfms in (None, [Flip()])]
+    return SimpleNamespace(name=name, dls=dls, augmented=augmented, device=device, steps=steps, bs=p['bs'],
+                           amp=p['amp'], loss_func=CrossEntropyLossFlat(),
+                           student=p['student']().to(device), teacher=p['teacher']().to(device).eval(),
+                           new_teacher=p['teacher'],
                            stages=['1', '2'] if name=='toy' else STAGES)
 
 
@@ -100,12 +111,13 @@ class Clock(Callback):
     def after_train(self): self.times.append(_now(self.dls.device))
 
 def _parts(b, start, first, last, end):
-    "Seconds of wall and CPU time a step; of the epoch, and of the start with the first batch, which neither of them counts"
+    "Seconds of wall and CPU time a step; of the epoch, and of the start with the first batch, which neither counts"
     return *((e-s)/b.steps for s,e in zip(first, last)), end[0]-first[0], first[0]-start[0]
 
 def visit_fastai(b, *cbs, dls=None):
     clock,amp = Clock(),[MixedPrecision()]*b.amp
-    learn = Learner(dls or b.dls, b.student, loss_func=b.loss_func, opt_func=partial(SGD, mom=0.9), lr=1e-4, cbs=[clock, *amp, *cbs])
+    learn = Learner(dls or b.dls, b.student, loss_func=b.loss_func, opt_func=partial(SGD, mom=0.9), lr=1e-4,
+                    cbs=[clock, *amp, *cbs])
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     def visit():
@@ -129,7 +141,8 @@ def visit_by_hand(b, teacher=True):
                 loss = b.loss_func(z, y)
                 if teacher:
                     with torch.no_grad(): zt = b.teacher(x)
-                    loss = torch.lerp(loss, F.kl_div(F.log_softmax(z/T, 1), F.softmax(zt/T, 1), reduction='batchmean')*T*T, 0.5)
+                    loss = torch.lerp(loss, F.kl_div(F.log_softmax(z/T, 1), F.softmax(zt/T, 1),
+                                                     reduction='batchmean')*T*T, 0.5)
             scaler.scale(loss).backward()
             scaler.step(opt)
             scaler.update()
@@ -153,7 +166,8 @@ def visit_forward(b):
     def visit():
         start,first = _now(b.device),None
         for x,_ in b.dls.train:
-            with torch.autocast(b.device.type, dtype=torch.float16, enabled=b.amp): b.teacher(x.as_subclass(torch.Tensor))
+            with torch.autocast(b.device.type, dtype=torch.float16, enabled=b.amp):
+                b.teacher(x.as_subclass(torch.Tensor))
             first = first or _now(b.device)
         return _parts(b, start, first, last := _now(b.device), last)
     return visit
@@ -174,26 +188,32 @@ def cached(b, cache, dls=None):
 
 def original(b, loss, layers=None):
     lib = sys.modules['fasterai_original']
-    return visit_fastai(b, lib.callback.KnowledgeDistillationCallback(b.teacher, getattr(lib.losses, loss), layers, layers, weight=0.5))
+    return visit_fastai(b, lib.callback.KnowledgeDistillationCallback(b.teacher, getattr(lib.losses, loss), layers,
+                                                                      layers, weight=0.5))
 
 def variants(b):
     "Name to a function that makes the visit"
     stages,compiled = f'{len(b.stages)} stages',dict(compile=True)
-    v = {'hand-written loop': partial(visit_by_hand, b), 'hand-written, student only': partial(visit_by_hand, b, teacher=False),
+    v = {'hand-written loop': partial(visit_by_hand, b),
+         'hand-written, student only': partial(visit_by_hand, b, teacher=False),
          'plain student': partial(visit_fastai, b), 'teacher forward': partial(visit_forward, b),
          'SoftTarget': partial(ours, b), 'DecoupledKD': partial(ours, b, DecoupledKD),
          **{f'{l.__name__}, {stages}': partial(ours, b, l, b.stages) for l in (Attention, FitNet, Similarity)},
-         "SoftTarget, teacher dtype='auto'": partial(ours, b, dtype='auto'), 'SoftTarget, bf16 teacher': partial(ours, b, dtype='bf16'),
+         "SoftTarget, teacher dtype='auto'": partial(ours, b, dtype='auto'),
+         'SoftTarget, bf16 teacher': partial(ours, b, dtype='bf16'),
          'SoftTarget, bf16 channels_last teacher': partial(ours, b, dtype='bf16', channels_last=True),
-         'SoftTarget, channels_last teacher': partial(ours, b, channels_last=True), 'SoftTarget, fused teacher': partial(ours, b, fuse=True),
+         'SoftTarget, channels_last teacher': partial(ours, b, channels_last=True),
+         'SoftTarget, fused teacher': partial(ours, b, fuse=True),
          'SoftTarget, compiled teacher': partial(ours, b, **compiled),
          **{f'FitNet at {s}, early stop': partial(ours, b, FitNet, [s]) for s in b.stages[1:3]},
-         'SoftTarget, cached': lambda: cached(b, TeacherCache()), 'plain student, augmented': partial(visit_fastai, b, dls=b.augmented),
+         'SoftTarget, cached': lambda: cached(b, TeacherCache()),
+         'plain student, augmented': partial(visit_fastai, b, dls=b.augmented),
          'SoftTarget, replayed, augmented': lambda: cached(b, Replay(k=2), b.augmented),
          'SoftTarget, two teachers': partial(ours, b, teacher=lambda b: [b.teacher, b.new_teacher()])}
     if 'fasterai_original' in sys.modules:
         v |= {'original fasterai, SoftTarget': partial(original, b, 'SoftTarget')}
-        v |= {f'original fasterai, {l}, {stages}': partial(original, b, l, b.stages) for l in ('Attention', 'FitNet', 'Similarity')}
+        v |= {f'original fasterai, {l}, {stages}': partial(original, b, l, b.stages)
+              for l in ('Attention', 'FitNet', 'Similarity')}
     return v
 
 FLOOR = 'hand-written loop'
@@ -218,8 +238,10 @@ def measure(b, names, rounds):
     makers,visits = variants(b),{}
     floor = makers[FLOOR]()
     for name in names:
-        try: visits[name] = makers[name](); visits[name]()                  # the first visit compiles, tries formats and fills caches
-        except Exception as e: visits.pop(name, None); print(f'left out: {name} ({type(e).__name__}: {str(e)[:200]})', file=sys.stderr)
+        # the first visit compiles, tries formats and fills caches
+        try: visits[name] = makers[name](); visits[name]()
+        except Exception as e:
+            visits.pop(name, None); print(f'left out: {name} ({type(e).__name__}: {str(e)[:200]})', file=sys.stderr)
     got,rng = {n:[] for n in visits},random.Random(0)
     floor()
     try:
@@ -237,20 +259,25 @@ def row(b, name, pairs, plain):
     step,(q1,med,q3),(e1,epoch,e3) = stats.median(v[0] for _,v in pairs),quartiles(ratio(0)),quartiles(ratio(2))
     if 'teacher forward'==name: e1 = epoch = e3 = float('nan')              # it has no validation
     to_plain = stats.median((v[0]/f[0])/(pv[0]/pf[0]) for (f,v),(pf,pv) in zip(pairs, plain)) if plain else float('nan')
-    return dict(variant=name, ratio=med, ratio_q25=q1, ratio_q75=q3, to_plain=to_plain, cpu_ratio=stats.median(ratio(1)), epoch_ratio=epoch, epoch_q25=e1, epoch_q75=e3,
-                step_ms=step*1e3, cpu_ms=stats.median(v[1] for _,v in pairs)*1e3, over_floor_ms=stats.median(v[0]-f[0] for f,v in pairs)*1e3,
-                cpu_over_floor_ms=stats.median(v[1]-f[1] for f,v in pairs)*1e3, start_ms=stats.median(v[3] for _,v in pairs)*1e3, samples_per_s=b.bs/step, rounds=len(pairs))
+    return dict(variant=name, ratio=med, ratio_q25=q1, ratio_q75=q3, to_plain=to_plain,
+                cpu_ratio=stats.median(ratio(1)), epoch_ratio=epoch, epoch_q25=e1, epoch_q75=e3,
+                step_ms=step*1e3, cpu_ms=stats.median(v[1] for _,v in pairs)*1e3,
+                over_floor_ms=stats.median(v[0]-f[0] for f,v in pairs)*1e3,
+                cpu_over_floor_ms=stats.median(v[1]-f[1] for f,v in pairs)*1e3,
+                start_ms=stats.median(v[3] for _,v in pairs)*1e3, samples_per_s=b.bs/step, rounds=len(pairs))
 
 def peak(pair, name):
     "Peak memory in MB of a process that visits `name` twice: of the device, or of the process where there is none"
     b = make_bench(pair)
     visit = variants(b)[name]()
     visit(), visit()
-    return torch.cuda.max_memory_allocated()/2**20 if b.device.type=='cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
+    if b.device.type=='cuda': return torch.cuda.max_memory_allocated()/2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
 def peak_apart(args, name, n=3):
     "Median of `n` processes of their own"
-    cmd = [sys.executable, __file__, '--pair', args.pair, '--peak', name, '--threads', str(args.threads)] + (['--original', args.original] if args.original else [])
+    cmd = [sys.executable, __file__, '--pair', args.pair, '--peak', name, '--threads', str(args.threads)]
+    if args.original: cmd += ['--original', args.original]
     runs = [subprocess.run(cmd, capture_output=True, text=True) for _ in range(n)]
     mbs = [float(r.stdout.split()[-1]) for r in runs if r.returncode==0]
     return stats.median(mbs) if mbs else float('nan')
@@ -279,10 +306,14 @@ def main():
     b = make_bench(args.pair, args.steps)
     names = [n for n in variants(b) if not args.only or n==FLOOR or any(o.strip() in n for o in args.only.split(','))]
     visits = measure(b, names, args.rounds)
-    rows = [{**setting(b, args), **row(b, n, vs, visits.get('plain student'+', augmented'*n.endswith('augmented')))} for n,vs in visits.items()]
+    rows = [{**setting(b, args), **row(b, n, vs, visits.get('plain student'+', augmented'*n.endswith('augmented')))}
+            for n,vs in visits.items()]
     if args.memory: rows = [{**r, 'peak_mb': peak_apart(args, r['variant'])} for r in rows]
-    for r in rows: print(f"{r['variant']:42s} {r['ratio']:.3f} [{r['ratio_q25']:.3f}, {r['ratio_q75']:.3f}]  cpu {r['cpu_ratio']:.3f}  to plain {r['to_plain']:.3f}  epoch {r['epoch_ratio']:.3f}  "
-                         f"{r['step_ms']:8.2f} ms  {r['over_floor_ms']:+.2f} ms  cpu {r['cpu_over_floor_ms']:+.2f} ms" + (f"  {r['peak_mb']:.0f} MB" if args.memory else ''))
+    for r in rows:
+        print(f"{r['variant']:42s} {r['ratio']:.3f} [{r['ratio_q25']:.3f}, {r['ratio_q75']:.3f}]  "
+              f"cpu {r['cpu_ratio']:.3f}  to plain {r['to_plain']:.3f}  epoch {r['epoch_ratio']:.3f}  "
+              f"{r['step_ms']:8.2f} ms  {r['over_floor_ms']:+.2f} ms  cpu {r['cpu_over_floor_ms']:+.2f} ms"
+              + (f"  {r['peak_mb']:.0f} MB" if args.memory else ''))
     if args.out!='-': write(args.out or RESULTS/f'overhead-{args.pair}.csv', rows)
 
 def write(path, rows):

@@ -5,12 +5,15 @@ from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent)]
 import fasterai
-from notebooks import linkcode_resolve
+from notebooks import linkcode_resolve, settings  # noqa: F401 Sphinx looks for the former here
 
-project,author,release = 'fasterai','the fasterai team',fasterai.__version__
-html_title = f'fasterai {release}'
-copyright = 'the fasterai team, Apache 2.0'
-extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx_copybutton', 'notebooks']
+project = 'fasterai.distill'
+author = settings['author']
+release = fasterai.__version__
+html_title = f'{project} {release}'
+copyright = f'{author}, Apache 2.0'
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx_copybutton', 'notebooks']
+if settings['git_url']: extensions.append('sphinx.ext.linkcode')
 exclude_patterns = ['**/.ipynb_checkpoints']
 
 nb_execution_mode = 'off'   # pages show the outputs that the notebooks store
@@ -33,9 +36,11 @@ html_static_path = ['_static']
 html_css_files = ['site.css']
 mathjax_path = 'tex-svg.js'  # MathJax 3.2.2, Apache 2.0; here so that the site needs no other host
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {page: [] for page in ('index', 'evidence', 'comparison', 'changelog', 'contributing')}  # pages of no section
+html_baseurl = settings['doc_url']
+html_sidebars = {page: [] for page in ('index', 'evidence', 'comparison', 'changelog', 'contributing')}  # of no section
 html_theme_options = dict(
-    github_url='https://github.com/FasterAI-Labs/fasterai', navbar_align='left', header_links_before_dropdown=6, show_toc_level=2,
-    navbar_persistent=[], navbar_end=['search-button', 'theme-switcher', 'navbar-icon-links'], secondary_sidebar_items=['page-toc'],
-    footer_start=['copyright'], footer_end=[], show_prev_next=True, back_to_top_button=True, pygments_light_style='a11y-high-contrast-light',
-    pygments_dark_style='github-dark')
+    navbar_align='left', header_links_before_dropdown=6, show_toc_level=2, navbar_persistent=[],
+    navbar_end=['search-button', 'theme-switcher', 'navbar-icon-links'], secondary_sidebar_items=['page-toc'],
+    footer_start=['copyright'], footer_end=[], show_prev_next=True, back_to_top_button=True,
+    pygments_light_style='a11y-high-contrast-light', pygments_dark_style='github-dark')
+if settings['git_url']: html_theme_options['github_url'] = settings['git_url']

@@ -1,16 +1,19 @@
 "Sphinx extension: exported cells become API entries, parameters tables, and names in backticks links"
 import ast, inspect, json, re
+from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 
 from docutils import nodes
 from fastcore.docments import docments
-from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbformat.v4 import new_markdown_cell
 from sphinx.util.nodes import make_refnode
 
 root = Path(__file__).parent.parent
+config = ConfigParser(delimiters='=')
+config.read(root/'settings.ini', encoding='utf-8')
+settings = config['DEFAULT']
 
 # Exported cells -> API entries
 
@@ -22,12 +25,19 @@ def _documented(body, mod):
     "(directive, name, members) of each public definition"
     for o in body:
         if isinstance(o, ast.Assign):
-            yield from (('autodata', t.id, []) for t in o.targets if isinstance(t, ast.Name) and t.id in mod.__all__ and not t.id.startswith('__'))
+            yield from (('autodata', n, []) for n in _assigned(o) if n in mod.__all__ and not n.startswith('__'))
         elif not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith('_'): continue
-        elif 'patch' in (how := ''.join(map(ast.unparse, o.decorator_list))): yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', []
+        elif 'patch' in (how := ''.join(map(ast.unparse, o.decorator_list))):
+            yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', []
         elif o.name not in mod.__all__: continue
         elif isinstance(o, ast.FunctionDef): yield 'autofunction', o.name, []
-        else: yield 'autoclass', o.name, [m.name for m in o.body if isinstance(m, ast.FunctionDef) and ast.get_docstring(m) and (m.name=='__call__' or m.name[0]!='_')]
+        else: yield 'autoclass', o.name, [m.name for m in o.body if _is_public_method(m)]
+
+def _assigned(o): return [t.id for t in o.targets if isinstance(t, ast.Name)]
+
+def _is_public_method(m):
+    if not isinstance(m, ast.FunctionDef) or not ast.get_docstring(m): return False
+    return m.name=='__call__' or m.name[0]!='_'
 
 def _patched(f): return ast.unparse(f.args.args[0].annotation)
 
@@ -37,18 +47,24 @@ def _entries(src, modname):
         yield f'.. {kind}:: {modname}.{name}\n' + (f'   :members: {", ".join(members)}\n' if members else '')
 
 def _page(cells, docname):
-    modname = next((f"fasterai.{d['default_exp'].split()[1]}" for c in cells if 'default_exp' in (d := _directives(c['source']))), None)
+    exports = [d['default_exp'].split()[1] for c in cells if 'default_exp' in (d := _directives(c['source']))]
+    modname = f'fasterai.{exports[0]}' if exports else None
     for c in cells:
         found = _directives(c['source']) if c['cell_type']=='code' else {}
         if c['cell_type']=='raw' or found.keys() & {'hide', 'default_exp'}: continue
         if found.keys() & {'export', 'exports', 'exporti'}:
-            if entries := '\n'.join(_entries(c['source'], modname)): yield new_markdown_cell(f'```{{eval-rst}}\n{entries}\n```')
+            entries = '\n'.join(_entries(c['source'], modname))
+            if entries: yield _rst_cell(entries)
             continue
         if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
         if found.get('echo:')=='echo: false': c['metadata']['tags'] = ['remove-input']
         yield c
-        if modname and c is cells[0]: yield new_markdown_cell(f'```{{eval-rst}}\n.. py:module:: {modname}\n```')
-        elif c is cells[0] and '/' in docname: yield new_markdown_cell(f'{{download}}`Download this notebook <{docname.split("/")[-1]}.ipynb>`')
+        if c is not cells[0]: continue
+        if modname: yield _rst_cell(f'.. py:module:: {modname}')
+        elif '/' in docname:
+            yield new_markdown_cell(f'{{download}}`Download this notebook <{docname.split("/")[-1]}.ipynb>`')
+
+def _rst_cell(text): return new_markdown_cell(f'```{{eval-rst}}\n{text}\n```')
 
 def _is_noise(out):
     "What a progress bar leaves behind: a finished bar, a style, an empty line"
@@ -60,7 +76,8 @@ def read_notebook(app, docname, source):
     nb = json.loads(source[0])
     for c in nb['cells']: c['source'] = ''.join(c['source'])
     nb['cells'] = list(_page(nb['cells'], docname))
-    if docname==app.config.root_doc: nb['cells'].append(new_markdown_cell((Path(app.confdir)/'contents.md').read_text()))
+    if docname==app.config.root_doc:
+        nb['cells'].append(new_markdown_cell((Path(app.confdir)/'contents.md').read_text(encoding='utf-8')))
     source[0] = json.dumps(nb)
 
 # Docstrings and docments
@@ -89,10 +106,13 @@ def _table(obj):
 
 def _rows(params):
     for name,o in params.items():
-        if name in ('self', 'cls', 'kwargs') and not o['docment'] or name=='return' and not (o['docment'] or _type(o['anno'])): continue
-        t,d = _type(o['anno']),o.get('default', inspect.Parameter.empty)
-        yield ('Returns' if name=='return' else f'``{name}``', t and f'``{t}``', '' if d is inspect.Parameter.empty else f'``{_default(d)}``',
-               _rst(' '.join((o['docment'] or '').split())))
+        t = _type(o['anno'])
+        told = o['docment'] or name=='return' and t
+        if name in ('self', 'cls', 'kwargs', 'return') and not told: continue
+        d = o.get('default', inspect.Parameter.empty)
+        default = '' if d is inspect.Parameter.empty else f'``{_default(d)}``'
+        details = _rst(' '.join((o['docment'] or '').split()))
+        yield 'Returns' if name=='return' else f'``{name}``', t and f'``{t}``', default, details
 
 def add_docments(app, what, name, obj, options, lines):
     if what=='data': lines.clear()
@@ -104,8 +124,8 @@ def linkcode_resolve(domain, info):
     obj = inspect.unwrap(getattr(obj, 'fget', obj) if (obj := _find(info['module'], info['fullname'])) else obj)
     try: f,(lines,n) = inspect.getsourcefile(obj),inspect.getsourcelines(obj)
     except TypeError: return # a value, not a definition
-    cfg = get_config(path=root)
-    return f'{cfg.git_url}/blob/{cfg.branch}/{Path(f).relative_to(root).as_posix()}#L{n}-L{n+len(lines)-1}'
+    path = Path(f).relative_to(root).as_posix()
+    return f"{settings['git_url']}/blob/{settings['branch']}/{path}#L{n}-L{n+len(lines)-1}"
 
 def _find(modname, name):
     o = import_module(modname)
@@ -128,23 +148,30 @@ def link_names(app, doctree, docname):
     ours = {}
     for full,o in sorted(objects.items(), key=lambda o: o[1].docname==docname):  # this page's own last, to win
         ours[full] = o
-        if o.objtype!='module': ours['.'.join(full.split('.')[-2 if o.objtype in ('method', 'property', 'attribute') else -1:])] = o
+        n = 2 if o.objtype in ('method', 'property', 'attribute') else 1
+        if o.objtype!='module': ours['.'.join(full.split('.')[-n:])] = o
     for lit in list(doctree.findall(nodes.literal)):
         name = lit.astext().removesuffix('()')
-        if isinstance(lit.parent, nodes.reference) or lit.get('language') or not re.fullmatch(r'[A-Za-z][\w.]*', name): continue
+        if isinstance(lit.parent, nodes.reference) or lit.get('language'): continue
+        if not re.fullmatch(r'[A-Za-z][\w.]*', name): continue
         if o := ours.get(name): ref = make_refnode(app.builder, docname, o.docname, o.node_id, lit.deepcopy(), name)
         elif url := _elsewhere(name): ref = nodes.reference('', '', lit.deepcopy(), refuri=url, internal=False)
         else: continue
         lit.replace_self(ref)
 
 def write_markdown(app, exc):
-    "Beside each notebook's page its text as Markdown, `page.html.md`: what the modules' docstrings name"
+    "Beside each notebook's page its text as Markdown, `page.html.md`"
     if exc or app.builder.name!='html': return
     for doc in app.env.found_docs:
         if (f := app.env.doc2path(doc)).suffix!='.ipynb': continue
-        cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(f.read_text(encoding='utf-8'))['cells']]
-        text = '\n\n'.join(f'```python\n{s}\n```' if kind=='code' else s for kind,s in cells if s and not _directives(s).keys() & {'hide', 'echo:'})
+        cells = json.loads(f.read_text(encoding='utf-8'))['cells']
+        text = '\n\n'.join(filter(None, map(_as_markdown, cells)))
         (Path(app.outdir)/f'{doc}.html.md').write_text(text+'\n', encoding='utf-8')
+
+def _as_markdown(c):
+    src = ''.join(c['source'])
+    if _directives(src).keys() & {'hide', 'echo:'}: return ''
+    return f'```python\n{src}\n```' if src and c['cell_type']=='code' else src
 
 def setup(app):
     app.connect('source-read', read_notebook)

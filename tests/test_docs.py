@@ -18,8 +18,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp('site')
-    r = subprocess.run([sys.executable, '-m', 'sphinx', '-E', '-W', '--keep-going', '-q', '-b', 'html', '-c', 'docs', '-d', out/'.doctrees', 'nbs', out/'html'],
-                       cwd=root, capture_output=True, text=True)
+    options = ['-E', '-W', '--keep-going', '-q', '-b', 'html', '-c', 'docs', '-d', out/'.doctrees']
+    cmd = [sys.executable, '-m', 'sphinx', *options, 'nbs', out/'html']
+    r = subprocess.run(cmd, cwd=root, capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     return out/'html'
 
@@ -36,7 +37,8 @@ class _Page(HTMLParser):
         self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
         if tag=='a' and a.get('href'): self.links.append(a['href'])
         if a.get('src'): self.loads.append(a['src'])
-        if tag=='link' and a.get('href') and a.get('rel') in ('stylesheet', 'preload', 'icon', 'prefetch', 'preconnect'): self.loads.append(a['href'])
+        if tag!='link' or not a.get('href'): return
+        if a.get('rel') in ('stylesheet', 'preload', 'icon', 'prefetch', 'preconnect'): self.loads.append(a['href'])
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +46,8 @@ def pages(site): return {f: _Page(f) for f in site.rglob('*.html') if '_static' 
 
 
 def _modules():
-    return [import_module(m.name) for m in pkgutil.walk_packages(fasterai.__path__, 'fasterai.') if not m.ispkg and not m.name.endswith('_modidx')]
+    found = pkgutil.walk_packages(fasterai.__path__, 'fasterai.')
+    return [import_module(m.name) for m in found if not m.ispkg and not m.name.endswith('_modidx')]
 
 
 def test_no_table_is_shown_as_its_source(site):
@@ -60,8 +63,13 @@ def test_every_public_name_has_an_entry(site):
     names = {(m.__name__, n) for m in _modules() for n in m.__all__}
     def home(m, n):
         o = getattr(import_module(m), n)
-        return f"{o.__module__}.{n}" if getattr(o, '__name__', None)==n and str(getattr(o, '__module__', '')).startswith('fasterai') else None
-    missing = [f'{m}.{n}' for m,n in sorted(names) if (home(m, n) or f'{m}.{n}') not in known and not any(k.endswith(f'.{n}') for k in known if home(m, n) is None)]
+        where = str(getattr(o, '__module__', ''))
+        return f'{where}.{n}' if getattr(o, '__name__', None)==n and where.startswith('fasterai') else None
+    def has_entry(m, n):
+        at = home(m, n)
+        if at is None: return f'{m}.{n}' in known or any(k.endswith(f'.{n}') for k in known)
+        return at in known
+    missing = [f'{m}.{n}' for m,n in sorted(names) if not has_entry(m, n)]
     assert len(names)>100 and not missing, missing
 
 
@@ -80,29 +88,46 @@ def test_links_and_anchors_resolve(site, pages):
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
     far = {src for p in pages.values() for src in p.loads if re.match(r'(https?:)?//', src)}
-    for f in site.rglob('*.css'): far |= set(re.findall(r'(?:@import\s+|url\()["\']?((?:https?:)?//[^"\')\s]+)', f.read_text(encoding='utf-8')))
+    loaded = re.compile(r'(?:@import\s+|url\()["\']?((?:https?:)?//[^"\')\s]+)')
+    for f in site.rglob('*.css'): far |= set(loaded.findall(f.read_text(encoding='utf-8')))
     assert not far
 
 
-def test_names_parameters_and_sources(site):
+def test_names_and_parameters(site):
     page = (site/'distill/loss/logits.html').read_text(encoding='utf-8')
     assert 'id="fasterai.distill.loss.logits.SoftTarget"' in page
-    assert re.search(r'<td><p><code[^>]*>.*?teacher_pred.*?</code></p></td>', page, re.S) and 'Teacher logits, same shape' in page
-    line = next(i for i,l in enumerate((root/'fasterai.distill.loss.logits.py').read_text().splitlines(), 1) if l.startswith('def SoftTarget'))
-    assert f'/blob/main/fasterai.distill.loss.logits.py#L{line}-L' in page
+    assert re.search(r'<td><p><code[^>]*>.*?teacher_pred.*?</code></p></td>', page, re.S)
+    assert 'Teacher logits, same shape' in page
     home = (site/'index.html').read_text(encoding='utf-8')
     assert re.search(r'href="https://docs.fast.ai/[^"]*"[^>]*><code[^>]*><span class="pre">Learner</span>', home)
-    assert 'distill/matching.html#fasterai.distill.layers.matching.match_feature_layers' in home
+    assert 'distill/layers/matching.html#fasterai.distill.layers.matching.match_feature_layers' in home
     assert '_download' in (site/'tutorials/quick_start.html').read_text(encoding='utf-8')
 
 
-def test_every_module_says_where_its_page_is(site):
+def test_sources_are_linked_where_there_is_a_repository(site, monkeypatch):
+    monkeypatch.syspath_prepend(root/'docs')
+    notebooks = import_module('notebooks')
+    if not notebooks.settings['git_url']:
+        for f in site.rglob('*.html'): assert 'viewcode-link' not in f.read_text(encoding='utf-8'), f
+    monkeypatch.setitem(notebooks.settings, 'git_url', 'https://example.org/us/ours')
+    url = notebooks.linkcode_resolve('py', {'module': 'fasterai.distill.loss.logits', 'fullname': 'SoftTarget'})
+    lines = (root/'fasterai/distill/loss/logits.py').read_text(encoding='utf-8').splitlines()
+    n = next(i for i,l in enumerate(lines, 1) if l.startswith('def SoftTarget'))
+    assert url.startswith(f'https://example.org/us/ours/blob/main/fasterai/distill/loss/logits.py#L{n}-L')
+
+
+def test_every_module_has_its_page(site):
+    "Docstrings name no URL while there is none: the page of a module lies where its notebook does"
     for m in _modules():
-        url = re.search(r'https://FasterAI-Labs.github.io/fasterai/(\S+)', m.__doc__)[1]
-        assert len((site/url).read_text(encoding='utf-8'))>100 and (site/url.removesuffix('.md')).exists()
+        page = '/'.join(m.__name__.split('.')[1:])+'.html'
+        assert len((site/f'{page}.md').read_text(encoding='utf-8'))>100 and (site/page).exists(), page
+        made_of = re.search(r'File to edit: (\S+)\.$', Path(m.__file__).read_text(encoding='utf-8'), re.M)[1]
+        assert (Path(m.__file__).parent/made_of).resolve()==(root/'nbs'/page.replace('.html', '.ipynb')).resolve(), m
+        assert 'Docs:' not in m.__doc__, m
 
 
-# A browser looks at the pages in frames of a desktop's and a phone's width, in both themes, and writes what it finds into this page
+# A browser looks at the pages in frames of a desktop's and a phone's width, in both themes, and writes what it finds
+# into this page
 
 _probe = '''<body><script>
 const wait = ms => new Promise(r => setTimeout(r, ms))
@@ -112,12 +137,17 @@ async function look(url, width, theme) {
   await new Promise(r => f.onload = r); await wait(700)
   const d = f.contentDocument, r = d.documentElement
   const found = d.querySelectorAll('#search-results li').length
-  const boxed = e => { for (let p = e.parentElement; p && !p.matches('.bd-article'); p = p.parentElement) if (/auto|scroll/.test(getComputedStyle(p).overflowX)) return true }
-  const loose = [...d.querySelectorAll('.bd-article *')].filter(e => e.getBoundingClientRect().right > r.clientWidth+1 && !boxed(e))
-  const row = [url, width, theme, r.dataset.theme, r.scrollWidth-r.clientWidth+loose.length, found, d.querySelectorAll('mjx-container').length].join(' ')
+  const boxed = e => {
+    for (let p = e.parentElement; p && !p.matches('.bd-article'); p = p.parentElement)
+      if (/auto|scroll/.test(getComputedStyle(p).overflowX)) return true }
+  const wide = e => e.getBoundingClientRect().right > r.clientWidth+1 && !boxed(e)
+  const loose = [...d.querySelectorAll('.bd-article *')].filter(wide).length
+  const formulas = d.querySelectorAll('mjx-container').length
+  const row = [url, width, theme, r.dataset.theme, r.scrollWidth-r.clientWidth+loose, found, formulas].join(' ')
   f.remove(); return row }
 (async () => { const rows = []
-  for (const url of PAGES) for (const width of [1440, 390]) for (const theme of ['light', 'dark']) rows.push(await look(url, width, theme))
+  for (const url of PAGES) for (const width of [1440, 390])
+    for (const theme of ['light', 'dark']) rows.push(await look(url, width, theme))
   document.body.innerHTML = '<pre id=rows>' + rows.join('\\n') + '</pre>' })()
 </script></body>'''
 
@@ -125,16 +155,20 @@ chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 
 @pytest.mark.skipif(chromium is None, reason='no browser')
 def test_in_a_browser(site, tmp_path):
-    seen = ['index.html', 'tutorials/quick_start.html', 'howto/pair_layers.html', 'tutorials/theory.html', 'distill/loss/logits.html', 'distill/distillation_callback.html', 'search.html?q=temperature']
+    seen = ['index.html', 'tutorials/quick_start.html', 'howto/pair_layers.html', 'tutorials/theory.html',
+            'distill/loss/logits.html', 'distill/distillation_callback.html', 'search.html?q=temperature']
     (site/'probe.html').write_text(_probe.replace('PAGES', str(seen)))
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        r = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
-                            '--disable-sync', '--enable-logging=stderr', f'--user-data-dir={tmp_path}', '--virtual-time-budget=120000', '--timeout=240000', '--dump-dom',
-                            f'http://127.0.0.1:{server.server_port}/probe.html'], capture_output=True, text=True, timeout=300)
+        flags = ['headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run',
+                 'disable-background-networking', 'disable-component-update', 'disable-sync', 'enable-logging=stderr',
+                 f'user-data-dir={tmp_path}',
+                 'virtual-time-budget=120000', 'timeout=240000', 'dump-dom']
+        cmd = [chromium, *(f'--{f}' for f in flags), f'http://127.0.0.1:{server.server_port}/probe.html']
+        r = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
     finally:
         server.shutdown()
         (site/'probe.html').unlink()
@@ -142,5 +176,6 @@ def test_in_a_browser(site, tmp_path):
     assert len(rows)==4*len(seen)
     assert all(theme==got for _,_,theme,got,*_ in rows), rows
     assert not (wide := [o for o in rows if int(o[4])>0]), f'wider than the window: {wide}'
-    assert all(int(o[5])>5 for o in rows if 'search' in o[0]) and all(int(o[6])>0 for o in rows if 'loss/' in o[0]), rows
+    assert all(int(o[5])>5 for o in rows if 'search' in o[0]), rows
+    assert all(int(o[6])>0 for o in rows if 'loss/' in o[0]), rows
     assert not [l for l in r.stderr.splitlines() if 'CONSOLE' in l and re.search('Uncaught|Error|Failed', l)]

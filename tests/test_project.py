@@ -1,5 +1,5 @@
-"The project's own promises: generated files are up to date, and imports point downward"
-import ast, filecmp, re, shutil, subprocess, sys
+"The project's own promises: generated files are up to date, imports point downward, and the name is not another's"
+import ast, configparser, filecmp, importlib.util, re, shutil, subprocess, sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -8,14 +8,17 @@ import pytest
 root = Path(__file__).parent.parent
 
 
-def _run(*cmd, cwd): return subprocess.run([str(Path(sys.executable).parent/cmd[0]), *cmd[1:]], cwd=cwd, capture_output=True, text=True, check=True)
+def _run(*cmd, cwd):
+    cmd = [str(Path(sys.executable).parent/cmd[0]), *cmd[1:]]
+    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, check=True)
 
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "The project, exported and cleaned anew"
     to = tmp_path_factory.mktemp('copy')/'fasterai'
-    shutil.copytree(root, to, ignore=shutil.ignore_patterns('.git', '.venv', '__pycache__', '*.egg-info', 'demo', '_docs', 'models', '.hypothesis'))
+    left_out = '.git','.venv','__pycache__','*.egg-info','demo','_docs','models','.hypothesis'
+    shutil.copytree(root, to, ignore=shutil.ignore_patterns(*left_out))
     shutil.rmtree(to/'fasterai'/'core')
     _run('nbdev-export', cwd=to)
     _run('nbdev-clean', cwd=to)
@@ -35,13 +38,14 @@ def test_readme_is_the_index(copy):
 
 
 # From the ground up: a folder imports from those before it and from itself, in no circle
-floors = ['core', 'data', 'distill.layers', 'distill.loss', 'distill.losses', 'distill.teacher', 'distill.training', 'distill.distillation_callback',
-          'distill.study', 'distill.cli', 'distill.all']
+floors = ['core', 'data', 'distill.layers', 'distill.loss', 'distill.losses', 'distill.teacher', 'distill.training',
+          'distill.distillation_callback', 'distill.study', 'distill.cli', 'distill.all']
 
 
 def _modules():
     for f in (root/'fasterai').rglob('*.py'):
-        if f.name not in ('__init__.py', '_modidx.py'): yield '.'.join(f.relative_to(root/'fasterai').with_suffix('').parts),f
+        if f.name in ('__init__.py', '_modidx.py'): continue
+        yield '.'.join(f.relative_to(root/'fasterai').with_suffix('').parts),f
 
 
 def _floor(m):
@@ -72,8 +76,60 @@ def test_the_number_of_losses_on_the_pages_is_the_code_s():
     from fasterai.distill import losses
     from fasterai.distill.loss import learned
     n = len(losses.available_losses()) + sum(o in learned.__all__ for o in ('VID', 'CRD', 'ReviewKD', 'OFD'))
-    for f in ('README.md', 'nbs/comparison.md'): assert f'losses, as each counts them | {n} |' in (root/f).read_text(), (f, n)
+    for f in ('README.md', 'nbs/comparison.md'):
+        assert f'losses, as each counts them | {n} |' in (root/f).read_text(), (f, n)
 
 
 def test_library_star_imports_nothing_of_fastai_vision():
     for f in (root/'fasterai').rglob('*.py'): assert not re.search(r'from fastai\.\S+ import \*', f.read_text()), f
+
+
+# The name: PyPI's `fasterai` is another project
+
+def _settings():
+    ini = configparser.ConfigParser(delimiters='=')
+    ini.read(root/'settings.ini', encoding='utf-8')
+    return ini['DEFAULT']
+
+
+def test_one_name_for_the_distribution_and_none_for_a_place_that_is_not_ours():
+    assert _settings()['lib_name']=='fasterai-distill'
+    assert 'name = "fasterai-distill"' in (root/'pyproject.toml').read_text()
+    text = [f for pat in ('*.py', '*.md', '*.toml', '*.ini', '*.ipynb') for f in root.rglob(pat)
+            if not {'.venv', '.git', '_docs', '_proc', 'build', 'demo'} & set(f.relative_to(root).parts)]
+    ours = re.compile(r'fasterai-labs(?!/fasterai/blob/[0-9a-f]{40}/)', re.I)  # what was read there has its commit
+    assert len(text)>80
+    for f in text:
+        if f!=Path(__file__): assert not ours.search(f.read_text(encoding='utf-8')), f
+
+
+@pytest.fixture
+def site_packages(tmp_path):
+    "A folder of installed packages with our `fasterai` in it, and a way to import it from there"
+    (tmp_path/'fasterai').mkdir()
+    shutil.copy(root/'fasterai'/'__init__.py', tmp_path/'fasterai')
+    def installed(name, *files):
+        (tmp_path/f'{name}.dist-info').mkdir()
+        (tmp_path/f'{name}.dist-info'/'RECORD').write_text(''.join(f'{f},sha256=0,1\n' for f in files))
+    def load():
+        spec = importlib.util.spec_from_file_location('fasterai_copy', tmp_path/'fasterai'/'__init__.py')
+        m = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(m)
+        return m
+    return installed,load
+
+
+def test_importing_refuses_to_run_among_the_other_project_s_files(site_packages):
+    installed,load = site_packages
+    installed('fasterai_distill-0.1.0', 'fasterai/__init__.py', 'fasterai/distill/all.py')
+    assert load().__version__
+    installed('fasterai-0.4.1', 'fasterai/__init__.py', 'fasterai/sparse/all.py', 'fasterai/core/criteria.py')
+    said = "'fasterai-0.4.1', another project.*pip uninstall fasterai fasterai-distill"
+    with pytest.raises(ImportError, match=said): load()
+
+
+def test_importing_runs_beside_an_editable_install_of_that_name(site_packages):
+    installed,load = site_packages
+    installed('fasterai-0.1.0', '__editable__.fasterai-0.1.0.pth', 'fasterai-0.1.0.dist-info/METADATA')
+    m = load()
+    assert m.__version__ and not [n for n in vars(m) if 'mixed' in n]

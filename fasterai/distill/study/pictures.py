@@ -20,7 +20,8 @@ from torch import nn
 
 from ...core.plots import COLORS, new_axes
 from ..layers.adapters import token_grid
-from ..layers.capture import Capture, as_found, layer_pairs, to_model
+from ..layers.capture import Capture, as_found, to_model
+from ..layers.names import layer_pairs
 from ..teacher.teacher import as_teacher
 
 # %% ../../../nbs/distill/study/pictures.ipynb #787f2110

@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from fasterai.distill.layers.adapters import (Adapters, MapNorm, MeanPositions, ResizeGrid, ResizeTokens, ToGrid, ToTokens, adapter,
+from fasterai.distill.layers.adapters import (Adapters, MapNorm, MeanPositions, ResizeGrid, ResizeTokens, ToGrid,
+                                              ToTokens, adapter,
                                        position_steps, token_grid)
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import FitNet, SoftTarget
@@ -24,12 +25,15 @@ def seed(): torch.manual_seed(0)
 
 def rnd(*shape): return torch.randn(shape)
 
-# --- positions -------------------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------
 
 @pytest.mark.parametrize('n,like,want', [
-    (1, None, (0, 1, 1)), (49, None, (0, 7, 7)), (50, None, (1, 7, 7)), (197, None, (1, 14, 14)), (198, None, (2, 14, 14)), (201, None, (5, 14, 14)),
-    (261, None, (5, 16, 16)), (577, None, (1, 24, 24)), (128, None, None), (56, None, None), (72, None, None), (12, None, None),
-    (98, (7, 14), (0, 7, 14)), (393, (7, 14), (1, 14, 28)), (393, (14, 7), (1, 28, 14)), (301, (8, 10), (1, 15, 20)), (300, (8, 10), (0, 15, 20)),
+    (1, None, (0, 1, 1)), (49, None, (0, 7, 7)), (50, None, (1, 7, 7)), (197, None, (1, 14, 14)),
+    (198, None, (2, 14, 14)), (201, None, (5, 14, 14)),
+    (261, None, (5, 16, 16)), (577, None, (1, 24, 24)), (128, None, None), (56, None, None), (72, None, None),
+    (12, None, None),
+    (98, (7, 14), (0, 7, 14)), (393, (7, 14), (1, 14, 28)), (393, (14, 7), (1, 28, 14)), (301, (8, 10), (1, 15, 20)),
+    (300, (8, 10), (0, 15, 20)),
     (197, (7, 7), (1, 14, 14)), (197, (7, 14), None)])
 def test_token_grid(n, like, want): assert token_grid(n, like)==want
 
@@ -41,7 +45,8 @@ def slow_resize(x, size):
     for b in range(B):
         for c in range(C):
             for i in range(size[0]):
-                for j in range(size[1]): out[b,c,i,j] = sum(x[b,c,i*kh+a,j*kw+d] for a in range(kh) for d in range(kw))/(kh*kw)
+                for j in range(size[1]):
+                    out[b,c,i,j] = sum(x[b,c,i*kh+a,j*kw+d] for a in range(kh) for d in range(kw))/(kh*kw)
     return out
 
 @pytest.mark.parametrize('size', [(3, 2), (6, 2), (1, 1), (6, 8)])
@@ -82,7 +87,7 @@ def test_resize_tokens_keeps_class_tokens():
     ((1, 7, 7, 768), (1, 7, 7, 1024), ([], 768, 1024, -1)),
     ((1, 56, 56, 96), (1, 56, 56, 104), ([], 96, 104, -1)),
     ((1, 28, 28, 192), (1, 14, 14, 384), (['Permute', 'ResizeGrid', 'Permute'], 192, 384, -1)),
-    ((1, 64, 64, 128), (1, 256, 32, 64), (['ResizeGrid'], 64, 256, 1)),    # channels first although two sides are equal: the teacher's proportions tell
+    ((1, 64, 64, 128), (1, 256, 32, 64), (['ResizeGrid'], 64, 256, 1)),  # first, although two sides are equal
     ((1, 6, 15, 20), (1, 9, 8, 10), (['ResizeGrid'], 6, 9, 1)),            # proportions that strides rounded off
     ((1, 7, 7, 768), (1, 197, 192), (['Permute', 'ResizeGrid', 'ToTokens'], 768, 192, -1)),
     ((1, 6, 4, 8), (1, 33, 9), (['ToTokens'], 6, 9, -1)),
@@ -101,10 +106,12 @@ def test_channels_last_maps_are_moved_not_mixed():
     torch.testing.assert_close(m(y), m[1:](y.permute(0, 2, 3, 1)))
     torch.testing.assert_close(MeanPositions((1, 2))(x), x.permute(0, 3, 1, 2).mean((2, 3)))
 
-# --- one adapter -----------------------------------------------------------------------------------------------------------------
+# --- one adapter ------------------------------------------------------------
 
-shapes = [((6,8,8), (9,4,4)), ((6,4,4), (6,8,8)), ((6,4,8), (9,8,4)), ((6,4,4), (17,9)), ((6,2,4), (33,9)), ((18,6), (9,2,2)), ((17,6), (5,9)), ((16,6), (5,6)),
-          ((7,6), (7,9)), ((6,7,7), (7,7,9)), ((7,7,6), (9,7,7)), ((7,7,6), (7,7,9)), ((14,14,6), (7,7,9)), ((7,7,6), (50,9)), ((50,9), (7,7,6)), ((6,), (9,)),
+shapes = [((6,8,8), (9,4,4)), ((6,4,4), (6,8,8)), ((6,4,8), (9,8,4)), ((6,4,4), (17,9)), ((6,2,4), (33,9)),
+          ((18,6), (9,2,2)), ((17,6), (5,9)), ((16,6), (5,6)),
+          ((7,6), (7,9)), ((6,7,7), (7,7,9)), ((7,7,6), (9,7,7)), ((7,7,6), (7,7,9)), ((14,14,6), (7,7,9)),
+          ((7,7,6), (50,9)), ((50,9), (7,7,6)), ((6,), (9,)),
           ((6,4,4), (9,)), ((7,7,6), (9,)), ((5,6), (9,)), ((6,), (9,1,1)), ((6,4,8), (9,1,1)), ((6,1,1), (9,))]
 
 @pytest.mark.parametrize('s,t', shapes)
@@ -149,17 +156,20 @@ def test_one_value_per_channel_uses_running_statistics():
     assert m.running_mean.ne(2).any()
 
 @pytest.mark.parametrize('s,t,why', [
-    ((2,6), (2,5,9), 'no positions'), ((2,6), (2,6,4,4), 'no positions'), ((2,6,4,4), (2,15,9), '15 tokens'), ((2,15,9), (2,6,4,4), '15 tokens'),
-    ((2,72,9), (2,81,9), '72 tokens'), ((2,16,9), (2,15,9), '15 tokens'), ((2,3,4,4,4), (2,6,4,4,4), 'only vectors'), ((2,), (2,9), 'only vectors')])
+    ((2,6), (2,5,9), 'no positions'), ((2,6), (2,6,4,4), 'no positions'), ((2,6,4,4), (2,15,9), '15 tokens'),
+    ((2,15,9), (2,6,4,4), '15 tokens'),
+    ((2,72,9), (2,81,9), '72 tokens'), ((2,16,9), (2,15,9), '15 tokens'), ((2,3,4,4,4), (2,6,4,4,4), 'only vectors'),
+    ((2,), (2,9), 'only vectors')])
 def test_refusals_say_why(s, t, why):
     with pytest.raises(ValueError, match=why) as e: adapter(s, t)
     assert str(s) in str(e.value) and str(t) in str(e.value)
 
-# --- one for every pair ----------------------------------------------------------------------------------------------------------
+# --- one for every pair ------------------------------------------------------------
 
 @pytest.fixture
 def fms():
-    return ({'a': rnd(2, 4, 4, 4), 'b': rnd(2, 6, 2, 2), 'c': rnd(2, 5)}, {'x': rnd(2, 4, 4, 4), 'y': rnd(2, 8, 4, 4), 'z': rnd(2, 7)})
+    return ({'a': rnd(2, 4, 4, 4), 'b': rnd(2, 6, 2, 2), 'c': rnd(2, 5)},
+            {'x': rnd(2, 4, 4, 4), 'y': rnd(2, 8, 4, 4), 'z': rnd(2, 7)})
 
 def shapes_of(fm): return [tuple(o.shape) for o in fm.values()]
 
@@ -195,12 +205,16 @@ def test_same_shape_false_uses_own_modules_alone(fms):
 
 def test_refusals_name_layer_shapes_and_remedy(fms):
     s,t = fms
-    for own,kind,why in [({'b': nn.Conv2d(6, 8, 1)}, ValueError, r"'b' \(2, 6, 2, 2\).*'y' \(2, 8, 4, 4\).*gives \(2, 8, 2, 2\).*adapters=\{'b': module\}"),
-                         ({'b': nn.Conv2d(5, 8, 1)}, ValueError, r"'b'.*'y'.*adapters="), ({'b': None}, ValueError, r"'b'.*gives"),
-                         ({'bb': nn.Identity()}, ValueError, "did you mean 'b'"), ({3: nn.Identity()}, ValueError, 'unknown student layer'),
+    for own,kind,why in [({'b': nn.Conv2d(6, 8, 1)}, ValueError,
+                          r"'b' \(2, 6, 2, 2\).*'y' \(2, 8, 4, 4\).*gives \(2, 8, 2, 2\).*adapters=\{'b': module\}"),
+                         ({'b': nn.Conv2d(5, 8, 1)}, ValueError, r"'b'.*'y'.*adapters="),
+                         ({'b': None}, ValueError, r"'b'.*gives"),
+                         ({'bb': nn.Identity()}, ValueError, "did you mean 'b'"),
+                         ({3: nn.Identity()}, ValueError, 'unknown student layer'),
                          ({'b': len}, TypeError, 'nn.Module')]:
         with pytest.raises(kind, match=why): Adapters.build(s, t, own)
-    with pytest.raises(ValueError, match=r"'v' \(2, 5\).*no positions.*adapters=\{'v'"): Adapters.build({'v': rnd(2, 5)}, {'w': rnd(2, 8, 4, 4)})
+    with pytest.raises(ValueError, match=r"'v' \(2, 5\).*no positions.*adapters=\{'v'"):
+        Adapters.build({'v': rnd(2, 5)}, {'w': rnd(2, 8, 4, 4)})
 
 def test_build_leaves_random_stream_modes_and_statistics(fms):
     s,t = fms
@@ -219,7 +233,8 @@ def test_old_adapters_go_on_at_another_image_size(fms):
     s,t = fms
     old = Adapters.build(s, t)
     for p in old.parameters(): p.data += 1
-    for s2,t2 in [({**s, 'b': rnd(2, 6, 4, 4)}, t), ({**s, 'b': rnd(2, 6, 4, 4)}, {**t, 'y': rnd(2, 8, 8, 8)})]:  # no resizing any more, other sizes
+    # no resizing any more, other sizes
+    for s2,t2 in [({**s, 'b': rnd(2, 6, 4, 4)}, t), ({**s, 'b': rnd(2, 6, 4, 4)}, {**t, 'y': rnd(2, 8, 8, 8)})]:
         new = Adapters.build(s2, t2, old=old)
         assert all(v.equal(old.state_dict()[k]) for k,v in new.state_dict().items())
         assert shapes_of(new(s2))==shapes_of(t2)
@@ -242,16 +257,24 @@ def test_computes_in_full_precision(fms, dtype, autocast):
 def test_pickles_and_copies(fms):
     s,t = fms
     ad = Adapters.build(s, t).eval()
-    for other in (pickle.loads(pickle.dumps(ad)), copy.deepcopy(ad)): torch.testing.assert_close(other(s)['b'], ad(s)['b'])
+    for other in (pickle.loads(pickle.dumps(ad)), copy.deepcopy(ad)):
+        torch.testing.assert_close(other(s)['b'], ad(s)['b'])
 
-# --- in a training ---------------------------------------------------------------------------------------------------------------
+# --- in a training ------------------------------------------------------------
 
-def cnn(block, width): return ResNet(block, [1, 1, 1, 1], num_classes=4, width_per_group=width) if block is Bottleneck else ResNet(block, [1, 1, 1, 1], num_classes=4)
-def vit(dim): return VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=dim, mlp_dim=2*dim, num_classes=4)
+def cnn(block, width):
+    return ResNet(block, [1, 1, 1, 1], num_classes=4,
+                  width_per_group=width) if block is Bottleneck else ResNet(block, [1, 1, 1, 1], num_classes=4)
+def vit(dim):
+    return VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=dim, mlp_dim=2*dim,
+                             num_classes=4)
 
-pairs = {'resnet <- resnet, wider': (lambda: cnn(BasicBlock, 64), lambda: cnn(Bottleneck, 64), {'layer2': 'layer2', 'layer3': 'layer3'}),
-         'resnet <- vit': (lambda: cnn(BasicBlock, 64), lambda: vit(48), {'layer2': 'encoder.layers.encoder_layer_0', 'layer3': 'encoder.layers.encoder_layer_1'}),
-         'vit <- resnet': (lambda: vit(24), lambda: cnn(BasicBlock, 64), {'encoder.layers.encoder_layer_0': 'layer2', 'encoder.layers.encoder_layer_1': 'layer3'})}
+pairs = {'resnet <- resnet, wider': (lambda: cnn(BasicBlock, 64), lambda: cnn(Bottleneck, 64),
+                                     {'layer2': 'layer2', 'layer3': 'layer3'}),
+         'resnet <- vit': (lambda: cnn(BasicBlock, 64), lambda: vit(48),
+                           {'layer2': 'encoder.layers.encoder_layer_0', 'layer3': 'encoder.layers.encoder_layer_1'}),
+         'vit <- resnet': (lambda: vit(24), lambda: cnn(BasicBlock, 64),
+                           {'encoder.layers.encoder_layer_0': 'layer2', 'encoder.layers.encoder_layer_1': 'layer3'})}
 
 class Steps(Callback):
     "Losses of every step, and the adapters of the first"
@@ -283,7 +306,9 @@ def test_fitnet_across_families(name):
     assert set(student.state_dict())==keys and [len(g) for g in learn.opt.param_lists]==groups
 
 def test_fitnets_two_stages():
-    def net(w): return nn.Sequential(nn.Sequential(nn.Conv2d(3, w, 3, 2, 1), nn.ReLU()), nn.Sequential(nn.Conv2d(w, w, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16*w, 4)))
+    def net(w):
+        return nn.Sequential(nn.Sequential(nn.Conv2d(3, w, 3, 2, 1), nn.ReLU()),
+                             nn.Sequential(nn.Conv2d(w, w, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16*w, 4)))
     student,teacher = net(4),net(8)
     learn = learner(student, 16)
     lower,upper = ([p.detach().clone() for p in part.parameters()] for part in student)

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fasterai.distill.layers.capture import Capture, as_found, get_module_by_name, output_shapes, unwrap
+from fasterai.distill.layers.capture import Capture, as_found, output_shapes
+from fasterai.distill.layers.names import get_module_by_name, unwrap
 
 
 def n_hooks(m): return sum(len(o._forward_hooks)+len(o._forward_pre_hooks) for o in m.modules())
@@ -15,14 +16,16 @@ def n_hooks(m): return sum(len(o._forward_hooks)+len(o._forward_pre_hooks) for o
 def net():
     "conv, norm, in-place ReLU, conv, in-place ReLU, linear"
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True),
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3),
+                         nn.ReLU(inplace=True),
                          nn.Flatten(), nn.Linear(80, 2))
 
 def by_hand(m, x):
     "What every layer of `net` computes, safe from in-place writes; in training mode"
     res = {}
     for n,o in m.named_children():
-        x = nn.functional.batch_norm(x, None, None, o.weight, o.bias, True) if isinstance(o, nn.BatchNorm2d) else o(x.clone())
+        x = nn.functional.batch_norm(x, None, None, o.weight, o.bias,
+                                     True) if isinstance(o, nn.BatchNorm2d) else o(x.clone())
         res[n] = x.clone()
     return res
 
@@ -112,7 +115,8 @@ def test_a_hooked_model_pickles_and_copies_without_the_captured_tensors():
     with Capture(m, ['0', '6:input']) as c:
         m(x)
         for twin in (pickle.loads(pickle.dumps(m)), copy.deepcopy(m)):
-            assert all(not h.__self__.kept for o in twin.modules() for h in (*o._forward_hooks.values(), *o._forward_pre_hooks.values()))
+            assert all(not h.__self__.kept for o in twin.modules()
+                       for h in (*o._forward_hooks.values(), *o._forward_pre_hooks.values()))
     assert len(c.maps) == 2
 
 def test_clear_frees_the_maps():
@@ -126,10 +130,13 @@ def test_clear_frees_the_maps():
 
 
 class Twice(nn.Module):
-    "One module called twice, one that returns a tuple, one that returns a dict, one that returns no tensor, one that never runs"
+    "One module called twice, ones that return a tuple, a dict and no tensor, and one that never runs"
     def __init__(self):
         super().__init__()
-        self.lin,self.lstm,self.table,self.text,self.idle = nn.Linear(4, 4),nn.LSTM(4, 3, batch_first=True),Table(),Text(),nn.Linear(1, 1)
+        self.lin = nn.Linear(4, 4)
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+        self.table,self.text = Table(),Text()
+        self.idle = nn.Linear(1, 1)
     def forward(self, x, with_text=False):
         h = self.lin(self.lin(x))
         if with_text: self.text(h)
@@ -218,7 +225,9 @@ def test_compiled_code_that_is_older_than_the_hooks_is_detected(compiler):
     model(x)
     c = Capture(model, ['1', '6'])
     with c: model(x)
-    with pytest.raises(RuntimeError, match=r"never reached layer '1', '6': the model was compiled .* torch.compiler.reset\(\)"): c.maps
+    with pytest.raises(RuntimeError,
+                       match=r"never reached layer '1', '6': the model was compiled .* torch.compiler.reset\(\)"):
+        c.maps
     torch.compiler.reset()
     with c: model(x)
     assert list(c.maps) == ['1', '6']
@@ -247,7 +256,8 @@ def test_a_dry_run_leaves_everything_as_it_was(fails):
     m[0][1].eval()
     m[0][0].weight.requires_grad_(False)
     m[3].weight.grad = torch.ones(2, 2)
-    facts = lambda: (copy.deepcopy(m.state_dict()), [o.training for o in m.modules()], [p.requires_grad for p in m.parameters()],
+    facts = lambda: (copy.deepcopy(m.state_dict()), [o.training for o in m.modules()],
+                     [p.requires_grad for p in m.parameters()],
                      [p.grad for p in m.parameters()], torch.get_rng_state(), torch.is_grad_enabled(), n_hooks(m))
     before = facts()
     if fails:
@@ -267,3 +277,40 @@ def test_as_found_takes_several_models():
     a,b = net(),net().eval()
     with as_found(a, b): assert not (a.training or b.training or torch.is_grad_enabled())
     assert a.training and not b.training
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_observers_of_quantization_aware_training_stay_as_they_were(fails):
+    Q = pytest.importorskip('torch.ao.quantization')
+    m = nn.Sequential(Q.QuantStub(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), Q.DeQuantStub(),
+                      nn.Linear(6, 9 if fails else 6), nn.Linear(6, 2))
+    engines = torch.backends.quantized.supported_engines
+    m.qconfig = Q.get_default_qat_qconfig('x86' if 'x86' in engines else 'qnnpack')
+    Q.prepare_qat(m.train(), inplace=True)
+    was = copy.deepcopy(m.state_dict())
+    if fails:
+        with pytest.raises(RuntimeError): output_shapes(m, ['1'], x)
+    else: assert output_shapes(m, ['1'], x) == {'1': (2, 4, 6, 6)}
+    assert {k:v.shape for k,v in m.state_dict().items()} == {k:v.shape for k,v in was.items()}
+    torch.testing.assert_close(m.state_dict(), was, rtol=0, atol=0, equal_nan=True)
+    if not fails: m(x).sum().backward()
+
+def test_a_dry_run_keeps_a_lazy_norms_buffers():
+    m = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d())
+    assert output_shapes(m, ['1'], torch.randn(2, 3, 8)) == {'1': (2, 4, 6)}
+    assert m[1].running_mean.tolist() == [0]*4 and m[1].num_batches_tracked == 0
+
+def test_the_whole_model_is_a_layer():
+    m = net()
+    want = m(x)
+    with Capture(m, ['', ':input', '3'], detach=True) as c: m(x)
+    torch.testing.assert_close(c.maps[''], want.detach())
+    assert c.maps[':input'].equal(x)
+    assert output_shapes(nn.DataParallel(m), [''], x) == {'': (2, 2)}
+    assert get_module_by_name(nn.DataParallel(m), '') is m
+
+def test_the_whole_of_a_compiled_model_is_a_layer(compiler):
+    m = net()
+    model = torch.compile(m, backend='aot_eager', fullgraph=True)
+    with Capture(model, ['', '1']) as c: out = model(x)
+    torch.testing.assert_close(c.maps[''], out)

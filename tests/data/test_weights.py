@@ -1,0 +1,83 @@
+"Weights from files as trainings, wrappers and strangers write them"
+import os
+
+import fastai.callback.progress  # noqa: F401 gives Learner `no_bar`
+import pytest
+import torch
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+
+from fasterai.data.archs import load_weights, make_model
+from fasterai.data.digits import digits_dls
+
+
+def model(seed=0, c=10):
+    torch.manual_seed(seed)
+    return make_model('digits_net4', c)
+
+def same(a, b): return all(torch.equal(v, b.state_dict()[k]) for k,v in a.state_dict().items())
+
+wrappers = dict(bare=lambda sd: sd, state_dict=lambda sd: {'epoch': 3, 'state_dict': sd},
+                model_state_dict=lambda sd: {'model_state_dict': sd, 'loss': .5},
+                model=lambda sd: {'model': sd, 'optimizer': {'state': {}}},
+                twice=lambda sd: {'model': {'state_dict': sd}},
+                module=lambda sd: {f'module.{k}': v for k,v in sd.items()},
+                compiled=lambda sd: {f'_orig_mod.{k}': v for k,v in sd.items()},
+                both=lambda sd: {'state_dict': {f'module._orig_mod.{k}': v for k,v in sd.items()}})
+
+@pytest.mark.parametrize('how', wrappers)
+def test_a_state_dict_is_found_where_trainings_put_it(tmp_path, how):
+    torch.save(wrappers[how](model(1).state_dict()), tmp_path/'w.pth')
+    m = model()
+    assert not same(m, model(1))
+    assert load_weights(m, tmp_path/'w.pth') is m and same(m, model(1))
+
+@pytest.mark.parametrize('with_opt', [True, False])
+def test_what_a_learner_saved(tmp_path, with_opt):
+    learn = Learner(digits_dls(64, 32, 'cpu'), model(1), loss_func=CrossEntropyLossFlat(), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    f = learn.save('w', with_opt=with_opt)
+    assert same(load_weights(model(), f), learn.model)
+
+@pytest.mark.parametrize('names', [('module', 'model'), ('module',), ('model', 'state_dict_')])
+def test_a_model_with_layers_called_module_or_model(tmp_path, names):
+    def make(): return nn.ModuleDict({n: nn.Linear(2, 2) for n in names})
+    a,b = make(),make()
+    torch.save(a.state_dict(), tmp_path/'w.pth')
+    assert same(load_weights(b, tmp_path/'w.pth'), a)
+
+def test_safetensors(tmp_path):
+    st = pytest.importorskip('safetensors.torch')
+    f = tmp_path/'w.safetensors'
+    st.save_file(model(1).state_dict(), f)
+    assert same(load_weights(model(), f), model(1))
+    os.truncate(f, f.stat().st_size//2)
+    m = model()
+    with pytest.raises(ValueError, match='w.safetensors is no state dict'): load_weights(m, f)
+    assert same(m, model())
+
+
+class Evil:
+    def __reduce__(self): return os.system, ('echo evil',)
+
+odd = dict(a_list=([1, 2], 'holds no state dict, but a list'), nothing=({}, 'holds no state dict'),
+           a_tensor=(torch.ones(2), 'holds no state dict, but a Tensor'),
+           numbers=({k:5 for k in model().state_dict()}, 'holds no weights'),
+           nan=({k:v*float('nan') for k,v in model().state_dict().items()}, 'are NaN'),
+           inf=({k:v/0 for k,v in model(1).state_dict().items()}, 'are NaN or infinite'),
+           other=(model(c=3).state_dict(), r'other shapes: 5.weight \(3, 8\) for \(10, 8\)'),
+           part=(dict(list(model().state_dict().items())[:3]), 'missing: '), code=(Evil(), 'read safely'),
+           no_names=({1: torch.ones(1)}, 'unknown: 1'))
+
+@pytest.mark.parametrize('what', odd)
+def test_other_files_are_refused_by_name_and_the_model_stays(tmp_path, what, capfd):
+    content,said = odd[what]
+    torch.save(content, tmp_path/'odd.pth')
+    m = model()
+    with pytest.raises(ValueError, match=said) as e: load_weights(m, tmp_path/'odd.pth')
+    assert 'odd.pth' in str(e.value) and same(m, model()) and 'evil' not in capfd.readouterr().out
+
+def test_a_file_of_noise(tmp_path):
+    (tmp_path/'noise.pth').write_bytes(os.urandom(100))
+    with pytest.raises(ValueError, match='noise.pth is no state dict'): load_weights(model(), tmp_path/'noise.pth')

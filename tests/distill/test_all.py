@@ -1,0 +1,21 @@
+"The public face: what `from fasterai.distill.all import *` brings, name by name"
+
+WANTED = """
+KnowledgeDistillationCallback get_model_layers get_module_by_name match_feature_layers
+Teacher Renormalize resize_batch TeacherCache Replay
+SoftTarget Logits Mutual DecoupledKD NKD HardTarget DIST TTM WTTM BinaryKD Ranking standardize
+Attention FitNet ActivationBoundaries Similarity CWD ChannelStats NST
+RKDDistance RKDAngle RKD PKT CC IRG VID CRD ReviewKD OFD available_losses
+Schedule lin cos one_shot iterative agp one_cycle dsd sched_oneshot sched_iterative sched_agp sched_onecycle sched_dsd
+available_schedules
+Experiment sweep compare suggest_weights
+plot_compare plot_attention plot_similarity plot_soft_targets save_report
+""".split()
+
+
+def test_it_brings_what_users_type_and_no_helpers():
+    got = {}
+    exec('from fasterai.distill.all import *', got)
+    got = {n for n in got if n!='__builtins__'} - {'Study'}  # new; the list takes it up with its room
+    assert got==set(WANTED), got ^ set(WANTED)
+    assert len(WANTED)==len(set(WANTED))
