@@ -19,7 +19,7 @@ from torch import Tensor
 from ...layers.capture import tensors_in
 from .signature import signature
 
-# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #9496530e
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #97c6356e
 _most = 4096  # numbers of a sample's logits or map
 
 def _some_values(t):
@@ -44,11 +44,11 @@ class Probe:
     where:str     # The device, its threads, PyTorch
 
     @classmethod
-    def ask(cls,
-        xb,      # Inputs, a tuple
-        teacher, # `teacher(*xb)` gives `(pred, fm)`
+    def of(cls,
+        xb,   # Inputs, a tuple
+        pred, # What the teacher said about them: logits or None,
+        fm,   # and a dict of maps
     ):
-        pred,fm = teacher(*xb)
         said = [o for o in (pred, *fm.values()) if o is not None]
         return cls(_hex(signature(xb)), _hex(signature(said)), [_some_values(o) for o in said], _where(xb))
 
