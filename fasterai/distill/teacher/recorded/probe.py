@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/recorded/probe.ht
 # %% auto #0
 __all__ = ['Probe', 'version_of']
 
-# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #c8f45e3d
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #78ebf3a6
 import zlib
 from dataclasses import dataclass
 
@@ -16,10 +16,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ...layers.capture import tensors_in
-from .signature import signature
+from .signature import batch_size, signature
 
-# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #97c6356e
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #2779f18e
 _most = 4096  # numbers of a sample's logits or map
 
 def _some_values(t):
@@ -27,11 +26,10 @@ def _some_values(t):
     t = t.detach().as_subclass(Tensor).reshape(len(t), -1)
     return t[:, ::-(-t.shape[1]//_most) or 1].float().cpu().numpy()
 
-def _where(xb):
+def _where(x):
     "What the last bit of an answer may depend on, besides the teacher"
-    x = next(tensors_in(xb))
     name = torch.cuda.get_device_name(x.device) if x.is_cuda else f'{x.device.type}, {torch.get_num_threads()} threads'
-    return f'{name}, torch {torch.__version__}'
+    return f'batches of {len(x)}, {name}, torch {torch.__version__}'
 
 def _hex(h): return [f'{a:016x}{b:016x}' for a,b in h.tolist()]
 
@@ -46,11 +44,12 @@ class Probe:
     @classmethod
     def of(cls,
         xb,   # Inputs, a tuple
-        pred, # What the teacher said about them: logits or None,
+        pred, # What the teacher said about them, over and over until a batch was full: logits or None,
         fm,   # and a dict of maps
     ):
         said = [o for o in (pred, *fm.values()) if o is not None]
-        return cls(_hex(signature(xb)), _hex(signature(said)), [_some_values(o) for o in said], _where(xb))
+        n = batch_size(xb)
+        return cls(_hex(signature(xb)), _hex(signature(said)[:n]), [_some_values(o[:n]) for o in said], _where(said[0]))
 
 # %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #9cfe1bf0
 @patch(as_prop=True)

@@ -7,17 +7,19 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/recorded/recorder
 # %% auto #0
 __all__ = ['Recorder']
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #376a298c
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #f60cc11d
 import json
 import time
 from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
+import torch
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import apply, num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
+from torch import Tensor
 
 from ....core.task import split_batch
 from ...layers.capture import tensors_in
@@ -63,7 +65,7 @@ class Recorder:
 
     def inputs(self, b): return split_batch(self.learn.dls, b)[0]
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #a284ea90
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #34474e9f
 @patch
 def open(self:Recorder,
     dl, # What draws the samples
@@ -78,8 +80,8 @@ def open(self:Recorder,
         self.trace = cache.views.trace(dl, cache.passes)
         self.undo.callback(self._end_trace)
         for cb in mixers: self.undo.enter_context(replayed_mix(cb, self.trace))
-        dry_run(cache.views, self.trace, self.inputs)
-        self._find_file()
+        xb = dry_run(cache.views, self.trace, self.inputs)
+        self._find_file(xb)
         self._watch_weights()
         if cache.eager and not cache.off: self._ask_everything()
         self.undo = self.undo.pop_all()
@@ -95,15 +97,17 @@ def _watch_weights(self:Recorder):
     before = version()
     self.changed = lambda: version()!=before
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #d79f407a
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #312743e8
+def _filled(xb, n):
+    "The samples of `xb` over and over, `n` of them"
+    m = batch_size(xb)
+    def fill(t): return t[torch.arange(n, device=t.device)%m] if isinstance(t, Tensor) and t.ndim and len(t)==m else t
+    return apply(fill, tuple(xb))
+
 @patch
-def _probe(self:Recorder, some=16):
+def _probe(self:Recorder, xb):
     "A `Probe`, and the answer that it is made of"
-    dl = self.trace.dl
-    rows = self.cache.views.some_rows(self.trace.n, min(some, dl.bs))
-    with seeded('probe'): xb = self.inputs(self.trace.draw(rows, fill=-(-dl.bs//len(rows))))
-    self.trace.rows = None
-    pred,fm = self.ask_teacher(*xb)
+    pred,fm = self.ask_teacher(*_filled(xb, max(self.trace.dl.bs, batch_size(xb))))
     return Probe.of(xb, pred, fm),pred,fm
 
 @patch
@@ -114,7 +118,7 @@ def _header(self:Recorder, probe, pred, fm):
                 classes=pred.shape[1] if codec.logits and cache.topk else None,
                 fields=fields_of(codec.encode(pred, fm)), probe=probe.about())
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #deec3b69
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #7f29303d
 _settings = dict(
     samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
     keeps="it keeps (topk, dtype) {}, here {}", layers="its feature maps are {}, here {}",
@@ -128,34 +132,35 @@ def _other_settings(was, ours):
     return ', '.join(msg.format(short(was.get(o)), short(ours[o])) for o,msg in _settings.items() if not same(o))
 
 @patch
-def _misfit(self:Recorder, path, was, end, ours, probe):
-    "Why the file at `path` is not a record of this teacher, data and pipeline; empty if it is"
-    def again(): return self._probe()[0]
-    return _other_settings(was, ours) or probe.misfit(was, read_block(path, end, len(probe.block)), self.cache.dtype, again)
+def _misfit(self:Recorder, path, ours, probe, again):
+    "Why the file at `path` is not a record of this teacher, data and pipeline; empty if it is. And where its header ends"
+    was,end = read_header(path)
+    if was is None: return None,0
+    why = _other_settings(was, ours) or probe.misfit(was, read_block(path, end, len(probe.block)), self.cache.dtype, again)
+    return why,end
 
 @patch
-def _find_file(self:Recorder):
+def _find_file(self:Recorder, xb):
     "Open the file, or make one; ValueError if there is another's. Where that is impossible, the cache gives up"
     cache = self.cache
-    probe,pred,fm = self._probe()
-    try: ours = self._header(probe, pred, fm)
+    probe,pred,fm = self._probe(xb)
+    try: self.header = self._header(probe, pred, fm)
     except ValueError as e: return cache.give_up(str(e))
-    try:
-        path = cache.file()
-        was,end = read_header(path)
-        why = '' if was is None else self._misfit(path, was, end, ours, probe)
-        if why and not cache.path:
-            path.unlink()
-            was,why = None,''
-        if was is None:
-            self._create(path, ours, probe)
-            was,end = read_header(path)
-            why = self._misfit(path, was, end, ours, probe)  # another process may have been faster
-        if why: raise ValueError(f"cache: {path} does not fit: {why}. Delete it, or give another path")
-        self.header = ours
-        self.store = Store(path, ours, end+whole_pages(len(probe.block)))
-        self.undo.callback(self.store.close)
-    except OSError as e: cache.give_up(f"cannot open {cache.path or 'a temporary file'}: {e}")
+    try: self.store = self._open_file(cache.file(), probe, lambda: self._probe(xb)[0])
+    except OSError as e: return cache.give_up(f"cannot open {cache.path or 'a temporary file'}: {e}")
+    self.undo.callback(self.store.close)
+
+@patch
+def _open_file(self:Recorder, path, probe, again):
+    why,end = self._misfit(path, self.header, probe, again)
+    if why and not self.cache.path:
+        path.unlink()
+        why = None
+    if why is None:
+        self._create(path, self.header, probe)
+        why,end = self._misfit(path, self.header, probe, again)  # another process may have been faster
+    if why: raise ValueError(f"cache: {path} does not fit: {why}. Delete it, or give another path")
+    return Store(path, self.header, end+whole_pages(len(probe.block)))
 
 @patch
 def _create(self:Recorder, path, header, probe):

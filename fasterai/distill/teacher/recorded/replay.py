@@ -90,7 +90,7 @@ def _order_of(self:ViewTrace, view):
         self._orders[view] = self._draw_order(view)
     return self._orders[view]
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #88d64256
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #2aff0ace
 @patch
 def create_batches(self:ViewTrace, rows):
     "A worker's share of the batches. One whose items are skipped is smaller, so that the others stay what they are"
@@ -99,11 +99,11 @@ def create_batches(self:ViewTrace, rows):
         if b is not None: yield b
 
 @patch
-def make(self:ViewTrace, rows, fill=1):
+def make(self:ViewTrace, rows):
     with seeded(self.seed, 'items', _tag_of(rows)):
         items = [self._call('do_item', self._order_of(r//self.n)[r%self.n]) for r in rows]
-        self._pending = [r for r,o in zip(rows, items) if o is not None]*fill
-        items = [o for o in items if o is not None]*fill
+        self._pending = [r for r,o in zip(rows, items) if o is not None]
+        items = [o for o in items if o is not None]
         return self.do_batch(items) if items else None
 
 @patch
@@ -146,14 +146,14 @@ class Views:
 
     def check_types(self, dl, mixers): "Anything may be random"
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #31e779c9
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #0e2bbc37
 def dry_run(
     views,   # `Once` or `Views`
     trace,   # Its trace of a DataLoader
     inputs,  # A function from a batch to its inputs
     some=16, # As many samples
 ):
-    "Draw some samples again and again: ValueError unless they are the same each time"
+    "Draw some samples again and again: ValueError unless they are the same each time. Returns their inputs"
     rows = views.some_rows(trace.n, some)
     def draw(rows, seed):
         with seeded(seed): return inputs(trace.draw(rows))
@@ -162,6 +162,8 @@ def dry_run(
     if not views.k and not _nearly_same(draw(rows[:1], 0), first):
         raise ValueError("cache: the input made of a sample depends on the others in its batch (padding to the longest?); "
                          "use cache=Replay(k=8), which keeps batches together")
+    trace.rows = None
+    return first
 
 def _same(a, b):
     a,b = signature(a),signature(b)

@@ -89,18 +89,18 @@ def after_batch(self:Trace, transforms, b):
     b = tuple(b[0]) if self.dl.pin_memory and type(b[0]) is list else b[0]  # pinning makes lists of tuples
     return transforms(b)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #176fd059
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #62a3f400
 @patch
-def make(self:Trace, rows, fill=1):
-    "The items of `rows`, `fill` times over, as a batch with its numbers; None if all were skipped"
+def make(self:Trace, rows):
+    "The items of `rows` as a batch with its numbers; None if all were skipped"
     items = [o for r in rows if (o:=self.do_item(r)) is not None]
-    return self.do_batch(items*fill) if items else None
+    return self.do_batch(items) if items else None
 
 @patch
-def draw(self:Trace, rows, fill=1):
+def draw(self:Trace, rows):
     "The batch of `rows` through every transform, as an epoch would draw it"
     self.dl.before_iter()
-    b = self.make(rows, fill)
+    b = self.make(rows)
     return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #08d39a58
