@@ -90,7 +90,7 @@ def _order_of(self:ViewTrace, view):
         self._orders[view] = self._draw_order(view)
     return self._orders[view]
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #2aff0ace
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #3a8c6ea7
 @patch
 def create_batches(self:ViewTrace, rows):
     "A worker's share of the batches. One whose items are skipped is smaller, so that the others stay what they are"
@@ -107,10 +107,8 @@ def make(self:ViewTrace, rows):
         return self.do_batch(items) if items else None
 
 @patch
-def after_batch(self:ViewTrace, transforms, b):
-    def seeded_transforms(b):
-        with seeded(self.seed, 'batch', self.tag, device=self.dl.device): return transforms(b)
-    return Trace.after_batch(self, seeded_transforms, b)
+def _transform(self:ViewTrace, transforms, b):
+    with seeded(self.seed, 'batch', self.tag, device=self.dl.device): return transforms(b)
 
 # %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #c97da6c9
 class Once:

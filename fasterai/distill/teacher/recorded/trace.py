@@ -68,7 +68,7 @@ class Trace:
         f = self._old.get(name)
         return f(*args) if f else getattr(type(self.dl), name)(self.dl, *args)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #110050f5
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #bc923cb3
 @patch
 def do_item(self:Trace, row):
     row = row or 0
@@ -87,7 +87,10 @@ def after_batch(self:Trace, transforms, b):
     if not (isinstance(b, (tuple, list)) and len(b)==2 and isinstance(b[1], _Rows)): return transforms(b)
     self.rows = b[1].rows
     b = tuple(b[0]) if self.dl.pin_memory and type(b[0]) is list else b[0]  # pinning makes lists of tuples
-    return transforms(b)
+    return self._transform(transforms, b)
+
+@patch
+def _transform(self:Trace, transforms, b): return transforms(b)
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #62a3f400
 @patch
