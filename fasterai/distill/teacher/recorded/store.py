@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #1bbfd6ac
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #10fef135
 magic = b'\x89fasterai teacher cache 2\n'
 _version_1 = b'fasterai teacher cache 1\n'
 _header_limit = 1<<20
@@ -42,7 +42,7 @@ def read_header(
     ValueError if it is something else"""
     fd = _open_to_read(path)
     if fd is None: return None,0
-    try: head = os.pread(fd, _header_limit, 0)
+    try: head,size = os.pread(fd, _header_limit, 0),os.fstat(fd).st_size
     finally: os.close(fd)
     if head.startswith(_version_1):
         raise ValueError(f"cache: {path} was written by an earlier version, which knew inputs by rough signatures; delete it, or give another path")
@@ -51,7 +51,9 @@ def read_header(
     line,_,_ = head[len(magic):].partition(b'\n')
     header = _parsed(line)
     if header is None: raise ValueError(f"cache: the header of {path} is damaged; delete it, or give another path")
-    return header,whole_pages(len(magic)+len(line)+1)
+    end = whole_pages(len(magic)+len(line)+1)
+    block = header.get('block')
+    return (None, 0) if isinstance(block, int) and size<end+block else (header, end)
 
 def _is_stump(head):
     if not head: return True
@@ -77,7 +79,7 @@ def read_block(
     "What follows the header"
     with open(path, 'rb') as f: return os.pread(f.fileno(), n, start)
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #ec35e5fb
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #c04ac994
 def size_text(
     n, # Bytes
 )->str:
@@ -94,7 +96,7 @@ def create(
     row_bytes:int,  # The size of a row
 ):
     "The file with its header and empty rows; OSError if there is no room for it"
-    head = magic+json.dumps(header).encode()+b'\n'
+    head = magic+json.dumps({**header, 'block':len(block)}).encode()+b'\n'
     start = whole_pages(len(head))
     size = start+whole_pages(len(block))+header['rows']*row_bytes
     path.parent.mkdir(parents=True, exist_ok=True)
