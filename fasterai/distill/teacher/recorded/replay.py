@@ -90,7 +90,7 @@ def _order_of(self:ViewTrace, view):
         self._orders[view] = self._draw_order(view)
     return self._orders[view]
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #3a8c6ea7
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #cf2d5086
 @patch
 def create_batches(self:ViewTrace, rows):
     "A worker's share of the batches. One whose items are skipped is smaller, so that the others stay what they are"
@@ -100,11 +100,10 @@ def create_batches(self:ViewTrace, rows):
 
 @patch
 def make(self:ViewTrace, rows):
+    def item(row): return self.dl.do_item(self._order_of(row//self.n)[row%self.n])
     with seeded(self.seed, 'items', _tag_of(rows)):
-        items = [self._call('do_item', self._order_of(r//self.n)[r%self.n]) for r in rows]
-        self._pending = [r for r,o in zip(rows, items) if o is not None]
-        items = [o for o in items if o is not None]
-        return self.do_batch(items) if items else None
+        pairs = [(r, o) for r in rows if (o:=item(r)) is not None]
+        return self._batch(pairs) if pairs else None
 
 @patch
 def _transform(self:ViewTrace, transforms, b):

@@ -7,11 +7,11 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/teacher/recorded/signatur
 # %% auto #0
 __all__ = ['batch_size', 'signature', 'weights_digest']
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #d05f6147
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #1c518ca5
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
-from typing import Mapping
 
 import numpy as np
 import torch
@@ -36,10 +36,10 @@ def _keys(device):
     counter = np.arange(1, 2*_block+1, dtype=np.uint64)*np.uint64(0x9e3779b97f4a7c15)
     return torch.from_numpy(_mix(counter).view(np.int64).reshape(2, -1)).to(device)
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #acc2f309
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #1f2e598b
 def _words(x):
     "The bytes of each row of `x` as int32 words, filled up with zeros"
-    x = x.detach().as_subclass(Tensor).resolve_conj().resolve_neg().contiguous()
+    x = x.resolve_conj().resolve_neg().contiguous()
     x = x.reshape(len(x), prod(x.shape[1:]))
     if x.element_size()>=4: return x.view(torch.int32)
     x = x.view(torch.uint8)
@@ -63,7 +63,7 @@ def _hash_rows(x):
     for s in torch.cat(sums, 1).cpu().numpy().view(np.uint64).swapaxes(0, 1): h = _mix(h^s)
     return h
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #e3442b36
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #09437a3a
 _plain = bool,int,float,complex,str,bytes,type(None)
 
 def batch_size(
@@ -71,7 +71,8 @@ def batch_size(
 )->int:
     "The number of samples, by the first tensor; TypeError if there is none"
     for x in tensors_in(xb):
-        if x.ndim: return len(x)
+        shape = x.as_subclass(Tensor).shape
+        if shape: return shape[0]
     raise TypeError("cache: there is no tensor in the inputs to count the samples by")
 
 def _number(text): return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), '<u8')
@@ -80,6 +81,7 @@ def _tell(o, n, words, parts):
     "Add to `words` how `o` is arranged, to `parts` the hashes of what is in it, `(n, 2)` or `(1, 2)`"
     if isinstance(o, np.ndarray) and o.dtype.kind in 'biufc': o = torch.from_numpy(np.ascontiguousarray(o))
     if isinstance(o, Tensor):
+        o = o.detach().as_subclass(Tensor)  # a subclass takes its time
         each = o.ndim>0 and len(o)==n
         words.append(f"{'each' if each else 'all'} {o.dtype} {tuple(o.shape[each:])}")
         parts.append(_hash_tensor(o if each else o[None]))
@@ -111,7 +113,7 @@ def signature(
     for p in parts: h = _mix(h^p)
     return h
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #796c6420
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #2582fd28
 def weights_digest(
     model, # A Module, several of them, or anything with `models`, such as a `Teacher`
 )->str:
@@ -124,5 +126,5 @@ def weights_digest(
                 h.update(repr((i, name, o)).encode())
                 continue
             h.update(repr((i, name, str(o.dtype), tuple(o.shape))).encode())
-            h.update(_words(o.cpu()[None]).numpy().tobytes())
+            h.update(_words(o.detach().as_subclass(Tensor).cpu()[None]).numpy().tobytes())
     return h.hexdigest()

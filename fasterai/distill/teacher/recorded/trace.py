@@ -31,10 +31,10 @@ class _AfterBatch(Pipeline):
         transforms = super().__call__ if isinstance(self._inner, Pipeline) else self._inner
         return self._trace.after_batch(transforms, b)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #82c7e2a9
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #2d182148
 class Trace:
     "Makes `dl` say which rows its batches are made of (`rows`, after each batch), until `close`"
-    replaced = 'do_item','do_batch','after_batch'
+    replaced = 'create_batches','after_batch'
     tag = 1        # what a row is stored under; 0 is an empty one
     view = 0
 
@@ -43,7 +43,6 @@ class Trace:
     ):
         self.dl = dl
         self.rows = None
-        self._pending = []
         self._old = {}
         self.n = self._count()
         self._start()
@@ -68,19 +67,17 @@ class Trace:
         f = self._old.get(name)
         return f(*args) if f else getattr(type(self.dl), name)(self.dl, *args)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #bc923cb3
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #fa374220
 @patch
-def do_item(self:Trace, row):
-    row = row or 0
-    item = self._call('do_item', row)
-    if item is not None: self._pending.append(row)
-    return item
+def create_batches(self:Trace, rows):
+    "What a worker does with its share of the rows"
+    drawn = ((r, self.dl.do_item(r)) for r in rows)
+    for pairs in self.dl.chunkify(p for p in drawn if p[1] is not None): yield self._batch(pairs)
 
 @patch
-def do_batch(self:Trace, items):
-    rows = self._pending[-len(items):]
-    self._pending = []
-    return self._call('do_batch', items),_Rows(rows)
+def _batch(self:Trace, pairs):
+    rows,items = zip(*pairs)
+    return self.dl.do_batch(list(items)),_Rows(rows)
 
 @patch
 def after_batch(self:Trace, transforms, b):
@@ -92,12 +89,12 @@ def after_batch(self:Trace, transforms, b):
 @patch
 def _transform(self:Trace, transforms, b): return transforms(b)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #62a3f400
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #8742f041
 @patch
 def make(self:Trace, rows):
     "The items of `rows` as a batch with its numbers; None if all were skipped"
-    items = [o for r in rows if (o:=self.do_item(r)) is not None]
-    return self.do_batch(items) if items else None
+    pairs = [(r, o) for r in rows if (o:=self.dl.do_item(r)) is not None]
+    return self._batch(pairs) if pairs else None
 
 @patch
 def draw(self:Trace, rows):
@@ -106,7 +103,7 @@ def draw(self:Trace, rows):
     b = self.make(rows)
     return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #08d39a58
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #70cc1217
 def innermost(
     dl, # A DataLoader, perhaps inside a `DistributedDL`
 ):
@@ -125,6 +122,9 @@ def check_dl(
         raise TypeError("cache: an iterable dataset has no indices to remember its samples by; use one with `__getitem__` and `__len__`")
     if isinstance(dl.__dict__.get('after_batch'), _AfterBatch):
         raise ValueError("cache: another one is attached to this DataLoader; `detach` it first")
+    if 'create_batches' in dl.__dict__ or type(dl).create_batches is not DataLoader.create_batches:
+        raise TypeError(f"cache: a {type(dl).__name__} has `create_batches` of its own, and which samples it puts in a batch is unknown; "
+                        "let it change `create_batch`, which makes one batch of its items")
     if dl.prebatched:
         raise TypeError("cache: bs=None hands over ready-made batches, whose samples have no indices; let the DataLoader make the batches")
 
