@@ -31,7 +31,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fasterai.distill.study.run_log import RunLog
 from fasterai.core.seeds import same_start
-from fasterai.distill.teacher.recorded.recorded import digest
+from fasterai.distill.teacher.recorded.signature import weights_digest
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import *
 from fasterai.distill.teacher.teacher import Teacher
@@ -152,7 +152,7 @@ def main(
     log = RunLog(out or here/'results'/f'accuracy-{setting}.csv', COLS)
     dls = s.data(data/s.folder, device)
     teacher,acc = trained_teacher(s, dls, models/f'accuracy-{setting}.pth')
-    about = dict(setting=setting, teacher=digest(teacher)[:8], teacher_accuracy=100*acc, device=torch.cuda.get_device_name() if device.type=='cuda' else f'cpu, {threads} threads',
+    about = dict(setting=setting, teacher=weights_digest(teacher)[:8], teacher_accuracy=100*acc, device=torch.cuda.get_device_name() if device.type=='cuda' else f'cpu, {threads} threads',
                  torch=torch.__version__, fastai=fastai.__version__, commit=commit())
     if others := {r['teacher'] for r in log.rows} - {about['teacher']}:
         raise SystemExit(f"--out: the runs of {log.path.name} had another teacher ({others.pop()}, here {about['teacher']}): give another file")

@@ -35,7 +35,7 @@ from ...core.plots import COLORS, GREY, look, new_axes
 from .run_log import RunLog, cell
 from ...core.seeds import same_start
 from ...core.stats import paired_test
-from ..teacher.recorded.recorded import digest
+from ..teacher.recorded.signature import weights_digest
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
 from ..losses import SoftTarget
@@ -211,7 +211,7 @@ def sweep(
         if k in points[0]: raise ValueError(f"{k} is in the grid, and given as {kwargs[k]!r} too")
     states,params,probe = get_random_states(),list(points[0]),make_learner()
     log = RunLog(path, ['run', *params, 'setting', 'seed', 'epochs', *_measured(probe), 'seconds'], _text)
-    data,asked,own = _data(probe.dls),digest(as_teacher(teacher))[:12],dict(student=_student(probe), fit=getattr(fit, '__name__', fit))
+    data,asked,own = _data(probe.dls),weights_digest(as_teacher(teacher))[:12],dict(student=_student(probe), fit=getattr(fit, '__name__', fit))
     judged = dict(run='teacher', setting=_setting(teacher=asked, data=data))
     if baseline and not log.find(**judged) and (t := _teacher_learner(teacher, probe)): log.add({**judged, **_measure(t)})
     given = {k:v for k,v in dict(loss=_text('loss', loss), **kwargs).items() if k not in params}
