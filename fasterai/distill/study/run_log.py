@@ -7,71 +7,126 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/run_log.html.md"""
 # %% auto #0
 __all__ = ['cell', 'RunLog']
 
-# %% ../../../nbs/distill/study/run_log.ipynb #48c782d4
+# %% ../../../nbs/distill/study/run_log.ipynb #47931c5c
 import csv
 import io
 import os
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Callable
 
 import numpy as np
 
-# %% ../../../nbs/distill/study/run_log.ipynb #dc7a3b08
+# %% ../../../nbs/distill/study/run_log.ipynb #277f58ca
 def cell(
     name:str, # The column; a `text` of your own may go by it
     v,        # The value
 )->str:
     "A value as the file has it, the same in every process: numbers with twelve digits"
-    return str(bool(v)) if isinstance(v, (bool, np.bool_)) else format(float(v), '.12g') if isinstance(v, (int, float, np.number)) else str(v)
+    if isinstance(v, (bool, np.bool_)): return str(bool(v))
+    if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
+    return str(v)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #3ac5e836
+# %% ../../../nbs/distill/study/run_log.ipynb #abf250c6
+@contextmanager
+def _locked(path, flags):
+    "The file, open and for this process alone"
+    fd = os.open(path, flags)
+    try:
+        with suppress(ImportError, OSError): # neither every system nor every disk has locks
+            import fcntl
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally: os.close(fd)
+
+def _write_all(fd, data):
+    "Write `data` to the end, in as many parts as it takes, and wait for the disk"
+    while data: data = data[os.write(fd, data):]
+    os.fsync(fd)
+
+def _line(vals):
+    "A line of the CSV file, without line ends inside"
+    f = io.StringIO()
+    csv.writer(f, lineterminator='\n').writerow([' '.join(str(v).split('\n')) for v in vals])
+    return f.getvalue().encode()
+
+# %% ../../../nbs/distill/study/run_log.ipynb #8351e9fd
+def _create(path, header):
+    "A file with its header, unless there is one; the first of several processes wins"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path): return
+    fd,tmp = mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        _write_all(fd, header)
+        os.chmod(tmp, 0o644)
+        with suppress(FileExistsError): _link(tmp, path, header)
+    finally:
+        os.close(fd)
+        os.unlink(tmp)
+
+def _link(tmp, path, header):
+    try: os.link(tmp, path)
+    except FileExistsError: raise
+    except OSError: # a file system without links
+        fd = os.open(path, os.O_WRONLY|os.O_CREAT|os.O_EXCL, 0o644)
+        try: _write_all(fd, header)
+        finally: os.close(fd)
+
+# %% ../../../nbs/distill/study/run_log.ipynb #52508f1a
+def _rows_of(text, cols, path):
+    "The rows of a whole file; ValueError for one of other columns"
+    lines = text.replace('\r\n', '\n').split('\n')[:-1]
+    try: head,*rows = [next(csv.reader([l]), []) for l in lines] or [None]
+    except csv.Error as e: raise ValueError(f"path: {str(path)!r} is no table, {e}") from e
+    if head not in (None, cols):
+        raise ValueError(f"path: {str(path)!r} belongs to other runs, its columns are {head}, here {cols}")
+    odd = sum(0<len(r)!=len(cols) for r in rows)
+    if odd: warnings.warn(f"{path}: {odd} rows do not have {len(cols)} fields and are skipped")
+    return head,[dict(zip(cols, r)) for r in rows if len(r)==len(cols)]
+
+def _decoded(raw, path):
+    try: return raw.decode('utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
+
+# %% ../../../nbs/distill/study/run_log.ipynb #b90592a1
 class RunLog:
-    "Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns, which is left as it is"
+    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no text,
+    which is left as it is; warns of rows that do not fit"""
     def __init__(self,
         path:str|Path|None, # The file; None keeps the rows in memory only
         cols:list,          # Its columns
         text:Callable=cell, # From a column and a value to the text
     ):
-        self.path,self.cols,self.text,self.rows = path and Path(path),list(cols),text,[]
-        if self.path:
-            self._create()
-            self._load()
-
-    def _create(self):
-        "The file with its header, in one step; the first of several processes wins"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists(): return
-        tmp = self.path.with_name(f'{self.path.name}.{os.getpid()}')
-        self._write(self.cols, tmp)
-        try: os.link(tmp, self.path)
-        except FileExistsError: pass
-        except OSError: os.replace(tmp, self.path)  # a file system without links
-        finally: tmp.unlink(missing_ok=True)
+        self.path = Path(path) if path else None
+        self.cols = list(cols)
+        self.text = text
+        self.rows = []
+        if self.path: self._load()
 
     def _load(self):
+        "Read the file, made if it is not there, and drop a line that was cut short"
+        _create(self.path, _line(self.cols))
         raw = self.path.read_bytes()
-        whole = raw[:raw.rfind(b'\n')+1]
-        head,*rows = [*csv.reader(io.StringIO(whole.decode()))] or [None]
-        if head not in (None, self.cols): raise ValueError(f"path: {str(self.path)!r} belongs to other runs, its columns are {head}, here {self.cols}")
-        if len(whole)<len(raw): os.truncate(self.path, len(whole))
-        if head is None: return self._write(self.cols)
-        self.rows = [dict(zip(head, r)) for r in rows]
+        head,self.rows = _rows_of(_decoded(raw[:raw.rfind(b'\n')+1], self.path), self.cols, self.path)
+        if head is None or not raw.endswith(b'\n'): self._repair()
 
-    def _write(self, vals, path=None):
-        line = io.StringIO()
-        csv.writer(line, lineterminator='\n').writerow(vals)
-        fd = os.open(path or self.path, os.O_WRONLY|os.O_APPEND|os.O_CREAT, 0o644)
-        try:
-            os.write(fd, line.getvalue().encode())
-            os.fsync(fd)
-        finally: os.close(fd)
+    def _repair(self):
+        "Take off a line without an end, and give an empty file its header"
+        with _locked(self.path, os.O_RDWR|os.O_APPEND) as fd:
+            end = self.path.read_bytes().rfind(b'\n')+1
+            os.ftruncate(fd, end)
+            if not end: _write_all(fd, _line(self.cols))
 
     def _cell(self, name, v): return '' if v is None else self.text(name, v)
 
     def add(self, row:dict):
         "Store a run: its values by column, of which some may be missing"
         row = {c:self._cell(c, row.get(c)) for c in self.cols}
-        if self.path: self._write([row[c] for c in self.cols])
+        if self.path:
+            _create(self.path, _line(self.cols)) # somebody may have moved it away
+            with _locked(self.path, os.O_WRONLY|os.O_APPEND) as fd: _write_all(fd, _line(row.values()))
         self.rows.append(row)
 
     def find(self, **key)->dict|None:
