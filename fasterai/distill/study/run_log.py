@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/run_log.html.md"""
 # %% auto #0
 __all__ = ['cell', 'RunLog']
 
-# %% ../../../nbs/distill/study/run_log.ipynb #47931c5c
+# %% ../../../nbs/distill/study/run_log.ipynb #7b6ade2c
 import csv
 import io
 import os
@@ -18,6 +18,7 @@ from tempfile import mkstemp
 from typing import Callable
 
 import numpy as np
+import pandas as pd
 
 # %% ../../../nbs/distill/study/run_log.ipynb #277f58ca
 def cell(
@@ -90,7 +91,7 @@ def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #b90592a1
+# %% ../../../nbs/distill/study/run_log.ipynb #4f164b4f
 class RunLog:
     """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no text,
     which is left as it is; warns of rows that do not fit"""
@@ -133,3 +134,13 @@ class RunLog:
         "The first row with these values, as text; None if there is none"
         key = {k:self._cell(k, v) for k,v in key.items()}
         return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
+
+    def frame(self,
+        rows:list=None, # Some of the rows; None: all
+    )->pd.DataFrame:
+        "A table of rows, with numbers in the columns that hold nothing else"
+        df = pd.DataFrame(self.rows if rows is None else rows, columns=self.cols)
+        for c in df.columns:
+            n = pd.to_numeric(df[c], errors='coerce')
+            if (n.notna() | (df[c]=='')).all(): df[c] = n
+        return df
