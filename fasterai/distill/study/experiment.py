@@ -7,174 +7,180 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/experiment.html.md"
 # %% auto #0
 __all__ = ['Experiment']
 
-# %% ../../../nbs/distill/study/experiment.ipynb #508446d6
-from copy import deepcopy
-from typing import Callable
+# %% ../../../nbs/distill/study/experiment.ipynb #721c550a
+from typing import Callable, Sequence
 
 import pandas as pd
 import torch
-import fastai.callback.schedule # gives `Learner` its `fit_one_cycle`
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, Recorder
+from fastai.learner import Learner
 from fastai.metrics import accuracy
-from fastcore.basics import listify, patch, store_attr
-from fastcore.foundation import L
-from fastprogress.fastprogress import progress_bar
+from fastcore.basics import patch, store_attr
 from torch import nn
 
 from ...core.plots import COLORS, GREY, new_axes
 from ...core.seeds import same_start
-from ...core.stats import paired_test
-from ..distillation_callback import KnowledgeDistillationCallback
+from ...core.task import split_batch
 from ..layers.capture import as_found
 from ..losses import SoftTarget
 from .measure import model_cost
+from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
+from .study import Study
+from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #ccc4f28d
-def _silent_fit(learn, epochs, lr, cbs):
-    with learn.no_logging(), learn.removed_cbs(learn._grab_cbs(ProgressCallback)): learn.fit_one_cycle(epochs, lr, cbs=cbs)
-
-class _Tick(Callback):
-    "Moves a progress bar that spans several trainings on by an epoch"
-    order = Recorder.order+1
-    def __init__(self, bar, ticks, what): self.bar,self.ticks,self.what = bar,ticks,what
-    def after_epoch(self):
-        self.bar.comment = f'{self.what}, {self.learn.final_record[2]:.1%}'
-        next(self.ticks, None)
-
-# %% ../../../nbs/distill/study/experiment.ipynb #694b63d8
+# %% ../../../nbs/distill/study/experiment.ipynb #79ad98d7
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
-        dls:DataLoaders,           # Classification data; accuracy is measured on the validation set
+        dls:DataLoaders,           # The metric is measured on the validation set
         teacher:nn.Module,         # Trained by `train_teacher`, unless it is trained already
         make_student:Callable,     # Returns a new student
         loss:Callable=SoftTarget,  # Distillation loss, or several: see `KnowledgeDistillationCallback`
         lr:float=1e-3,             # Highest learning rate, for all
+        metrics=accuracy,          # fastai metrics; the first is the one that counts
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
         store_attr(but='kd')
         self.kd = kd
-        self.runs,self.pairs = pd.DataFrame(columns=['epochs','seed','alone','distilled']),{}
+        self.study = None
         self.check()
 
-    def check(self):
-        "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses, before any training"
-        KnowledgeDistillationCallback(self.teacher, self.loss, **self.kd)
-        x,c = self.dls.one_batch()[0],self.dls.c
-        for who,model in (('teacher',self.teacher), ('student',self.make_student())):
-            try:
-                with as_found(model): out = model.to(x.device)(x)
-            except Exception as e: raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(x.shape)}: {e}") from e
-            if not isinstance(out, torch.Tensor) or out.shape!=(len(x), c):
-                got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-                raise ValueError(f"{who} {type(model).__name__} must give one logit for each of the {c} classes, {(len(x), c)}, got {got}")
+    def _arm(self): return dict(teacher=self.teacher, loss=self.loss, **self.kd)
 
-    def train_teacher(self,
-        epochs:int,            # Length of the training
-        dls:DataLoaders=None,  # The teacher's own data, perhaps more than the students have; None: theirs
-        seed:int=0,
-    ):
-        "Train the teacher alone, with a progress bar"
-        bar,ticks = _ticks(epochs)
-        self._fit(self.teacher, epochs, seed, _Tick(bar, ticks, 'teacher'), dls=dls)
+    def learner(self,
+        model:nn.Module=None,  # None: a new student
+        dls:DataLoaders=None,  # None: the experiment's
+    )->Learner:
+        "A Learner of `model`, as all of the experiment's are"
+        return Learner(dls or self.dls, self.make_student() if model is None else model, metrics=self.metrics, lr=self.lr)
 
-    def run(self,
-        epochs:int|list[int]=40,   # Lengths of the trainings
-        seeds:int|list[int]=8,     # Number of seeds, or the seeds
-    ):
-        "Train all students that have not been trained yet, with a progress bar; returns self"
-        epochs,seeds = listify(epochs),list(range(seeds)) if isinstance(seeds, int) else seeds
-        done = set(zip(self.runs.epochs, self.runs.seed))
-        todo = [(n,seed) for n in epochs for seed in seeds if (n,seed) not in done]
-        bar,ticks = _ticks(2*sum(n for n,_ in todo))
-        for n,seed in todo: self.runs.loc[len(self.runs)] = [n, seed, *self._pair(n, seed, bar, ticks)]
-        self.runs = self.runs.astype(dict(epochs=int, seed=int))
-        return self
+    def _metric(self): return self.learner(self.teacher).metrics[0].name
 
-    def _pair(self, epochs, seed, bar, ticks):
-        same_start(self.dls, seed)
-        alone = self.make_student()
-        distilled = deepcopy(alone)
-        accs = [self._fit(alone, epochs, seed, _Tick(bar, ticks, f'seed {seed}, alone')),
-                self._fit(distilled, epochs, seed, _Tick(bar, ticks, f'seed {seed}, distilled'), KnowledgeDistillationCallback(self.teacher, self.loss, **self.kd))]
-        if epochs>max((n for n,_ in self.pairs), default=0): self.pairs.clear() # the students of the longest training are kept
-        if epochs>=max((n for n,_ in self.pairs), default=0): self.pairs[epochs,seed] = alone,distilled
-        return accs
+# %% ../../../nbs/distill/study/experiment.ipynb #9134f703
+@patch
+def check(self:Experiment):
+    "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
+    fresh_callback(self._arm())
+    xb = split_batch(self.dls, self.dls.one_batch())[0]
+    for who,model in (('teacher',self.teacher), ('student',self.make_student())):
+        try:
+            with as_found(model): out = model.to(xb[0].device)(*xb)
+        except Exception as e:
+            raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(xb[0].shape)}: {e}") from e
+        if self.metrics is accuracy: _check_logits(f'{who} {type(model).__name__}', out, (len(xb[0]), self.dls.c))
 
-    def _longest(self): return self.runs[self.runs.epochs==self.runs.epochs.max()]
+def _check_logits(who, out, shape):
+    got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    if got!=shape: raise ValueError(f"{who} must give one logit for each of the {shape[1]} classes, {shape}, got {got}")
 
-    @property
-    def best(self)->tuple:
-        "Accuracy of the distilled student that scored best at the greatest length, and that student"
-        r = self._longest().sort_values('distilled').iloc[-1]
-        return r.distilled,self.pairs[r.epochs,r.seed][1]
+# %% ../../../nbs/distill/study/experiment.ipynb #a46f496a
+@patch
+def train_teacher(self:Experiment,
+    epochs:int,            # Length of the training
+    dls:DataLoaders=None,  # The teacher's own data, perhaps more than the students have; None: theirs
+    seed:int=0,            # Of the batches
+):
+    "Train the teacher alone, with a progress bar"
+    learn = self.learner(self.teacher, dls)
+    same_start(learn.dls, seed)
+    ticks = Ticks(epochs)
+    ticks.say('teacher')
+    with quiet(learn): fit_one_cycle(learn, epochs, ticks)
+    ticks.close()
 
-    @property
-    def typical(self)->tuple:
-        "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
-        runs = self._longest()
-        r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
-        return self.pairs[r.epochs,r.seed]
+@patch
+def run(self:Experiment,
+    epochs:int|Sequence[int]=40, # Lengths of the trainings
+    seeds:int|Sequence[int]=8,   # Number of seeds, or the seeds
+)->Experiment:
+    "Train all students that have not been trained yet, with a progress bar; returns self"
+    if self.study is None: self.study = Study(self.learner, dict(alone=None, distilled=self._arm()), keep=True)
+    self.study.run(epochs, seeds)
+    return self
 
-    def _fit(self, model, epochs, seed, *cbs, dls=None):
-        learn = Learner(dls or self.dls, model, metrics=accuracy)
-        same_start(learn.dls, seed)
-        _silent_fit(learn, epochs, self.lr, L(cbs))
-        return learn.recorder.values[-1][2]
+# %% ../../../nbs/distill/study/experiment.ipynb #0f6f9b51
+@patch(as_prop=True)
+def runs(self:Experiment)->pd.DataFrame:
+    "A row for each length and seed: the metric of the student alone and distilled"
+    if self.study is None: return pd.DataFrame(columns=['epochs', 'seed', 'alone', 'distilled'])
+    named = self.study.named().set_index(['epochs', 'seed'])[['arm', self._metric()]]
+    alone,distilled = (named[named.arm==arm].drop(columns='arm').set_axis([arm], axis=1) for arm in ('alone', 'distilled'))
+    return alone.join(distilled, how='inner').reset_index()
 
-def _ticks(n):
-    bar = progress_bar(range(n))
-    ticks = iter(bar)
-    next(ticks, None)
-    return bar,ticks
+@patch(as_prop=True)
+def pairs(self:Experiment)->dict:
+    "(epochs, seed) -> the students alone and distilled, of the longest training"
+    models = self.study.models if self.study else {}
+    return {(n, s): (m, models['distilled', n, s]) for (arm,n,s),m in models.items() if arm=='alone' and ('distilled', n, s) in models}
 
-# %% ../../../nbs/distill/study/experiment.ipynb #fd9c70c4
+@patch
+def _longest(self:Experiment): return self.runs[self.runs.epochs==self.runs.epochs.max()]
+
+@patch(as_prop=True)
+def best(self:Experiment)->tuple:
+    "Metric of the distilled student that scored best at the greatest length, and that student"
+    r = self._longest().sort_values('distilled', ascending=not lower_is_better(self._metric())).iloc[-1]
+    return r.distilled,self.pairs[r.epochs, r.seed][1]
+
+@patch(as_prop=True)
+def typical(self:Experiment)->tuple:
+    "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
+    runs = self._longest()
+    r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
+    return self.pairs[r.epochs, r.seed]
+
+# %% ../../../nbs/distill/study/experiment.ipynb #e88b6282
+@patch
+def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
+
 @patch
 def table(self:Experiment)->pd.DataFrame:
-    "Accuracy (mean and standard deviation over the seeds), parameters, size and latency of teacher and students"
-    x = self.dls.one_batch()[0][:1]
-    cost = {k:model_cost(m.to(x.device), x) for k,m in (('teacher',self.teacher), ('student',self.make_student()))}
-    learn = Learner(self.dls, self.teacher, metrics=accuracy)
-    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)): rows = [('teacher','',learn.validate()[1],float('nan'))]
-    for n,g in self.runs.groupby('epochs'): rows += [(f'student {k}',n,g[k].mean(),g[k].std()) for k in ('alone','distilled')]
-    df = pd.DataFrame(rows, columns=['model','epochs','accuracy','sd'])
-    for k,name in dict(params='parameters', size_mb='size (MB)', latency_ms='latency (ms)').items(): df[name] = [cost[m.split()[0]][k] for m in df.model]
+    "The metric (mean and standard deviation over the seeds), parameters, size and latency of teacher and students"
+    xb = tuple(x[:1] for x in split_batch(self.dls, self.dls.one_batch())[0])
+    models = dict(teacher=self.teacher, student=self.make_student())
+    cost = {k:model_cost(m.to(xb[0].device), xb) for k,m in models.items()}
+    rows = [('teacher', '', self._teacher_score(), float('nan'))]
+    for n,g in self.runs.groupby('epochs'):
+        rows += [(f'student {k}', n, g[k].mean(), g[k].std()) for k in ('alone', 'distilled')]
+    df = pd.DataFrame(rows, columns=['model', 'epochs', self._metric(), 'sd'])
+    for k,name in dict(params='parameters', size_mb='size (MB)', latency_ms='latency (ms)').items():
+        df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
 @patch
 def tests(self:Experiment)->dict:
-    "For each length of training the paired test of distilled against alone; empty with fewer than two seeds"
-    return {n: paired_test(g.distilled, g.alone) for n,g in self.runs.groupby('epochs') if len(g)>1}
+    "For each length of training the paired test of distilled against alone, p adjusted for their number; empty with fewer than two seeds"
+    found = self.study.tests(self._metric()) if self.study else {}
+    return {n:t for (_,n),t in sorted(found.items())}
 
 @patch
-def verdict(self:Experiment, alpha:float=0.05)->str:
+def verdict(self:Experiment,
+    alpha:float=0.05, # Level of the tests
+)->str:
     "What distilling did, in a line for each length of training"
     if not (found := self.tests()): return "One seed is an anecdote: run several to know whether distilling helped."
-    def say(t): return 'no difference can be told' if t.p>=alpha else 'distilling helped' if t.diff>0 else 'distilling hurt'
-    return '\n'.join(f"{n} epochs: {100*t.diff:+.1f} points (95% interval {100*t.ci[0]:+.1f} to {100*t.ci[1]:+.1f}, paired t = {t.t:.1f}, p = {t.p:.2g}, "
-                     f"{(self.runs.epochs==n).sum()} seeds): {say(t)}" for n,t in found.items())
+    seeds = self.runs.epochs.value_counts()
+    say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)
+    return '\n'.join(f'{n} epochs: {in_words(t, seeds[n], **say)}' for n,t in found.items())
 
+# %% ../../../nbs/distill/study/experiment.ipynb #c1aaab20
 @patch
 def learners(self:Experiment)->dict:
     "The teacher and the `typical` students as `Learner`s, for `compare` and its plots"
     alone,distilled = self.typical
-    models = dict(teacher=self.teacher, alone=alone, distilled=distilled)
-    return {k:Learner(self.dls, m, metrics=accuracy) for k,m in models.items()}
+    return {k:self.learner(m) for k,m in dict(teacher=self.teacher, alone=alone, distilled=distilled).items()}
 
 @patch
 def plot(self:Experiment):
     "Each seed's two students joined by a line, for each length of training, and the teacher; returns the axes"
     groups = list(self.runs.groupby('epochs'))
+    metric = self._metric()
+    teacher = self._teacher_score()
     axs = new_axes(1, len(groups), size=(2.6, 3), sharey=True)[0]
-    learn = Learner(self.dls, self.teacher, metrics=accuracy)
-    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)): teacher = learn.validate()[1]
     for ax,(n,g) in zip(axs, groups):
-        ax.plot([0,1], g[['alone','distilled']].T, 'o-', color=GREY, alpha=0.6, ms=4)
-        ax.plot([0,1], g[['alone','distilled']].mean(), 'o-', color=COLORS[1], lw=2.5)
+        ax.plot([0,1], g[['alone', 'distilled']].T, 'o-', color=GREY, alpha=0.6, ms=4)
+        ax.plot([0,1], g[['alone', 'distilled']].mean(), 'o-', color=COLORS[1], lw=2.5)
         ax.axhline(teacher, color=COLORS[0], ls='--', lw=1)
-        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone','distilled'], xlim=(-0.3,1.3), ylabel='accuracy' if ax is axs[0] else '')
+        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone', 'distilled'], xlim=(-0.3, 1.3), ylabel=metric if ax is axs[0] else '')
     axs[0].annotate('teacher', (-0.25, teacher), va='bottom', color=COLORS[0], fontsize=8)
     return axs

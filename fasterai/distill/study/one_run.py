@@ -67,7 +67,7 @@ def measure(
     "Validation loss and metrics by name"
     with as_found(learn.model), quiet(learn): return dict(zip(measured(learn), map(float, learn.validate())))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #15353e04
+# %% ../../../nbs/distill/study/one_run.ipynb #c28bcdeb
 @contextmanager
 def streams_kept():
     "The random streams go on afterwards as if nothing had been drawn"
@@ -82,9 +82,14 @@ class Ticks(Callback):
         epochs:int,         # Of all trainings
         progress:bool=True, # Show it?
     ):
-        self.bar = progress_bar(range(epochs), display=progress)
-        self.steps = iter(self.bar if progress and epochs else ())
+        self.bar = progress_bar(range(epochs)) if progress and epochs else ()
+        self.steps = iter(self.bar)
         next(self.steps, None)
+
+    def say(self,
+        what:str, # Shown beside the bar
+    ):
+        if self.bar: self.bar.comment = what
 
     def after_epoch(self): next(self.steps, None)
 

@@ -7,10 +7,11 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/setting.html.md"""
 # %% auto #0
 __all__ = ['weights_of', 'describe', 'learner_text', 'data_text', 'teacher_text', 'setting_text']
 
-# %% ../../../nbs/distill/study/setting.ipynb #cdd3d256
+# %% ../../../nbs/distill/study/setting.ipynb #a646bc9b
 import hashlib
 import re
 from functools import partial
+from inspect import signature
 from types import CodeType, FunctionType, MethodType
 
 import numpy as np
@@ -87,7 +88,7 @@ def _plain(attrs, but=()):
     "Of an object's attributes those that are settings: numbers, names, functions"
     return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, (*_atoms, FunctionType, partial, type))}
 
-# %% ../../../nbs/distill/study/setting.ipynb #16ad9bbe
+# %% ../../../nbs/distill/study/setting.ipynb #5958c6e3
 _always = TrainEvalCallback,Recorder,CastToTensor,ProgressCallback
 _how = 'loss_func','opt_func','splitter','lr','wd','wd_bn_bias','train_bn','moms'
 
@@ -114,7 +115,8 @@ def teacher_text(
 )->str:
     "A fingerprint of a teacher: its kind, networks, weights and settings"
     teacher = as_teacher(teacher)
-    own = _plain(vars(teacher), but=('axis', 'average')) # which it may take from the task
+    given = [k for k in signature(type(teacher)).parameters if k not in ('axis', 'average')] # which it may take from the task
+    own = _plain({k:v for k,v in vars(teacher).items() if k in given})
     return _short_hash(describe([type(teacher), own, list(getattr(teacher, 'models', ()))]))
 
 # %% ../../../nbs/distill/study/setting.ipynb #c134c2a7

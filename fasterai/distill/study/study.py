@@ -24,7 +24,7 @@ from .setting import data_text, learner_text, setting_text, teacher_text, weight
 from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share, lower_is_better, plot_gains,
                                             summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #e3b81d97
+# %% ../../../nbs/distill/study/study.ipynb #606e133d
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights and see the same batches.
     Raises ValueError for arguments that a callback refuses, or a file of other runs"""
@@ -52,7 +52,7 @@ class Study:
         for arm in self.arms.values():
             if isinstance(arm, dict): self._check(arm)
         self._look_at_learner(cols)
-        self.log = RunLog(path, cols or [*self._first_row(), 'setting', 'seed', 'epochs', *self.metrics, 'seconds'])
+        self.log = RunLog(path, cols or self._columns())
 
     def _set_baseline(self, baseline):
         if baseline is not None and baseline not in self.arms: raise ValueError(unknown_name('arm', baseline, self.arms))
@@ -62,7 +62,9 @@ class Study:
         if 'teacher' not in arm: raise ValueError(f"an arm needs a `teacher` beside {', '.join(arm) or 'nothing'}")
         fresh_callback(arm)
 
-    def _first_row(self): return [k for k in next(iter(self.rows.values())) if k!='setting']
+    def _columns(self):
+        known_by = dict.fromkeys(k for r in self.rows.values() for k in r if k!='setting')
+        return [*known_by, 'setting', 'seed', 'epochs', *self.metrics, 'seconds']
 
     def _look_at_learner(self, cols):
         "What an untrained learner says of all runs: its metrics, and how it starts"
@@ -125,7 +127,7 @@ def _keep(self:Study, learn, arm, epochs, seed):
     if epochs>longest: self.models.clear()
     if epochs>=longest: self.models[arm, epochs, seed] = learn.model
 
-# %% ../../../nbs/distill/study/study.ipynb #9e92385d
+# %% ../../../nbs/distill/study/study.ipynb #706fead8
 def _listed(name, o):
     "A list of whole numbers out of one, or several"
     o = list(listify(o))
@@ -148,7 +150,7 @@ def run(self:Study,
     missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms])
     ticks = Ticks(sum(n for _,n,_ in missing), progress)
     for a,n,s in missing:
-        ticks.bar.comment = f'seed {s}, {a}'
+        ticks.say(f'seed {s}, {a}')
         self.log.add({**self.asked[a, n, s], **self.train(a, n, s, ticks)})
     ticks.close()
     return self
@@ -156,20 +158,20 @@ def run(self:Study,
 @patch(as_prop=True)
 def runs(self:Study)->pd.DataFrame:
     "The runs that were asked for and are finished, arm by arm, whatever else the log has"
-    return self.log.frame(list(self._finished().values()))
+    return self.log.frame(list(self.finished().values()))
 
 @patch
-def _finished(self:Study):
-    "(arm, epochs, seed) -> row of the log, arm by arm"
+def finished(self:Study)->dict:
+    "(arm, epochs, seed) -> row of the log, arm by arm, of the runs that were asked for"
     order = list(self.arms)
     asked = sorted(self.asked, key=lambda k: order.index(k[0]))
     return {k:row for k in asked if (row := self.log.find(**self.asked[k]))}
 
-# %% ../../../nbs/distill/study/study.ipynb #7e91ac10
+# %% ../../../nbs/distill/study/study.ipynb #6aaebaae
 @patch
-def _named(self:Study):
+def named(self:Study)->pd.DataFrame:
     "The runs with the name of their arm"
-    return self.runs.assign(arm=[k[0] for k in self._finished()])
+    return self.runs.assign(arm=[k[0] for k in self.finished()])
 
 @patch
 def _metric(self:Study, metric):
@@ -186,16 +188,16 @@ def table(self:Study,
     metric = self._metric(metric)
     lowest = lower_is_better(metric) if lowest is None else lowest
     baseline = self.baseline if any(k[0]==self.baseline for k in self.asked) else None
-    return summary(self._named(), metric, baseline, lowest=lowest)
+    return summary(self.named(), metric, baseline, lowest=lowest)
 
 @patch
 def tests(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
 )->dict:
     "(arm, epochs) -> the paired test against the baseline, p adjusted for their number; empty with fewer than two seeds"
-    return at_equal_epochs(by_arm(self._named()), self._metric(metric), self.baseline)
+    return at_equal_epochs(by_arm(self.named()), self._metric(metric), self.baseline)
 
-# %% ../../../nbs/distill/study/study.ipynb #259616f4
+# %% ../../../nbs/distill/study/study.ipynb #ce761bca
 @patch
 def verdict(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -203,7 +205,7 @@ def verdict(self:Study,
     lowest:bool=None,  # Is less better? None: for losses and errors
 )->str:
     "What each arm did, in a line for each length of training; and a line at equal time where it took longer"
-    metric,groups = self._metric(metric),by_arm(self._named())
+    metric,groups = self._metric(metric),by_arm(self.named())
     say = dict(metric=metric, alpha=alpha, lowest=lowest)
     lines = []
     for name,f in (('', at_equal_epochs), (' at equal time', at_equal_time)):

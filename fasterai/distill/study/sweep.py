@@ -7,59 +7,53 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/sweep.html.md"""
 # %% auto #0
 __all__ = ['presets', 'Sweep', 'sweep']
 
-# %% ../../../nbs/distill/study/sweep.ipynb #f1095970
-import hashlib
+# %% ../../../nbs/distill/study/sweep.ipynb #a1dae048
 import inspect
-import re
-import time
-from copy import deepcopy
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Callable, Sequence
 
-import fastai.callback.progress  # gives Learner `no_bar`
-import fastai.callback.schedule  # gives Learner `fit_one_cycle`
 import numpy as np
 import pandas as pd
-from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
-from fastai.torch_core import get_random_states, set_random_states, set_seed
+from fastcore.basics import patch
 from fastcore.foundation import L
-from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from ...core.names import unknown_name
-from ...core.plots import COLORS, GREY, look, new_axes
-from .run_log import RunLog, cell
-from ...core.seeds import same_start
-from ...core.stats import paired_test
-from ..teacher.recorded.recorded import digest
+from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ..distillation_callback import KnowledgeDistillationCallback
-from ..layers.capture import as_found
-from ..losses import SoftTarget
-from ..teacher.teacher import as_teacher
 from ..loss.terms import as_terms
+from ..losses import SoftTarget
+from .one_run import fit_one_cycle, measure, streams_kept
+from .run_log import cell
+from .setting import setting_text, teacher_text
+from .study import Study
+from .summary import at_equal_epochs, by_arm, lower_is_better
 
-# %% ../../../nbs/distill/study/sweep.ipynb #a66352f9
+# %% ../../../nbs/distill/study/sweep.ipynb #4143aa02
 presets = dict(temperature={'T':[1, 2, 3, 5, 10]},       # how soft the targets are
                soft_hard={'weight':[0., 0.5, 1.]})       # labels only, both, teacher only
 
 _cb_args = [p for p in inspect.signature(KnowledgeDistillationCallback).parameters if p!='teacher']
 
-def _points(grid, loss):
-    "Every combination, after a check of names and values"
+def _values(grid):
+    "The grid with a list of values for each name"
     if isinstance(grid, str):
         if grid not in presets: raise ValueError(unknown_name('grid', grid, presets))
         grid = presets[grid]
-    grid = {k: list(v) if isinstance(v, (list, tuple, range, np.ndarray, L)) else [v] for k,v in grid.items()}
-    if not grid or not all(grid.values()): raise ValueError(f"grid is empty: name at least one hyper-parameter with values, e.g. {{'T': [1, 3, 10]}}, got {grid!r}")
-    losses = grid.get('loss', [loss])
-    hypers = list(dict.fromkeys(h for l in losses for t in as_terms(l) for h in t.hypers))
-    for k in grid:
-        if k not in _cb_args and k not in hypers: raise ValueError(unknown_name('hyper-parameter in the grid', k, [*hypers, *_cb_args]))
+    several = list,tuple,range,np.ndarray,L
+    grid = {k: list(v) if isinstance(v, several) else [v] for k,v in grid.items()}
+    if grid and all(grid.values()): return grid
+    raise ValueError(f"grid is empty: name at least one hyper-parameter with values, e.g. {{'T': [1, 3, 10]}}, got {grid!r}")
+
+def _points(grid, loss):
+    "Every combination, after a check of names and values"
+    grid = _values(grid)
+    hypers = list(dict.fromkeys(h for l in grid.get('loss', [loss]) for t in as_terms(l) for h in t.hypers))
     for k,vs in grid.items():
+        if k not in _cb_args and k not in hypers:
+            raise ValueError(unknown_name('hyper-parameter in the grid', k, [*hypers, *_cb_args]))
         for v in vs: _text(k, v)
     return [dict(zip(grid, vs)) for vs in product(*grid.values())]
 
@@ -68,55 +62,40 @@ def _text(name, v):
     if isinstance(v, (bool, np.bool_, int, float, np.number)): return cell(name, v)
     if name=='loss': v = ' + '.join(map(str, as_terms(v)))
     s = v if isinstance(v, str) else getattr(v, '__name__', None) or repr(v)
-    if ' at 0x' in s: raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
-    return s
+    if ' at 0x' not in s: return s
+    raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
+
+# %% ../../../nbs/distill/study/sweep.ipynb #c83e4c36
+def _bind(loss, hypers):
+    "One loss with those of `hypers` that it names"
+    mine = {k:v for k,v in hypers.items() if k in as_terms(loss)[0].hypers}
+    if mine and isinstance(loss, nn.Module):
+        raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in the grid: "
+                         "put the modules themselves there, {'loss': [...]}")
+    return partial(loss, **mine) if mine else loss
 
 def _with(loss, hypers):
-    "`loss` with `hypers` bound, each where it is named; a copy, since a loss may learn"
-    loss = deepcopy(loss)
-    def bind(l):
-        mine = {k:v for k,v in hypers.items() if k in as_terms(l)[0].hypers}
-        if mine and isinstance(l, nn.Module): raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in the grid: put the modules themselves there, {{'loss': [...]}}")
-        return partial(l, **mine) if mine else l
-    if isinstance(loss, dict): return {bind(l):w for l,w in loss.items()}
-    return [bind(l) for l in loss] if isinstance(loss, (list, tuple)) else bind(loss)
+    "`loss`, which may be several, with `hypers` bound"
+    if isinstance(loss, dict): return {_bind(l, hypers):w for l,w in loss.items()}
+    return [_bind(l, hypers) for l in loss] if isinstance(loss, (list, tuple)) else _bind(loss, hypers)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #81ca069f
-class _SkipValidation(Callback):
-    "Nobody reads the epochs of a sweep's runs; each is validated once, at its end"
-    def before_validate(self): raise CancelValidException
+def _arm(teacher, loss, point, kwargs):
+    "Arguments of a point's callback"
+    of_cb = {k:v for k,v in point.items() if k in _cb_args and k!='loss'}
+    hypers = {k:v for k,v in point.items() if k not in _cb_args}
+    return dict(teacher=teacher, loss=_with(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
-def _fit(learn, epochs, cbs):
-    watched = any(isinstance(c, TrackerCallback) for c in learn.cbs) # SaveModelCallback and its like decide by the epochs' validation
-    learn.fit_one_cycle(epochs, cbs=L(cbs) + ([] if watched else [_SkipValidation()]))
-
-def _measure(learn):
-    "Validation loss and metrics by name"
-    with as_found(learn.model), learn.no_bar(), learn.no_logging(): return dict(zip(_measured(learn), map(float, learn.validate())))
-
-def _measured(learn): return ['valid_loss', *L(learn.metrics).attrgot('name')]
-
-def _run(make_learner, seed, epochs, fit, cbs):
-    set_seed(seed)
-    learn,start = make_learner(),time.time()
-    same_start(learn.dls, seed)
-    with learn.no_bar(), learn.no_logging(): fit(learn, epochs, cbs())
-    seconds = time.time()-start
-    return {**_measure(learn), 'seconds':round(seconds, 2)}
-
-def _teacher_learner(teacher, learn):
-    "The teacher, to be judged as the student is; None for several"
-    if isinstance(teacher, Learner): teacher = teacher.model
-    return Learner(learn.dls, teacher, loss_func=learn.loss_func, metrics=learn.metrics) if isinstance(teacher, nn.Module) else None
-
-# %% ../../../nbs/distill/study/sweep.ipynb #ce1fae0e
+# %% ../../../nbs/distill/study/sweep.ipynb #6b633dd0
 class Sweep:
     "The runs of a sweep: `runs` has a row for each, `table()` sums them up, `plot()` draws them"
     def __init__(self,
         runs:pd.DataFrame,    # Columns `run` ('distilled', 'alone' or 'teacher'), the grid's, `setting`, `seed`, `epochs`, metrics, `seconds`
         params:list,          # Names of the grid's hyper-parameters
         metrics:list,         # Names of the metrics, `valid_loss` first
-    ): self.runs,self.params,self.metrics = runs,params,metrics
+    ):
+        self.runs = runs
+        self.params = params
+        self.metrics = metrics
 
     def _metric(self, metric):
         if metric is None: return self.metrics[min(1, len(self.metrics)-1)]
@@ -125,21 +104,26 @@ class Sweep:
 
     def _of(self, run): return self.runs[self.runs.run==run]
 
+    def _points(self): return self._of('distilled').groupby(self.params, sort=False)
+
+    def _tests(self, metric):
+        "The test of each point, in the order of the points"
+        named = [self._of('alone').assign(arm='alone'), *(g.assign(arm=f'{i}') for i,(_,g) in enumerate(self._points()))]
+        found = at_equal_epochs(by_arm(pd.concat(named)), metric, 'alone')
+        return {int(arm):t for (arm,_),t in found.items()}
+
     def table(self,
         metric:str=None, # Name; None: the first of the learner's metrics
     )->pd.DataFrame:
-        "Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone (two seeds or more)"
-        metric,rows = self._metric(metric),[]
-        alone = self._of('alone').set_index('seed')[metric]
+        """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone (two seeds or more);
+        `p` is adjusted for the number of points"""
+        metric = self._metric(metric)
+        tests,rows = self._tests(metric),[]
         for name in ('teacher', 'alone'):
-            if len(v := self._of(name)[metric]): rows.append({'run':name, **dict.fromkeys(self.params, ''), 'seeds':len(v), metric:v.mean(), 'sd':v.std()})
-        for vals,g in self._of('distilled').groupby(self.params, sort=False):
-            g = g.set_index('seed')[metric]
-            row = {'run':'distilled', **dict(zip(self.params, vals)), 'seeds':len(g), metric:g.mean(), 'sd':g.std()}
-            both = [s for s in g.index if s in alone.index]
-            if len(both)>1:
-                t = paired_test(g[both], alone[both])
-                row.update({'vs alone':t.diff, 'low':t.ci[0], 'high':t.ci[1], 'p':t.p})
+            if len(v := self._of(name)[metric]): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
+        for i,(vals,g) in enumerate(self._points()):
+            row = {'run':'distilled', **dict(zip(self.params, vals)), **_spread(g[metric])}
+            if t := tests.get(i): row.update({'vs alone':t.diff, 'low':t.ci[0], 'high':t.ci[1], 'p':t.p})
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -149,45 +133,58 @@ class Sweep:
     )->dict:
         "The hyper-parameters with the best mean"
         metric = self._metric(metric)
-        lowest = any(s in metric for s in ('loss', 'error', 'mse', 'mae', 'perplexity')) if lowest is None else lowest
-        means = self._of('distilled').groupby(self.params, sort=False)[metric].mean()
+        lowest = lower_is_better(metric) if lowest is None else lowest
+        means = self._points()[metric].mean()
         best = means.index.get_loc(means.idxmin() if lowest else means.idxmax())
         return {p: means.index.get_level_values(p).tolist()[best] for p in self.params}
 
     def _repr_html_(self): return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
     def __repr__(self): return self.table().to_string(index=False, na_rep='')
 
-    def plot(self,
-        metric:str=None, # Name; None: the first of the learner's metrics
-    ):
-        "The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as lines; returns the axes"
-        metric,runs = self._metric(metric),self._of('distilled')
-        shown = [p for p in self.params if runs[p].nunique()>1] or self.params[:1]
-        axs = new_axes(1, len(shown), size=(4.2, 3), sharey=True)[0]
-        for ax,p in zip(axs, shown):
-            others = [o for o in shown if o!=p]
-            lines = runs.groupby(others[0], sort=False) if len(others)==1 and runs[others[0]].nunique()<=len(COLORS) else [(None, runs)]
-            for (name,g),color in zip(lines, COLORS): self._line(ax, g, p, metric, color, 'distilled' if name is None else f'{others[0]} = {name}')
-            for name,color,style in (('alone', GREY, '--'), ('teacher', GREY, ':')): self._level(ax, self._of(name)[metric], name, color, style)
-            ax.set(xlabel=p, ylabel=metric if ax is axs[0] else '')
-            ax.grid(True, axis='y')
-            with look(): ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
-        return axs
+def _spread(v): return {'seeds':len(v), v.name:v.mean(), 'sd':v.std()}
 
-    def _line(self, ax, runs, p, metric, color, label):
-        by = runs.groupby(p, sort=False)[metric]
-        mean,sd = by.mean(),by.std().fillna(0)
-        x = mean.index
-        if pd.api.types.is_numeric_dtype(x): ax.set_xticks(x, [f'{o:g}' for o in x])
-        else: x = [str(o) for o in x]
-        ax.errorbar(x, mean, sd, fmt='o-', capsize=3, color=color, label=label)
+# %% ../../../nbs/distill/study/sweep.ipynb #54b557af
+@patch
+def plot(self:Sweep,
+    metric:str=None, # Name; None: the first of the learner's metrics
+):
+    "The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as lines; returns the axes"
+    metric,runs = self._metric(metric),self._of('distilled')
+    shown = [p for p in self.params if runs[p].nunique()>1] or self.params[:1]
+    axs = new_axes(1, len(shown), size=(4.2, 3), sharey=True)[0]
+    for ax,p in zip(axs, shown):
+        for (label,g),color in zip(_lines(runs, [o for o in shown if o!=p]), COLORS): _line(ax, g, p, metric, color, label)
+        for name,style in (('alone', '--'), ('teacher', ':')): _level(ax, self._of(name)[metric], name, style)
+        ax.set(xlabel=plain(p), ylabel=metric if ax is axs[0] else '')
+        ax.grid(True, axis='y')
+        with look(): ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
+    return axs
 
-    def _level(self, ax, vals, name, color, style):
-        if not len(vals): return
-        ax.axhline(vals.mean(), color=color, ls=style, label=name)
-        if len(vals)>1: ax.axhspan(vals.mean()-vals.std(), vals.mean()+vals.std(), color=color, alpha=0.12, lw=0)
+def _lines(runs, others):
+    "A line for each value of one other hyper-parameter; one in all if there are more"
+    if len(others)!=1 or runs[others[0]].nunique()>len(COLORS): return [('distilled', runs)]
+    return [(f'{others[0]} = {v}', g) for v,g in runs.groupby(others[0], sort=False)]
 
-# %% ../../../nbs/distill/study/sweep.ipynb #0fcaa914
+def _line(ax, runs, p, metric, color, label):
+    by = runs.groupby(p, sort=False)[metric]
+    mean = by.mean()
+    x = mean.index
+    if pd.api.types.is_numeric_dtype(x): ax.set_xticks(x, [f'{o:g}' for o in x])
+    else: x = [plain(o) for o in x]
+    ax.errorbar(x, mean, by.std().fillna(0), fmt='o-', capsize=3, color=color, label=plain(label))
+
+def _level(ax, vals, name, style):
+    if not len(vals): return
+    mean,sd = vals.mean(),vals.std()
+    ax.axhline(mean, color=GREY, ls=style, label=name)
+    if len(vals)>1: ax.axhspan(mean-sd, mean+sd, color=GREY, alpha=0.12, lw=0)
+
+# %% ../../../nbs/distill/study/sweep.ipynb #1bebf63d
+def _check_kwargs(kwargs, point):
+    for k,v in kwargs.items():
+        if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
+        if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
+
 def sweep(
     make_learner:Callable,         # `make_learner()` gives a fresh Learner of the student
     teacher,                       # As for `KnowledgeDistillationCallback`
@@ -201,54 +198,28 @@ def sweep(
     progress:bool=True,            # Show a bar?
     **kwargs                       # For the callback, the same in every run
 )->Sweep:
-    """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with the same `path` does only what is missing, and gives what
-    an uninterrupted one gives. Raises ValueError for an empty grid, unknown names, no seeds, or a file of another sweep"""
-    points,seeds,fit = _points(grid, loss),list(seeds),fit or _fit
-    if not seeds: raise ValueError("seeds is empty: give at least one")
-    if len(set(seeds))<len(seeds): raise ValueError(f"seeds must differ, got {seeds}")
-    for k in kwargs:
-        if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
-        if k in points[0]: raise ValueError(f"{k} is in the grid, and given as {kwargs[k]!r} too")
-    states,params,probe = get_random_states(),list(points[0]),make_learner()
-    log = RunLog(path, ['run', *params, 'setting', 'seed', 'epochs', *_measured(probe), 'seconds'], _text)
-    data,asked,own = _data(probe.dls),digest(as_teacher(teacher))[:12],dict(student=_student(probe), fit=getattr(fit, '__name__', fit))
-    judged = dict(run='teacher', setting=_setting(teacher=asked, data=data))
-    if baseline and not log.find(**judged) and (t := _teacher_learner(teacher, probe)): log.add({**judged, **_measure(t)})
-    given = {k:v for k,v in dict(loss=_text('loss', loss), **kwargs).items() if k not in params}
-    todo = [dict(run='alone', setting=_setting(**own, data=data), seed=s, epochs=epochs) for s in seeds if baseline]
-    todo += [dict(run='distilled', **p, setting=_setting(**given, teacher=asked, **own, data=data), seed=s, epochs=epochs) for p in points for s in seeds]
-    try:
-        missing = [r for r in todo if not log.find(**r)]
-        for run in progress_bar(missing) if progress and missing else missing:
-            point = {k:v for k,v in run.items() if k in params}
-            log.add({**run, **_run(make_learner, run['seed'], epochs, fit, partial(_callback, teacher, loss, point, kwargs))})
-    finally: set_random_states(**states)
-    return _result(log, [judged, *todo], params, _measured(probe))
+    """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with the same `path` does only what is missing,
+    and gives what an uninterrupted one gives. Raises ValueError for an empty grid, unknown names, no seeds, or a file of another sweep"""
+    points = _points(grid, loss)
+    _check_kwargs(kwargs, points[0])
+    params = list(points[0])
+    arms,rows = ({'alone': None}, {'alone': dict(run='alone')}) if baseline else ({}, {})
+    for p in points:
+        told = {k:_text(k, v) for k,v in p.items()}
+        name = ', '.join(f'{k}={v}' for k,v in told.items())
+        arms[name] = _arm(teacher, loss, p, kwargs)
+        rows[name] = dict(run='distilled', **told)
+    study = Study(make_learner, arms, path, fit=fit or fit_one_cycle, rows=rows)
+    judged = _judge(study, teacher) if baseline else []
+    study.run(epochs, list(seeds), progress=progress)
+    return Sweep(study.log.frame([*judged, *study.finished().values()]), params, study.metrics)
 
-def _setting(**parts):
-    "What the runs of a sweep share, as text without addresses"
-    return re.sub(' at 0x[0-9a-f]+', '', '; '.join(f'{k}={v}' for k,v in parts.items()))
-
-def _student(learn):
-    "A digest of an untrained learner, whatever its weights"
-    return hashlib.blake2b(_setting(model=learn.model, loss=learn.loss_func, lr=learn.lr).encode(), digest_size=6).hexdigest()
-
-def _data(dls):
-    "The numbers of samples, as text"
-    return '+'.join(str(len(dl.dataset)) if hasattr(dl.dataset, '__len__') else 'stream' for dl in dls)
-
-def _callback(teacher, loss, point, kwargs):
-    "The callback of a point; None for the student alone"
-    if not point: return None
-    of_cb = {k:v for k,v in point.items() if k in _cb_args and k!='loss'}
-    hypers = {k:v for k,v in point.items() if k not in _cb_args}
-    return KnowledgeDistillationCallback(teacher, _with(point.get('loss', loss), hypers), **of_cb, **kwargs)
-
-def _result(log, todo, params, metrics):
-    "The runs that were asked for, in their order, whatever else the file has"
-    rows = [row for r in todo if (row := log.find(**r))]
-    runs = pd.DataFrame(rows, columns=log.cols)
-    for c in runs.columns:
-        n = pd.to_numeric(runs[c], errors='coerce')
-        if (n.notna() | (runs[c]=='')).all(): runs[c] = n
-    return Sweep(runs, params, metrics)
+def _judge(study, teacher):
+    "The row of the teacher, judged as the student is; none for several"
+    row = dict(run='teacher', setting=setting_text(teacher=teacher_text(teacher), data=study.own['data']))
+    model = teacher.model if isinstance(teacher, Learner) else teacher
+    if not study.log.find(**row) and isinstance(model, nn.Module):
+        with streams_kept():
+            like = study.make_learner()
+            study.log.add({**row, **measure(Learner(like.dls, model, loss_func=like.loss_func, metrics=like.metrics))})
+    return [r for r in [study.log.find(**row)] if r]
