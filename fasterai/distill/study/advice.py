@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/advice.html.md"""
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #b2e9f003
+# %% ../../../nbs/distill/study/advice.ipynb #7271dbdf
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
 from ...core.names import unknown_name
+from ...core.task import logits_of, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found, to_model, unwrap
 
-# %% ../../../nbs/distill/study/advice.ipynb #a699f771
+# %% ../../../nbs/distill/study/advice.ipynb #cd8f9296
 @contextmanager
 def _as_in_training(model):
     "Training mode and a graph inside; modes and buffers as before afterwards"
@@ -36,10 +37,9 @@ def _batches(learn, ds_idx, n):
     dl = learn.dls[ds_idx]
     dl = dl.new(shuffle=True) if hasattr(dl, 'new') else dl
     for b in islice(dl, n):
-        b = tuplify(b)
-        i = getattr(dl, 'n_inp', 1 if len(b)==1 else len(b)-1)
-        xb = to_model(learn.model, b[:i])
-        yield xb,to_device(tuple(b[i:]), xb[0].device)
+        xb,yb = split_batch(dl, tuplify(b))
+        xb = to_model(learn.model, xb)
+        yield xb,to_device(yb, xb[0].device)
 
 def _grad(loss, params):
     "The gradient of `loss` on all of `params`, as one vector"
@@ -59,7 +59,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #8268e5bb
+# %% ../../../nbs/distill/study/advice.ipynb #5e429e26
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -71,70 +71,122 @@ def _soft_enough(logits, T, dark=0.1):
     while _dark(logits, T)<dark and T<50: T *= 1.1
     return round(T, 1) if T<10 else round(T)
 
-def _flat_logits(learn, pred): return pred.as_subclass(torch.Tensor).movedim(getattr(learn.loss_func, 'axis', 1), -1).flatten(0, -2).float()
+def _class_axis(learn):
+    axis = task_of(learn.loss_func).axis
+    return 1 if axis is None else axis
+
+def _flat_logits(learn, pred): return pred.as_subclass(torch.Tensor).movedim(_class_axis(learn), -1).flatten(0, -2).float()
 
 def _on_soft_targets(term, logits):
     "What to say of a term that softens `logits` (N, C)"
     T = term.hypers.get('T')
     if 'teacher_pred' not in term.needs or not isinstance(T, (int, float)) or logits.shape[-1]<2: return
-    if (dark := _dark(logits, T))<0.02:
-        yield (f"{term.name}: the teacher is near one-hot even at T={T:g} (all but the likeliest class share {dark:.1%}), so it says little more than the labels: "
-               f"raise T to about {_soft_enough(logits, T):g}")
+    dark = _dark(logits, T)
+    if dark<0.02:
+        yield (f"{term.name}: the teacher is near one-hot even at T={T:g} (all but the likeliest class share {dark:.1%}), "
+               f"so it says little more than the labels: raise T to about {_soft_enough(logits, T):g}")
     elif T>1 and logits.shape[-1]>2 and _dark(logits, 1)<0.4 and (even := _evenness(logits))>0.8:
-        yield (f"{term.name}: the teacher's other classes are nearly alike (evenness {even:.0%}), as after label smoothing; a high T has nothing to bring out: "
-               f"lower T from {T:g} to 1 or 2, or train the teacher without smoothing")
+        yield (f"{term.name}: the teacher's other classes are nearly alike (evenness {even:.0%}), as after label smoothing; "
+               f"a high T has nothing to bring out: lower T from {T:g} to 1 or 2, or train the teacher without smoothing")
+
+def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
 def _judge(learn, kd, n):
     "Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss; None without labels"
-    scores,kind = [],None
+    scores = []
     with as_found(learn.model):
         for xb,yb in _batches(learn, 1, n):
             if not yb: return None
-            pred_s = learn.model(*xb)
-            pred_s = pred_s[0] if isinstance(pred_s, (tuple, list)) else pred_s
-            pair = [(kd.select(pred_s) if kd.select else pred_s),kd.teacher(*xb)[0]]
-            y = yb[0].squeeze(-1) if yb[0].ndim==pair[0].ndim==2 else yb[0] # a tabular learner's labels are (N, 1)
-            if kind is None: kind = 'accuracy' if not y.is_floating_point() and y.ndim==pair[0].ndim-1 else 'loss'
-            if kind=='accuracy': vals = [float((p.argmax(getattr(learn.loss_func, 'axis', 1))==y).float().mean()) for p in pair]
+            pair = logits_of(learn.model(*xb), kd.select, 'student'),kd.teacher(*xb)[0]
+            y = _labels(yb[0], pair[0])
+            right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
+            if right: vals = [float((p.argmax(_class_axis(learn))==y).float().mean()) for p in pair]
             else: vals = [float(learn.loss_func(p, *yb)) for p in pair]
             scores.append((len(xb[0]), *vals))
-    n,s,t = np.array(scores).T
-    return kind,float(np.average(s, weights=n)),float(np.average(t, weights=n))
+    n,student,teacher = np.array(scores).T
+    kind = 'accuracy' if right else 'loss'
+    return kind,float(np.average(student, weights=n)),float(np.average(teacher, weights=n))
 
 def _on_teacher(judged):
     if judged is None: return
     kind,s,t = judged
-    if (t<=s if kind=='accuracy' else t>=s): yield f"the teacher is no better than the student: its validation {kind} is {t:.4g}, the student's {s:.4g}"
+    if t<=s if kind=='accuracy' else t>=s:
+        yield f"the teacher is no better than the student: its validation {kind} is {t:.4g}, the student's {s:.4g}"
 
-# %% ../../../nbs/distill/study/advice.ipynb #94c37fb6
+# %% ../../../nbs/distill/study/advice.ipynb #b0c7fea5
+_three = '{:.3g}'.format
+
 class Advice(Mapping):
     "What `suggest_weights` found: `table`, `notes`, and as a mapping the arguments for a new `KnowledgeDistillationCallback(teacher, **advice)`"
     def __init__(self,
         table:pd.DataFrame, # A row for the task and each term
         notes:list,         # What is odd, in sentences
         kwargs:dict,        # Arguments of the callback, all but the teacher
-    ): self.table,self.notes,self.kwargs = table,notes,kwargs
+    ):
+        self.table = table
+        self.notes = notes
+        self.kwargs = kwargs
+
     def __getitem__(self, k): return self.kwargs[k]
     def __iter__(self): return iter(self.kwargs)
     def __len__(self): return len(self.kwargs)
-    def __repr__(self): return '\n'.join([self.table.to_string(float_format='{:.3g}'.format, na_rep=''), *(f'- {o}' for o in self.notes)])
+
+    def __repr__(self):
+        return '\n'.join([self.table.to_string(float_format=_three, na_rep=''), *(f'- {o}' for o in self.notes)])
+
     def _repr_html_(self):
         notes = ''.join(f'<li>{escape(o)}</li>' for o in self.notes)
-        return self.table.to_html(border=0, float_format='{:.3g}'.format, na_rep='') + (f'<ul>{notes}</ul>' if notes else '')
+        return self.table.to_html(border=0, float_format=_three, na_rep='') + (f'<ul>{notes}</ul>' if notes else '')
 
 def _kwargs(kd, weights):
     "The arguments that made `kd`, with other weights"
+    r = getattr(kd, 'recipe', kd)
     loss = {}
-    for t in kd.terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
-    layers = dict(activations_student=kd.layers_s, activations_teacher=kd.layers_t) if kd.layers_s else {}
-    return dict(loss=loss, weight=1., task_weight=1., **layers, schedule=kd.schedule, schedules=kd.schedules, adapters=kd.adapters,
-                start_pct=kd.window[0], end_pct=kd.window[1], select=kd.select, valid=kd.valid)
+    for t in r.terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
+    layers = dict(activations_student=r.layers_s, activations_teacher=r.layers_t) if r.layers_s else {}
+    window = dict(start_pct=r.window[0], end_pct=r.window[1])
+    others = {k:getattr(r, k) for k in ('schedule', 'schedules', 'adapters', 'select', 'valid')}
+    return dict(loss=loss, weight=1., task_weight=1., **layers, **window, **others)
+
+# %% ../../../nbs/distill/study/advice.ipynb #2b4f2ac5
+def _probe(learn, kd, params, n_batches):
+    "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
+    pulls,logits = [],[]
+    with _as_in_training(learn.model):
+        for xb,yb in _batches(learn, 0, n_batches):
+            pulls.append(_pull(learn, kd, xb, yb, params))
+            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(kd.teacher(*xb)[0])
+    if not pulls: raise ValueError("the training data has not a single full batch")
+    return pulls,torch.cat([_flat_logits(learn, z) for z in logits]) if logits and logits[0].ndim>1 else None
+
+def _mean(pulls, i): return pd.DataFrame([{k:v[i] for k,v in p.items()} for p in pulls]).mean()
 
 def _on_pull(name, norm, cos, now, ratio):
     if not norm>0: yield f"{name}: gives the student no gradient at all, so no weight can help; its present one is kept"
     elif now<0.05: yield f"{name}: asleep at its present weight, pulling {now:.2g} times as hard as the task"
     elif now>50*ratio: yield f"{name}: drowns the task at its present weight, pulling {now:.3g} times as hard"
     if cos<-0.1: yield f"{name}: fights the task, the cosine of their gradients is {cos:.2f}"
+
+# %% ../../../nbs/distill/study/advice.ipynb #68a193bf
+def _ratios(ratio, terms):
+    "The ratio of each term by name, checked"
+    ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(terms, ratio)
+    for k,r in ratios.items():
+        if k not in terms: raise ValueError(unknown_name('loss in `ratio`', k, terms))
+        if not r>0: raise ValueError(f"ratio must be positive, got {r} for {k}")
+    return {k:ratios.get(k, 1.) for k in terms}
+
+def _rows(kd, pulls, ratios):
+    "A row of the table for the task and each term"
+    value,norm,cos = (_mean(pulls, i) for i in range(3))
+    task_now = 1-kd.weight if kd.task_weight is None else kd.task_weight
+    rows = {'task':dict(value=value.task, gradient=norm.task, weight=task_now, suggested=1.)}
+    for t in kd.terms:
+        n,w = t.name,kd.weight*t.weight
+        pull = norm[n]/norm.task if norm.task>0 else math.nan
+        rows[n] = dict(value=value[n], gradient=norm[n], cosine=cos[n], weight=w, pull=w*pull/task_now if task_now else math.inf,
+                       suggested=ratios[n]/pull if pull>0 else w)
+    return rows
 
 def suggest_weights(
     learn:Learner,                     # The student's, with its training data
@@ -146,33 +198,17 @@ def suggest_weights(
     """Weights at which each distillation term's gradient on the student is `ratio` times the task's, from a probe of a few batches without a step; with
     notes on what would go wrong. Raises ValueError for a ratio that is not positive, an unknown name, or data without labels"""
     terms = {t.name:t for t in kd.terms}
-    ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(terms, ratio)
-    for k,r in ratios.items():
-        if k not in terms: raise ValueError(unknown_name('loss in `ratio`', k, terms))
-        if not r>0: raise ValueError(f"ratio must be positive, got {r} for {k}")
+    ratios = _ratios(ratio, terms)
     params = [p for p in unwrap(learn.model).parameters() if p.requires_grad]
     if not params: raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     with no_random(seed):
         pulls,logits = _probe(learn, kd, params, n_batches)
         judged = _judge(learn, kd, n_batches) if len(learn.dls.loaders)>1 and len(learn.dls.valid) else None
-    value,norm,cos = (pd.DataFrame([{k:v[i] for k,v in p.items()} for p in pulls]).mean() for i in range(3))
-    task_now = 1-kd.weight if kd.task_weight is None else kd.task_weight
-    rows,notes,weights = {'task':dict(value=value.task, gradient=norm.task, weight=task_now, suggested=1.)},[],{}
-    if not norm.task>0: notes.append("the task gives the student no gradient: the suggested weights are the present ones")
-    for name,t in terms.items():
-        w,pull = kd.weight*t.weight,norm[name]/norm.task if norm.task>0 else math.nan
-        now = w*pull/task_now if task_now else math.inf
-        weights[name] = ratios.get(name, 1.)/pull if pull>0 else w
-        rows[name] = dict(value=value[name], gradient=norm[name], cosine=cos[name], weight=w, pull=now, suggested=weights[name])
-        notes += [*_on_pull(name, norm[name], cos[name], now, ratios.get(name, 1.)), *(_on_soft_targets(t, logits) if logits is not None else ())]
-    return Advice(pd.DataFrame.from_dict(rows, orient='index'), [*notes, *_on_teacher(judged)], _kwargs(kd, weights))
-
-def _probe(learn, kd, params, n_batches):
-    "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
-    pulls,logits = [],[]
-    with _as_in_training(learn.model):
-        for xb,yb in _batches(learn, 0, n_batches):
-            pulls.append(_pull(learn, kd, xb, yb, params))
-            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(kd.teacher(*xb)[0])
-    if not pulls: raise ValueError("the training data has not a single full batch")
-    return pulls,torch.cat([_flat_logits(learn, z) for z in logits]) if logits and logits[0].ndim>1 else None
+    rows = _rows(kd, pulls, ratios)
+    notes = [] if rows['task']['gradient']>0 else ["the task gives the student no gradient: the suggested weights are the present ones"]
+    for n,t in terms.items():
+        r = rows[n]
+        notes += _on_pull(n, r['gradient'], r['cosine'], r['pull'], ratios[n])
+        if logits is not None: notes += _on_soft_targets(t, logits)
+    kwargs = _kwargs(kd, {n:rows[n]['suggested'] for n in terms})
+    return Advice(pd.DataFrame.from_dict(rows, orient='index'), [*notes, *_on_teacher(judged)], kwargs)

@@ -7,23 +7,19 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/measure.html.md"""
 # %% auto #0
 __all__ = ['n_params', 'size_mb', 'macs', 'peak_mb', 'latency_ms', 'model_cost']
 
-# %% ../../../nbs/distill/study/measure.ipynb #e72374c1
-import warnings
+# %% ../../../nbs/distill/study/measure.ipynb #b1585ad8
 import weakref
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
-from torch.backends import cudnn, mha, mkldnn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...core.cost import flops
 from ..layers.capture import as_found, to_model, unwrap
 
-# %% ../../../nbs/distill/study/measure.ipynb #9857c61a
+# %% ../../../nbs/distill/study/measure.ipynb #fb608f4c
 def n_params(
     model:nn.Module, # Any module
 )->int:
@@ -33,7 +29,9 @@ def n_params(
 class _Count:
     "A file that only counts what is written to it"
     n = 0
-    def write(self, b): self.n += len(b); return len(b)
+    def write(self, b):
+        self.n += len(b)
+        return len(b)
     def flush(self): pass
 
 def size_mb(
@@ -44,34 +42,24 @@ def size_mb(
     torch.save(model.state_dict(), f)
     return f.n/1e6
 
-# %% ../../../nbs/distill/study/measure.ipynb #368d49ce
+# %% ../../../nbs/distill/study/measure.ipynb #54845f83
 def _xs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
-
-@contextmanager
-def _unfused():
-    "Recurrent layers, transformer encoders and attention run as the plain operations that the counter knows"
-    fast = mha.get_fastpath_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # mkldnn.flags may talk about TF32
-        with mkldnn.flags(enabled=False), cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-            mha.set_fastpath_enabled(False)
-            try: yield
-            finally: mha.set_fastpath_enabled(fast)
 
 def macs(
     model:nn.Module,          # Any module
     x:torch.Tensor|tuple,     # A batch; a tuple for a model of several inputs
 )->int:
     "Multiply-adds of one forward pass of the batch `x`, in evaluation mode"
-    count = FlopCounterMode(display=False)
     model = unwrap(model)  # compiled code cannot be counted
-    with as_found(model), _unfused(), count: model(*_xs(x))
-    return count.get_total_flops()//2
+    with as_found(model): return flops(lambda: model(*_xs(x)))//2
 
-# %% ../../../nbs/distill/study/measure.ipynb #3613c178
+# %% ../../../nbs/distill/study/measure.ipynb #7f0baea2
 class _LiveBytes(TorchDispatchMode):
     "Follows the storages made inside the `with`: bytes alive now, and the `peak`"
-    def __init__(self): super().__init__(); self.live,self.peak,self.seen = 0,0,weakref.WeakKeyDictionary()
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = weakref.WeakKeyDictionary()
 
     def add(self, t):
         s = t.untyped_storage()
@@ -101,7 +89,7 @@ def peak_mb(
         with live: model(*_xs(x))
     return live.peak/1e6
 
-# %% ../../../nbs/distill/study/measure.ipynb #a97ffbe1
+# %% ../../../nbs/distill/study/measure.ipynb #5a48401d
 def latency_ms(
     model:nn.Module,         # Any module
     x:torch.Tensor|tuple,    # A batch; a tuple for a model of several inputs
@@ -111,14 +99,14 @@ def latency_ms(
     "Median and 90th percentile of the time of one forward pass, in ms, in evaluation mode and without a graph"
     from torch.utils.benchmark import Timer  # loads PyTorch's compiler tools, which nothing else here needs
     xs = _xs(x)
+    timer = Timer('model(*xs)', globals=dict(model=model, xs=xs), num_threads=threads or torch.get_num_threads())
     # as_found is no_grad, not inference_mode: a recurrent model keeps its state, and an inference tensor there would break the next training
     with as_found(model):
         for _ in range(3): model(*xs)
-        times = Timer('model(*xs)', globals=dict(model=model, xs=xs),
-                      num_threads=threads or torch.get_num_threads()).blocked_autorange(min_run_time=min_time).times
+        times = timer.blocked_autorange(min_run_time=min_time).times
     return float(1e3*np.median(times)),float(1e3*np.quantile(times, 0.9))
 
-# %% ../../../nbs/distill/study/measure.ipynb #c2fbffb0
+# %% ../../../nbs/distill/study/measure.ipynb #addf5020
 def model_cost(
     model:nn.Module,         # Any module; measured where it is
     x:torch.Tensor|tuple,    # A batch; a tuple for a model of several inputs
@@ -126,12 +114,19 @@ def model_cost(
     threads:int|None=None,   # CPU threads; None: as many as PyTorch uses now
 )->dict:
     """What `model` costs: `params`, `size_mb`, `macs` (of one sample), `latency_ms`, `latency_p90_ms` (one sample), `batch_size`, `batch_ms`,
-    `throughput` (samples per second at that size) and `peak_mb` (of the batch). Leaves modes and buffers as they were; ValueError without a tensor in `x`"""
+    `throughput` (samples per second at that size) and `peak_mb` (of the batch). Leaves modes and buffers as they were; ValueError without a
+    tensor in `x`"""
+    xs = _as_batch(model, x)
+    one,bs = tuple(t[:1] for t in xs),len(xs[0])
+    latency,p90 = latency_ms(model, one, min_time, threads)
+    batch_ms = latency_ms(model, xs, min_time, threads)[0]
+    return dict(params=n_params(model), size_mb=size_mb(model), macs=macs(model, one), latency_ms=latency, latency_p90_ms=p90,
+                batch_size=bs, batch_ms=batch_ms, throughput=1e3*bs/batch_ms, peak_mb=peak_mb(model, xs))
+
+def _as_batch(model, x):
+    "Plain copies of the inputs where the model is: a slice would hold on to its whole batch"
     xs = _xs(x)
     if not xs or not all(isinstance(t, torch.Tensor) and t.ndim and len(t) for t in xs):
-        raise ValueError(f"x must be a batch with at least one sample, or a tuple of such, got {type(x).__name__} {getattr(x, 'shape', '')}")
-    xs = to_model(model, tuple(t.detach().as_subclass(torch.Tensor).clone() for t in xs))  # a slice would hold on to its whole batch
-    one,bs = tuple(t[:1] for t in xs),len(xs[0])
-    (med,p90),(batch,_) = (latency_ms(model, b, min_time, threads) for b in (one, xs))
-    return dict(params=n_params(model), size_mb=size_mb(model), macs=macs(model, one), latency_ms=med, latency_p90_ms=p90,
-                batch_size=bs, batch_ms=batch, throughput=1e3*bs/batch, peak_mb=peak_mb(model, xs))
+        got = f"{type(x).__name__} {getattr(x, 'shape', '')}"
+        raise ValueError(f"x must be a batch with at least one sample, or a tuple of such, got {got}")
+    return to_model(model, tuple(t.detach().as_subclass(torch.Tensor).clone() for t in xs))

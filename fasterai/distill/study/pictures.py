@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/pictures.html.md"""
 # %% auto #0
 __all__ = ['plot_soft_targets', 'attention_map', 'plot_attention', 'plot_similarity']
 
-# %% ../../../nbs/distill/study/pictures.ipynb #0b0d6bb9
+# %% ../../../nbs/distill/study/pictures.ipynb #f944a2e4
 from typing import Sequence
 
 import matplotlib.pyplot as plt
@@ -18,12 +18,13 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import nn
 
-from ...core.plots import COLORS, new_axes
+from ...core.plots import COLORS, new_axes, plain
+from ...core.task import logits_of, split_batch
 from ..layers.adapters import token_grid
 from ..layers.capture import Capture, as_found, layer_pairs, to_model
 from ..teacher.teacher import as_teacher
 
-# %% ../../../nbs/distill/study/pictures.ipynb #787f2110
+# %% ../../../nbs/distill/study/pictures.ipynb #1785d0c7
 def _batch(learn, items):
     "Items of the validation set as a batch, through the transforms of validation"
     dl = learn.dls.valid
@@ -35,12 +36,13 @@ def _batch(learn, items):
     if dl.device is not None: b = to_device(b, dl.device)
     return dl.after_batch(b)
 
-def _inputs(learn, b): return tuple(b[:getattr(learn.dls, 'n_inp', 1)])
+def _inputs(learn, b): return split_batch(learn.dls, b)[0]
 
 def _ask_student(learn, xb, layers=()):
     "Predictions and maps of `layers`, without a graph"
-    with as_found(learn.model), Capture(learn.model, layers, kind='layer of the student') as c: pred = learn.model(*to_model(learn.model, xb))
-    return _plain(pred[0] if isinstance(pred, (tuple, list)) else pred),[_plain(m) for m in c.maps.values()]
+    model = learn.model
+    with as_found(model), Capture(model, layers, kind='layer of the student') as c: pred = model(*to_model(model, xb))
+    return _plain(logits_of(pred, who='student')),[_plain(m) for m in c.maps.values()]
 
 def _ask_teacher(teacher, xb, layers=()):
     pred,fm = as_teacher(teacher)(*xb, layers=layers)
@@ -58,33 +60,46 @@ def _images(learn, b):
     if lo.min()<0 or hi.max()>1: x = (x-lo)/(hi-lo).clamp(min=1e-8)
     return [o.permute(1, 2, 0).squeeze(-1).numpy() for o in x]
 
-def _show(ax, img): ax.imshow(img, cmap='gray' if img.ndim==2 else None, vmin=0, vmax=1); _bare(ax)
-def _bare(ax): ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+def _show(ax, img):
+    ax.imshow(img, cmap='gray' if img.ndim==2 else None, vmin=0, vmax=1)
+    _bare(ax)
 
-# %% ../../../nbs/distill/study/pictures.ipynb #017e4d50
+def _bare(ax):
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+# %% ../../../nbs/distill/study/pictures.ipynb #625444ea
 def plot_soft_targets(
     learn:Learner,               # Usually the teacher's
     item:int=0,                  # Place in the validation set
     Ts:Sequence[float]=(1,3,10), # Temperatures
     n:int=10,                    # Show at most so many classes, the likeliest
 ):
-    "The item, and its class probabilities at each temperature; returns the axes. IndexError for an item outside the set, ValueError for `T <= 0` or a model without classes"
+    """The item, and its class probabilities at each temperature; returns the axes. IndexError for an item outside the set,
+    ValueError for `T <= 0` or a model without classes"""
     if not all(T>0 for T in Ts): raise ValueError(f"Ts must be above 0, got {tuple(Ts)}")
     b = _batch(learn, [item])
-    logits,imgs = _ask_student(learn, _inputs(learn, b))[0],_images(learn, b)
-    if logits.ndim!=2 or logits.shape[1]<2: raise ValueError(f"learn must predict classes (B, C), its predictions have shape {tuple(logits.shape)}")
-    top = logits[0].topk(min(n, logits.shape[1])).indices.sort().values
-    names,label = _class_names(learn, logits.shape[1]),b[-1]
+    xb,imgs = _inputs(learn, b),_images(learn, b)
+    logits = _ask_student(learn, xb)[0]
+    if logits.ndim!=2 or logits.shape[1]<2:
+        raise ValueError(f"learn must predict classes (B, C), its predictions have shape {tuple(logits.shape)}")
+    names = _class_names(learn, logits.shape[1])
     axs = new_axes(1, len(Ts)+(imgs is not None), size=(2.8, 2.4))[0]
     if imgs is not None:
         _show(axs[0], imgs[0])
-        if len(b)>len(_inputs(learn, b)): axs[0].set_title(f'label: {names[int(label[0])]}')
-    for ax,T in zip(axs[-len(Ts):], Ts):
-        p = (logits[0]/T).softmax(0)[top]
-        ax.bar(range(len(top)), p.numpy(), color=[COLORS[1] if i==logits[0].argmax() else COLORS[0] for i in top])
-        ax.set(title=f'T = {T:g}', ylim=(0, max(0.05, 1.08*float(p.max()))), ylabel='probability' if T==Ts[0] else '')
-        ax.set_xticks(range(len(top)), [names[i] for i in top], rotation=90 if max(len(names[i]) for i in top)>2 else 0)
+        if len(b)>len(xb): axs[0].set_title(plain(f'label: {names[int(b[-1][0])]}'))
+    for ax,T in zip(axs[-len(Ts):], Ts): _bars(ax, logits[0], T, names, n)
+    axs[-len(Ts)].set_ylabel('probability')
     return axs
+
+def _bars(ax, logits, T, names, n):
+    "The likeliest classes' probabilities at one temperature, in the order of the classes"
+    top = logits.topk(min(n, len(logits))).indices.sort().values
+    p = (logits/T).softmax(0)[top]
+    ax.bar(range(len(top)), p.numpy(), color=[COLORS[1] if i==logits.argmax() else COLORS[0] for i in top])
+    ax.set(title=f'T = {T:g}', ylim=(0, max(0.05, 1.08*float(p.max()))))
+    names = [plain(names[i]) for i in top]
+    ax.set_xticks(range(len(top)), names, rotation=90 if max(map(len, names))>2 else 0)
 
 def _class_names(learn, c):
     "The last vocabulary of the data (a text learner's first one holds words), or numbers"
@@ -92,13 +107,14 @@ def _class_names(learn, c):
     if v is not None and len(v) and isinstance(v[-1], (list, tuple)) or hasattr(v, 'map') and len(v)!=c: v = v[-1]
     return [str(o) for o in v] if v is not None and len(v)==c else [str(i) for i in range(c)]
 
-# %% ../../../nbs/distill/study/pictures.ipynb #5ddbd5a4
+# %% ../../../nbs/distill/study/pictures.ipynb #4dc578b0
 def attention_map(
     fm:torch.Tensor, # Feature map (B, C, H, W) or tokens (B, N, D)
 )->torch.Tensor:
     "Mean of the squared channels, each map scaled to 0 to 1, (B, H, W); ValueError for tokens that are no square grid"
     if fm.ndim==3:
-        if (grid := token_grid(fm.shape[1])) is None: raise ValueError(f"fm must be (B, C, H, W), or tokens of a square grid, got {tuple(fm.shape)}")
+        grid = token_grid(fm.shape[1])
+        if grid is None: raise ValueError(f"fm must be (B, C, H, W), or tokens of a square grid, got {tuple(fm.shape)}")
         fm = fm[:, grid[0]:].transpose(1, 2).unflatten(2, grid[1:])
     if fm.ndim!=4: raise ValueError(f"fm must be (B, C, H, W) or (B, N, D), got {tuple(fm.shape)}")
     a = fm.float().pow(2).mean(1)
@@ -115,19 +131,24 @@ def plot_attention(
     (ls,lt),b = layer_pairs(pairs),_batch(student, items)
     if not ls: raise ValueError("pairs is empty: name at least one pair of layers")
     imgs,xb = _images(student, b),_inputs(student, b)
-    if imgs is None: raise ValueError(f"plot_attention needs images (B, 1 or 3, H, W), got inputs of shape {tuple(b[0].shape)}")
+    if imgs is None:
+        raise ValueError(f"plot_attention needs images (B, 1 or 3, H, W), got inputs of shape {tuple(b[0].shape)}")
     fs,ft = _ask_student(student, xb, ls)[1],_ask_teacher(teacher, xb, lt)[1]
     axs = new_axes(len(items), 1+2*len(ls), size=(1.5, 1.6))
     for row,img in zip(axs, imgs): _show(row[0], img)
     for j,(n_s,n_t,s,t) in enumerate(zip(ls, lt, fs, ft)):
         for col,(title,fm) in enumerate(((f'student\n{n_s}', s), (f'teacher\n{n_t}', t)), 2*j+1):
-            axs[0, col].set_title(title)
-            for ax,img,a in zip(axs[:, col], imgs, attention_map(fm)):
-                _show(ax, img)
-                ax.imshow(a.numpy(), cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, img.shape[1]-0.5, img.shape[0]-0.5, -0.5))
+            axs[0, col].set_title(plain(title))
+            for ax,img,a in zip(axs[:, col], imgs, attention_map(fm)): _show_attention(ax, img, a)
     return axs
 
-# %% ../../../nbs/distill/study/pictures.ipynb #c43e0ccc
+def _show_attention(ax, img, a):
+    "A map over its image, stretched to its size"
+    h,w = img.shape[:2]
+    _show(ax, img)
+    ax.imshow(a.numpy(), cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, w-0.5, h-0.5, -0.5))
+
+# %% ../../../nbs/distill/study/pictures.ipynb #dec6d511
 def _similarities(fm):
     "The Gram matrix of features (B, ...), rows of length one (B, B)"
     f = fm.flatten(1)
@@ -144,13 +165,15 @@ def plot_similarity(
     xb,(ls,lt) = _inputs(student, b),layer_pairs(pairs)
     order = _plain(b[-1]).argsort(stable=True) if b[-1].ndim==1 else torch.arange(len(xb[0]))
     (pred_s,fs),(pred_t,ft) = _ask_student(student, xb, ls),_ask_teacher(teacher, xb, lt)
-    if not ls: ls,lt,fs,ft = ['predictions'],['predictions'],[pred_s],[pred_t]
+    if not ls:
+        ls = lt = ['predictions']
+        fs,ft = [pred_s],[pred_t]
     axs = new_axes(len(ls), 3, size=(2.3, 2.3))
     for row,n_s,n_t,s,t in zip(axs, ls, lt, fs, ft):
         gs,gt = _similarities(s[order]),_similarities(t[order])
         top = float(torch.maximum(gs, gt).max())
         for ax,title,g in zip(row, (f'student: {n_s}', f'teacher: {n_t}', 'distance'), (gs, gt, (gs-gt).abs())):
             ax.imshow(g.numpy(), cmap='viridis', vmin=0, vmax=top)
-            ax.set_title(title)
+            ax.set_title(plain(title))
             _bare(ax)
     return axs
