@@ -19,8 +19,9 @@ from .distillation_callback import *
 from .loss.learned import *
 from .losses import *
 from .study.compare import *
+from .study.report import save_report
 from .study.sweep import *
 from .teacher.teacher import Teacher
 
 # %% ../../nbs/distill/all.ipynb #b5e4ba19
-__all__ = ['Teacher', 'TeacherCache', 'Replay'] + [n for room in (schedule, losses, learned, distillation_callback, report, sweeps, advice) for n in room.__all__]
+__all__ = ['Teacher', 'TeacherCache', 'Replay', 'save_report'] + [n for room in (schedule, losses, learned, distillation_callback, report, sweeps, advice) for n in room.__all__]

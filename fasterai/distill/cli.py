@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/cli.html.md"""
 # %% auto #0
 __all__ = ['loss_by_name', 'write_report', 'set_up', 'carry_out', 'distill', 'fasterai_distill', 'main']
 
-# %% ../../nbs/distill/cli.ipynb #41f8bfcc
+# %% ../../nbs/distill/cli.ipynb #df3a3994
 import os
 import re
 import sys
@@ -31,7 +31,8 @@ from .loss import learned
 from .distillation_callback import KnowledgeDistillationCallback, match_feature_layers
 from .study.experiment import Experiment
 from .losses import available_losses
-from .study.compare import compare, plot_compare, plot_soft_targets, save_report
+from .study.compare import compare, plot_compare, plot_soft_targets
+from .study.report import save_report
 from .loss.terms import Term
 
 # %% ../../nbs/distill/cli.ipynb #d6e8d9c7
@@ -49,26 +50,44 @@ def loss_by_name(
     if 'T' not in Term(loss).hypers: raise ValueError(f"loss {name} has no temperature: leave out --T")
     return partial(loss, T=T)
 
-# %% ../../nbs/distill/cli.ipynb #c3d115ab
+# %% ../../nbs/distill/cli.ipynb #e4e9d135
+def _save_student(exp, folder):
+    "`student.pth`, the weights of the best one, and `student.pkl` for `load_learner` where the data can be pickled"
+    student = exp.best[1]
+    torch.save({k:v.cpu() for k,v in student.state_dict().items()}, folder/'student.pth')
+    try: Learner(exp.dls, student, metrics=exp.metrics, path=folder).export('student.pkl')
+    except (AttributeError, TypeError, PicklingError) as e:
+        print(f'no student.pkl, since the data cannot be pickled: {e}')
+
+def _save_page(exp, folder, settings):
+    "The page, its table and plots"
+    learners = exp.learners() # of the seed with the median difference: a pair picked for its score would flatter
+    table = compare(learners)
+    figures = {'Seeds': exp.plot, 'Accuracy against cost': partial(plot_compare, table),
+               'Soft targets of the teacher': partial(plot_soft_targets, learners['teacher'])}
+    summary = (f"{exp.verdict()}\nBelow, the two students of the seed with the median difference; "
+               "their test is over images, the one above over seeds.")
+    save_report(folder, table, figures, settings, 'Did distilling help?', summary)
+
+def _finish(tmp, out):
+    for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
+
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
     settings:dict=None,  # Shown on the page
 ):
-    "Write `report.html` with its plots and `report.csv`, `table.csv` and `runs.csv` (the seeds), and the best student to `out`: `student.pkl` for `load_learner`, `student.pth` its weights"
+    """Write to `out` the best student, `student.pkl` for `load_learner` and its weights `student.pth`, `table.csv` and `runs.csv` (the seeds), and then
+    `report.html` with its plots and `report.csv`"""
     out.mkdir(parents=True, exist_ok=True)
-    learners = exp.learners() # of the seed with the median difference: a pair picked for its score would flatter
-    table = compare(learners)
-    figures = {'Seeds': exp.plot(), 'Accuracy against cost': plot_compare(table), 'Soft targets of the teacher': plot_soft_targets(learners['teacher'])}
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         tmp = Path(tmp)
-        save_report(tmp, table, figures, settings, 'Did distilling help?', f"{exp.verdict()}\nBelow, the two students of the seed with the median difference; their test is over images, the one above over seeds.")
+        _save_student(exp, tmp)
         exp.table().to_csv(tmp/'table.csv', index=False)
         exp.runs.to_csv(tmp/'runs.csv', index=False)
-        torch.save({k:v.cpu() for k,v in exp.best[1].state_dict().items()}, tmp/'student.pth')
-        try: Learner(exp.dls, exp.best[1], metrics=accuracy, path=tmp).export('student.pkl')
-        except (AttributeError, TypeError, PicklingError) as e: print(f'no student.pkl, since the data cannot be pickled: {e}')
-        for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
+        _finish(tmp, out)
+        _save_page(exp, tmp, settings)
+        _finish(tmp, out)
 
 # %% ../../nbs/distill/cli.ipynb #9d5b8fbf
 def _numbers(name, s, least=1):
@@ -78,54 +97,92 @@ def _numbers(name, s, least=1):
     if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
     return sorted(set(ns))
 
-# %% ../../nbs/distill/cli.ipynb #7d807292
-def set_up(path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None, epochs=None, teacher_epochs=None, seeds=None,
-           lr=None, size=64, bs=None, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None)->tuple:
-    "The `Experiment` that the arguments of `fasterai_distill` describe, and how it is to be run. Raises ValueError or OSError for what cannot work"
+# %% ../../nbs/distill/cli.ipynb #29ad2b73
+def _plan(path, epochs, teacher_epochs, seeds, size, bs, workers, lr):
+    "How it is to be run, checked: lengths of training, seeds, and what the digits have other defaults for"
     digits = path is None
-    def default(value, on_digits, on_images): return value if value is not None else on_digits if digits else on_images
-    weight,bs,lr = default(weight, 0.9, 0.5),default(bs, 25, 64),default(lr, 1e-2, 1e-3)
-    epochs,[seeds] = _numbers('epochs', default(epochs, '10,60', '10')),_numbers('seeds', default(seeds, 8, 1))
-    [teacher_epochs] = _numbers('teacher_epochs', default(teacher_epochs, 10, max(epochs)))
+    plan = dict(epochs=epochs or ('10,60' if digits else '10'), seeds=seeds if seeds is not None else 8 if digits else 1)
+    lengths = _numbers('epochs', plan['epochs'])
+    bs = bs if bs is not None else 25 if digits else 64
+    lr = lr if lr is not None else 1e-2 if digits else 1e-3
+    [seeds] = _numbers('seeds', plan['seeds'])
+    [of_teacher] = _numbers('teacher_epochs', teacher_epochs if teacher_epochs is not None else 10 if digits else max(lengths))
     for name,n in dict(size=size, bs=bs).items(): _numbers(name, n)
     if workers is not None: _numbers('workers', workers, 0)
     if not 0<lr<1e3: raise ValueError(f"lr must be above 0, got {lr}")
-    loss = loss_by_name(loss, 4 if digits and T is None and loss=='SoftTarget' else T)
-    dls = digits_dls(100, bs=bs) if digits else image_dls(path, size=size, bs=bs, pattern=pattern, augment=augment, num_workers=workers)
+    return dict(epochs=lengths, seeds=seeds, learning_rate=lr, batch_size=bs, teacher_epochs=of_teacher)
+
+def _networks(teacher, student, weights, c):
+    "The teacher, with its weights if they are given, and a function that makes students"
     set_seed(0)
-    names = default(teacher, 'digits_net32', 'resnet34'),default(student, 'digits_net8', 'resnet18')
-    model,make_student = make_model(names[0], dls.c),partial(make_model, names[1], dls.c)
-    if teacher_weights: load_weights(model, teacher_weights)
-    kd = dict(weight=weight, task_weight=task_weight)
-    if not Term(loss).takes_features: # try its hyper-parameters
-        Term(loss)(dict(pred=torch.randn(4, dls.c), teacher_pred=torch.randn(4, dls.c), target=torch.zeros(4, dtype=torch.long)))
-    if Term(loss).needs_features: kd['activations_student'] = match_feature_layers(make_student(), model, dls.one_batch()[0].cpu())
+    model,make_student = make_model(teacher, c),partial(make_model, student, c)
+    if weights: load_weights(model, weights)
+    return model,make_student
+
+def _try_out(loss, c):
+    "Let the loss refuse its hyper-parameters before anything trains"
+    batch = dict(pred=torch.randn(4, c), teacher_pred=torch.randn(4, c), target=torch.zeros(4, dtype=torch.long))
+    if not Term(loss).takes_features: Term(loss)(batch)
+
+# %% ../../nbs/distill/cli.ipynb #11b02c4c
+def set_up(
+    path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None, epochs=None, teacher_epochs=None,
+    seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None,
+)->tuple:
+    """The `Experiment` that the arguments of `fasterai_distill` describe, and how it is to be run. Raises ValueError or OSError for what
+    cannot work"""
+    digits = path is None
+    plan = _plan(path, epochs, teacher_epochs, seeds, size, bs, workers, lr)
+    loss = loss_by_name(loss, 4 if digits and T is None and loss=='SoftTarget' else T)
+    bs,lr = plan['batch_size'],plan['learning_rate']
+    if digits: dls = digits_dls(100, bs=bs)
+    else: dls = image_dls(path, size=size, bs=bs, pattern=pattern, augment=augment, num_workers=workers)
+    teacher = teacher or ('digits_net32' if digits else 'resnet34')
+    student = student or ('digits_net8' if digits else 'resnet18')
+    model,make_student = _networks(teacher, student, teacher_weights, dls.c)
+    _try_out(loss, dls.c)
+    kd = dict(weight=weight if weight is not None else 0.9 if digits else 0.5, task_weight=task_weight)
+    if Term(loss).needs_features:
+        kd['activations_student'] = match_feature_layers(make_student(), model, dls.one_batch()[0].cpu())
     exp = Experiment(dls, model, make_student, loss=loss, lr=lr, **kd)
     Path(out).mkdir(parents=True, exist_ok=True)
-    plan = dict(images=path or 'handwritten digits', teacher=names[0], student=names[1], loss=KnowledgeDistillationCallback(model, loss, **kd).equation(),
-                epochs=epochs, seeds=seeds, learning_rate=lr, batch_size=bs, teacher_epochs=None if teacher_weights else teacher_epochs, out=out) | ({} if digits else dict(image_size=size, augment=augment, classes=', '.join(map(str, dls.vocab))))
+    equation = KnowledgeDistillationCallback(model, loss, **kd).equation()
+    plan = dict(images=path or 'handwritten digits', teacher=teacher, student=student, loss=equation) | plan | dict(out=out)
+    if teacher_weights: plan['teacher_epochs'] = None
+    if not digits: plan.update(image_size=size, augment=augment, classes=', '.join(map(str, dls.vocab)))
     return exp,plan
+
+# %% ../../nbs/distill/cli.ipynb #e3ce0d42
+def _tell_start(exp, plan):
+    dls = exp.dls
+    print(f"{len(dls.train_ds)} training and {len(dls.valid_ds)} validation images of {dls.c} classes; "
+          f"teacher {plan['teacher']}, student {plan['student']}; loss = {plan['loss']}")
+
+def _tell_end(exp, table):
+    print(f"\n\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
+    if table.accuracy[0]<=max(table.accuracy[table.model=='student alone']):
+        print("The teacher is no better than the student alone: it has little to teach. "
+              "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
 def carry_out(exp:Experiment, plan:dict)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
-    dls,out = exp.dls,plan['out']
-    print(f"{len(dls.train_ds)} training and {len(dls.valid_ds)} validation images of {dls.c} classes; teacher {plan['teacher']}, student {plan['student']}; loss = {plan['loss']}")
+    out = Path(plan['out'])
+    _tell_start(exp, plan)
     wide = digits_dls() if plan['images']=='handwritten digits' else None
     if wide: print(f"(the teacher learns from {len(wide.train_ds)} training images)")
     if plan['teacher_epochs']: exp.train_teacher(plan['teacher_epochs'], wide)
     exp.run(plan['epochs'], plan['seeds'])
-    table = exp.table()
-    print(f"\n\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}")
-    if table.accuracy[0]<=max(table.accuracy[table.model=='student alone']): print("The teacher is no better than the student alone: it has little to teach. Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
-    write_report(exp, Path(out), plan)
-    print(f"\nIn {out}: report.html, its plots and tables, and the distilled student that scored best ({exp.best[0]:.1%}): load_learner('{Path(out)/'student.pkl'}').predict(item); its weights are student.pth")
+    _tell_end(exp, exp.table())
+    write_report(exp, out, plan)
+    print(f"\nIn {out}: report.html, its plots and tables, and the distilled student that scored best ({exp.best[0]:.1%}): "
+          f"load_learner('{out/'student.pkl'}').predict(item); its weights are student.pth")
     return exp
 
 def distill(path=None, **kwargs)->Experiment:
     "What `fasterai_distill` does, with its arguments"
     return carry_out(*set_up(path, **kwargs))
 
-# %% ../../nbs/distill/cli.ipynb #e5f357a8
+# %% ../../nbs/distill/cli.ipynb #73a16533
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid folders of them; none: handwritten digits
@@ -143,7 +200,7 @@ def fasterai_distill(
     bs:int=None,               # Batch size [64; digits 25]
     pattern:str=None,          # Regular expression for the class in a file's name, instead of folders
     augment:bool=False,        # Augment the training images?
-    teacher_weights:str=None,  # .safetensors file or state dict of a trained teacher, with the names of torchvision or timm; none: it is trained here
+    teacher_weights:str=None,  # .safetensors file or state dict of a trained teacher, named as torchvision's or timm's; none: trained here
     out:str='distilled',       # Folder for the report and the student's weights
     workers:int=None,          # Processes that load images [fastai's default]
 ):
@@ -155,7 +212,9 @@ def fasterai_distill(
 
 def main():
     "The console script: `fasterai_distill` with options in any case, spelt with `_` or `-`"
-    def plain(o): name,eq,value = o.partition('='); return name.lower().replace('_', '-')+eq+value if o.startswith('--') else o
+    def plain(o):
+        name,eq,value = o.partition('=')
+        return name.lower().replace('_', '-')+eq+value if o.startswith('--') else o
     sys.argv[1:] = map(plain, sys.argv[1:])
     args,kwargs,_ = parse_cli(fasterai_distill.__wrapped__, pos=['path'])
     try: fasterai_distill(*args, **kwargs)
