@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #a1fbe3c5
+# %% ../../nbs/distill/all.ipynb #b908d78b
 from ..core.schedule import *
 from .distillation_callback import *
 from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
 from .study.advice import suggest_weights
-from .study.compare import (compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets,
-                                            save_report)
+from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
 from .study.experiment import Experiment
+from .study.report import save_report
+from .study.study import Study
 from .study.sweep import sweep
 from .teacher.recorded.recorded import Replay, TeacherCache
 from .teacher.teacher import Renormalize, Teacher, resize_batch
@@ -21,17 +22,11 @@ from .teacher.teacher import Renormalize, Teacher, resize_batch
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #966d1ef1
+# %% ../../nbs/distill/all.ipynb #4cd62130
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay',
     *distillation_callback.__all__,
     *losses.__all__, 'VID', 'CRD', 'ReviewKD', 'OFD',
     *[n for n in schedule.__all__ if n!='as_schedule'],
-    'Experiment', 'sweep', 'compare', 'suggest_weights',
+    'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
     'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']
-
-# %% ../../nbs/distill/all.ipynb #58733f5c
-try:
-    from fasterai.distill.study.study import Study  # noqa: F401
-    __all__.append('Study')
-except ImportError: pass

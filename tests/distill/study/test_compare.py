@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.core.stats import mcnemar
-from fasterai.distill.study.compare import (Comparison, attention_map, compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets,
-                                     save_report)
+from fasterai.distill.study.compare import Comparison, attention_map, compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
+from fasterai.distill.study.report import save_report
 
 N = 60
 
