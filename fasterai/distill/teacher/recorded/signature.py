@@ -34,7 +34,7 @@ def _keys(device):
     counter = np.arange(1, 2*_block+1, dtype=np.uint64)*np.uint64(0x9e3779b97f4a7c15)
     return torch.from_numpy(_mix(counter).view(np.int64).reshape(2, -1)).to(device)
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #1f2e598b
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #e71ce1b0
 def _words(x):
     "The bytes of each row of `x` as int32 words, filled up with zeros"
     x = x.resolve_conj().resolve_neg().contiguous()
@@ -44,12 +44,19 @@ def _words(x):
     fill = -x.shape[1]%4
     return (F.pad(x, (0, fill)) if fill else x.clone() if x.storage_offset()%4 else x).view(torch.int32)
 
-def _dot(words, key): return torch.mv(words, key) if words.is_cpu else (words*key).sum(1)
+def _sums_by_numpy(words, keys):
+    w,k = words.numpy(),keys.T.numpy()
+    at_once = max(1, _at_once//w.shape[1])
+    return np.concatenate([w[i:i+at_once].astype(np.int64)@k for i in range(0, len(w), at_once)])
+
+def _sums_by_torch(words, keys):
+    at_once = max(1, 32*_at_once//words.shape[1])
+    sums = [torch.stack([(w*k).sum(1) for k in keys], 1) for w in map(Tensor.long, words.split(at_once))]
+    return torch.cat(sums).cpu().numpy()
 
 def _sums(words, keys):
-    "`(n, 2)`: both sums for each of `n` blocks, `(n, w)`"
-    n = _at_once*(1 if words.is_cpu else 32)//words.shape[1]
-    return torch.cat([torch.stack([_dot(w, k) for k in keys[:, :w.shape[1]]], 1) for w in map(Tensor.long, words.split(max(n, 1)))])
+    "`(n, 2)`: both sums for each of `n` blocks, `(n, w)`. On a CPU, calls of NumPy are the cheaper ones"
+    return (_sums_by_numpy if words.is_cpu else _sums_by_torch)(words, keys[:, :words.shape[1]])
 
 def _hash_rows(x):
     "`(B, 2)`, uint64: the blocks of each row, one after the other"
@@ -57,11 +64,13 @@ def _hash_rows(x):
     h = np.zeros((n, 2), np.uint64)
     if words.numel()==0: return h
     keys,whole = _keys(words.device),words.shape[1]//_block*_block
-    sums = [_sums(o.reshape(-1, min(_block, o.shape[1])), keys).view(n, -1, 2) for o in (words[:, :whole], words[:, whole:]) if o.shape[1]]
-    for s in torch.cat(sums, 1).cpu().numpy().view(np.uint64).swapaxes(0, 1): h = _mix(h^s)
+    for part in words[:, :whole], words[:, whole:]:
+        if part.shape[1]==0: continue
+        sums = _sums(part.reshape(-1, min(_block, part.shape[1])), keys).view(np.uint64).reshape(n, -1, 2)
+        for s in sums.swapaxes(0, 1): h = _mix(h^s)
     return h
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #09437a3a
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #4515206b
 _plain = bool,int,float,complex,str,bytes,type(None)
 
 def batch_size(
@@ -79,10 +88,12 @@ def _tell(o, n, words, parts):
     "Add to `words` how `o` is arranged, to `parts` the hashes of what is in it, `(n, 2)` or `(1, 2)`"
     if isinstance(o, np.ndarray) and o.dtype.kind in 'biufc': o = torch.from_numpy(np.ascontiguousarray(o))
     if isinstance(o, Tensor):
+        if o.layout!=torch.strided or o.is_quantized:
+            raise TypeError(f"cache: an input is a tensor of layout {o.layout}, whose bytes do not lie in a row; make it a plain one")
         o = o.detach().as_subclass(Tensor)  # a subclass takes its time
         each = o.ndim>0 and len(o)==n
         words.append(f"{'each' if each else 'all'} {o.dtype} {tuple(o.shape[each:])}")
-        parts.append(_hash_tensor(o if each else o[None]))
+        parts.append(_hash_rows(o if each else o[None]))
     elif isinstance(o, Mapping):
         words.append(f'map {list(o)!r}')
         for v in o.values(): _tell(v, n, words, parts)
@@ -95,11 +106,7 @@ def _tell(o, n, words, parts):
     elif type(o) in _plain: words.append(repr(o))
     else: raise TypeError(f"cache: an input holds a {type(o).__name__}, and whether two of them are the same is unknown; take it out of the inputs")
 
-def _hash_tensor(x):
-    if x.layout==torch.strided and not x.is_quantized: return _hash_rows(x)
-    raise TypeError(f"cache: an input is a tensor of layout {x.layout}, whose bytes do not lie in a row; make it a plain one")
-
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #e0fe0ae6
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #9d976d97
 def signature(
     xb, # A batch's inputs: tensors `(B, ...)`, arrays and plain values, in tuples and dictionaries as you like
 )->np.ndarray:
@@ -107,9 +114,9 @@ def signature(
     n = batch_size(xb)
     words,parts = [],[]
     _tell(xb, n, words, parts)
-    h = np.tile(_number('\n'.join(words)), (n, 1))
+    h = _number('\n'.join(words))
     for p in parts: h = _mix(h^p)
-    return h
+    return h if h.shape==(n, 2) else np.tile(h, (n, 1))
 
 # %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #2582fd28
 def weights_digest(

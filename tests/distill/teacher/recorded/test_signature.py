@@ -142,12 +142,13 @@ class TestOfAnInput:
         monkeypatch.setattr(mod, '_at_once', at_once)
         assert (sig(x)==before).all()
 
-    def test_sums_of_any_order(self, monkeypatch):
-        "What other devices do: products first, then their sum"
-        x = torch.randn(5, 9000)
-        before = sig(x)
-        monkeypatch.setattr(mod, '_dot', lambda words, key: (words*key).flip(1).sum(1))
-        assert (sig(x)==before).all()
+    def test_what_other_devices_do_gives_the_same(self, monkeypatch):
+        xs = torch.randn(5, 9000),torch.randn(3, 4096),torch.randint(0, 9, (4, 3), dtype=torch.uint8)
+        before = [sig(x) for x in xs]
+        monkeypatch.setattr(mod, '_sums_by_numpy', mod._sums_by_torch)
+        for at_once in 1,5000,1<<19:
+            monkeypatch.setattr(mod, '_at_once', at_once)
+            assert all((sig(x)==s).all() for x,s in zip(xs, before))
 
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
