@@ -13,7 +13,7 @@ plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()
 
 
-def test_it_brings_what_users_type_and_no_helpers():
+def test_it_brings_what_users_type_and_nothing_else():
     got = {}
     exec('from fasterai.distill.all import *', got)
     got = {n for n in got if n!='__builtins__'} - {'Study'}  # new; the list takes it up with its room
