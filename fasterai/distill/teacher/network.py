@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #69bfae57
+# %% ../../../nbs/distill/teacher/network.ipynb #120c97d4
 import warnings
 from itertools import chain
 
@@ -16,6 +16,7 @@ from fastai.torch_core import rank_distrib, to_device
 from fastcore.basics import patch
 
 from ..layers.names import unwrap
+from .facts import Agreement
 from .auto import fastest_plan
 from .forward import Engine, Plan, bare, prepared
 from .frozen import frozen_copy, refresh_copy
@@ -56,7 +57,7 @@ def name_of(
     "Its class, without wrappers"
     return type(unwrap(net)).__name__
 
-# %% ../../../nbs/distill/teacher/network.ipynb #1a506322
+# %% ../../../nbs/distill/teacher/network.ipynb #0f411356
 class Network:
     "One network of a teacher: the caller's `source`, and what was made of it to run"
     def __init__(self,
@@ -68,6 +69,7 @@ class Network:
         self.tfm = tfm
         self.asked = asked
         self.device = None   # of the batches
+        self.agreement = Agreement() # how it is asked so that its answers are about the student's data
         self._forget()
 
     def _forget(self):
@@ -95,7 +97,7 @@ def opts(self:Network)->dict:
     "What was asked for that may change an answer"
     return {k:getattr(self.asked, k) for k in ('dtype', 'channels_last', 'fuse')}
 
-# %% ../../../nbs/distill/teacher/network.ipynb #8cc7b757
+# %% ../../../nbs/distill/teacher/network.ipynb #a6059de9
 @patch
 def __call__(self:Network,
     xb:tuple,         # A batch of the student's inputs
@@ -105,7 +107,8 @@ def __call__(self:Network,
     axis:int=1,       # Their class axis
 )->tuple:
     "What the network returned (None if it could be stopped before), and the maps"
-    if self.tfm is not None: xb = _as_tuple(self.tfm(*xb))
+    tfm = self.tfm or self.agreement.tfm
+    if tfm is not None: xb = _as_tuple(tfm(*xb))
     self.follow()
     self._make_ready(xb, layers, select, axis)
     if self.home==self.device: return self._engine(xb, layers, logits)(xb)

@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #dc0b8614
+# %% ../../../nbs/distill/teacher/teacher.ipynb #136bbec9
 import re
 from copy import copy
 from dataclasses import replace
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastai.learner import Learner
-from fastai.torch_core import PrettyString
+from fastai.torch_core import PrettyString, rank_distrib
 from fastcore.basics import patch
 
 from ...core.cost import best_time, flops
@@ -24,9 +24,10 @@ from ...core.task import logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
+from .facts import agree, facts_of, other_channels
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
-from .inputs import Renormalize, resize_batch
+from .inputs import Renormalize, resize_batch, statistics_of
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, shared_with
 from .recorded.recorded import as_cache
@@ -35,7 +36,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #e7111043
+# %% ../../../nbs/distill/teacher/teacher.ipynb #9ce72281
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -52,8 +53,11 @@ class Teacher(BaseTeacher):
         select=None,        # From a network's output to its logits; None takes a tensor, or the first of a tuple
         axis=None,          # The class axis of the logits; None: as the task says, else 1
         average=None,       # 'softmax', 'sigmoid' or 'none', as in `ensemble_logits`; None: as the task says
+        classes=None,       # Names of its classes in the order of its logits; None: as its Learner's data says
+        normalize=None,     # How its images were normalised, `(mean, std)` or a `Normalize`; None: as its data says
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
+        self.facts = [_with(facts_of(m), classes, normalize) for m in _as_list(models)] # of the data of each
         self.models = _as_modules(models)
         self.weights = _as_weights(weights, len(self.models))
         self.select = select
@@ -74,9 +78,11 @@ class Teacher(BaseTeacher):
         self.__dict__.update(state)
         self._forget_fit()
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #deb93d34
+# %% ../../../nbs/distill/teacher/teacher.ipynb #15a69c6f
+def _as_list(models): return models if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
+
 def _as_modules(models):
-    models = [_as_module(m) for m in (models if isinstance(models, (list, tuple, nn.ModuleList)) else [models])]
+    models = [_as_module(m) for m in _as_list(models)]
     if not models: raise ValueError("models is empty: a teacher needs at least one network")
     return models
 
@@ -120,7 +126,7 @@ def compute(self:Teacher,
 
 def _as_layers(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #ef036953
+# %% ../../../nbs/distill/teacher/teacher.ipynb #6bcb9409
 @patch
 def _ask_networks(self:Teacher, xb, layers, logits):
     "The logits of each network (of none, if they are not wanted), and the maps of the first"
@@ -128,7 +134,8 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     out,maps = ask(self.nets[0], xb, layers, logits)
     if not logits: return [], maps
     outs = [out] + [ask(net, xb, (), True)[0] for net in self.nets[1:]]
-    return [logits_of(o, self.select).detach() for o in outs], maps
+    preds = [logits_of(o, self.select).detach() for o in outs]
+    return [net.agreement.of_logits(z, self._class_axis) for net,z in zip(self.nets, preds)], maps
 
 @patch
 def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, self.select, self._class_axis)
@@ -152,11 +159,12 @@ def to(self:Teacher,
         for net in self.nets: net.to(self.device)
     return self
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #11bfdff3
+# %% ../../../nbs/distill/teacher/teacher.ipynb #9ac77f06
 @patch
 def _ask_first(self:Teacher, net, xb, layers, logits):
     try: return self._ask(net, xb, layers, logits)
     except RuntimeError as e:
+        if why := other_channels(net.source, xb): raise ValueError(why) from e
         dtype = net.plan and net.plan.dtype
         if dtype in (None, torch.float32) or not re.search('not implemented|not support|unsupported', str(e)): raise
         raise ValueError(f"dtype={str(dtype).removeprefix('torch.')}: {self.device} cannot run the teacher "
@@ -175,23 +183,26 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #f64b8aac
+# %% ../../../nbs/distill/teacher/teacher.ipynb #438bc7da
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
     layers=(),   # Names of the layers that the losses of this fit look at
     logits=True, # Do they want logits?
+    record=True, # Attach the cache, if there is one? Not for a probe
 ):
     """Get ready for a fit.
 
-    ValueError if nobody says what an ensemble is to average; TypeError or ValueError where a cache would be wrong"""
+    ValueError if nobody says what an ensemble is to average, and for classes that the teacher does not know; TypeError or
+    ValueError where a cache would be wrong"""
     self.end()
     layers = _as_layers(layers)
     self._learn_task(task_of(learn.loss_func), logits)
+    self._agree_with(facts_of(learn))
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
     for net in self.nets: net.follow(full=True)
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
-    if self.cache is None: return
+    if self.cache is None or not record: return
     self.cache.attach(learn, self, layers, logits)
     self.recorded = layers,logits
 
@@ -205,6 +216,22 @@ def _learn_task(self:Teacher, task, logits):
         raise ValueError("average: the task's loss function does not say what the outputs of the "
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
+
+# %% ../../../nbs/distill/teacher/teacher.ipynb #e22141b4
+@patch
+def _agree_with(self:Teacher, student):
+    "Find out for each network how to ask it so that its answers are about the student's data"
+    for net,facts in zip(self.nets, self.facts):
+        said = net.agreement.lines
+        net.agreement = agree(facts, student, pick=self.select is None, tfm=net.tfm is None)
+        if net.agreement.lines!=said and not rank_distrib():
+            for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
+
+def _with(facts, classes, normalize):
+    "`facts` with what the caller says"
+    said = {} if classes is None else dict(classes=tuple(map(str, classes)))
+    if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
+    return replace(facts, **said)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #4bd792da
 @patch
@@ -249,12 +276,13 @@ def as_teacher(
     if not a_network and callable(getattr(teacher, 'answer', None)): return AdaptedTeacher(teacher)
     return Teacher(teacher, **kwargs)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #daa3edef
+# %% ../../../nbs/distill/teacher/teacher.ipynb #a3ad3717
 @patch
 def __repr__(self:Teacher):
     nets = ' + '.join(f"{name_of(m)} of {_millions(m)} parameters" for m in self.models)
     weights = '' if self.weights is None else f", weighted {':'.join(f'{w:g}' for w in self.weights)}"
-    return f"Teacher({nets}{weights}; {self._how()})"
+    lines = [f'  {line}' for net in self.nets for line in net.agreement.lines]
+    return '\n'.join([f"Teacher({nets}{weights}; {self._how()})", *lines])
 
 @patch
 def _how(self:Teacher):

@@ -1,0 +1,90 @@
+"What both Learners know: classes in another order, another normalisation, other words and channels, mapped or refused"
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.transforms import Categorize, Normalize
+from fastai.vision.core import TensorImage
+from torch import nn
+
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
+from fasterai.distill.losses import Logits
+from fasterai.distill.teacher.teacher import Teacher
+from helpers import learner
+
+
+def images(vocab, mean=None, names=None, n=12):
+    "DataLoaders of noise named after `names`, whose classes are numbered as in `vocab`"
+    g = torch.Generator().manual_seed(0)
+    names = names or vocab
+    items = [(torch.randn(3, 4, 4, generator=g), names[i%len(names)]) for i in range(n)]
+    ds = Datasets(range(n), tfms=[[lambda i: TensorImage(items[i][0])], [lambda i: items[i][1], Categorize(vocab=vocab, sort=False)]],
+                  splits=[list(range(n))]*2)
+    tfms = None if mean is None else [Normalize.from_stats([mean]*3, [0.5]*3, cuda=False)]
+    return ds.dataloaders(bs=4, shuffle=False, num_workers=0, after_batch=tfms, device='cpu')
+
+
+def model(c, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, c))
+
+
+def heard(teacher, dls, c=3, **kw):
+    "What the loss hears of `teacher`, and the batches that the student saw"
+    seen = []
+    def loss(pred, teacher_pred): seen.append((learn.xb[0].as_subclass(torch.Tensor), teacher_pred)); return F.mse_loss(pred, teacher_pred)
+    learn = learner(model(c), dls)
+    learn.fit(1, cbs=KD(teacher, loss, **kw))
+    return seen
+
+
+@pytest.mark.parametrize('theirs', [list('cab'), list('dcab')], ids=['another order', 'one class more'])
+def test_classes_are_put_in_the_students_order(theirs, capsys):
+    net = model(len(theirs), 1)
+    teacher = learner(net, images(theirs, names='abc'))
+    for x,z in heard(teacher, images(list('abc'))):
+        torch.testing.assert_close(z, net(x)[:, [theirs.index(o) for o in 'abc']])
+    assert "student's order" in capsys.readouterr().out
+    both = Teacher([teacher, model(3, 2)])
+    kd = KD(both, Logits)
+    learner(model(3), images(list('abc'))).fit(1, cbs=kd)
+    assert "student's order" in repr(both)
+
+
+def test_the_same_classes_are_left_alone_and_nothing_is_said(capsys):
+    net = model(3, 1)
+    for x,z in heard(learner(net, images(list('abc'))), images(list('abc'))): torch.testing.assert_close(z, net(x))
+    assert capsys.readouterr().out==''
+
+
+def test_a_select_or_facts_by_hand_decide():
+    net = model(3, 1)
+    teacher = learner(net, images(list('cab'), names='abc'))
+    for x,z in heard(Teacher(teacher, select=lambda z: z.flip(1)), images(list('abc'))): torch.testing.assert_close(z, net(x).flip(1))
+    for x,z in heard(Teacher(net, classes='cab'), images(list('abc'))): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
+
+
+def test_a_class_that_the_teacher_does_not_know_is_refused():
+    teacher = learner(model(3, 1), images(list('abx')))
+    with pytest.raises(ValueError, match="does not know the student's 'c'"): heard(teacher, images(list('abc')))
+
+
+@pytest.mark.parametrize('by_hand', [False, True])
+def test_another_normalisation_is_undone(by_hand):
+    net = model(3, 1)
+    teacher = learner(net, images(list('abc'), mean=0.2))
+    if by_hand: teacher = Teacher(net, normalize=([0.2]*3, [0.5]*3))
+    for x,z in heard(teacher, images(list('abc'), mean=0.9)):
+        torch.testing.assert_close(z, net((x*0.5+0.9-0.2)/0.5), rtol=1e-4, atol=1e-4)
+    for x,z in heard(Teacher(teacher.models[0] if by_hand else teacher, tfms=lambda x: x), images(list('abc'), mean=0.9)):
+        torch.testing.assert_close(z, net(x))
+
+
+def test_a_teacher_of_other_channels_says_so():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    x,y = torch.randn(8, 1, 4, 4),torch.arange(8)%3
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=4, num_workers=0) for _ in range(2)], device='cpu')
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match='1 channels.*expects 3.*tfms='): learner(student, dls).fit(1, cbs=KD(net))
+    learner(student, dls).fit(1, cbs=KD(Teacher(net, tfms=lambda x: x.expand(-1, 3, -1, -1))))
