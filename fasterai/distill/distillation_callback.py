@@ -28,7 +28,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #00c39192
+# %% ../../nbs/distill/distillation_callback.ipynb #fff64d92
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -43,10 +43,10 @@ class KnowledgeDistillationCallback(Callback):
         loss:Callable|list|dict=SoftTarget, # Distillation loss, or its name; a list, or a dict of loss to weight
         activations_student:str|list|dict=None, # Layers to compare: names, or student's to teacher's
         activations_teacher:str|list=None,  # The teacher's layers, in the order of the student's
-        weight:float=0.5,                   # Weight of the distillation loss
+        weight:float=None,                  # Weight of the distillation loss; None: 0.5, or its authors' for a loss by name
         schedule:Schedule|Callable|str=None,# Multiplies `weight` over the training, for example `cos`
         *,
-        task_weight:float=None,             # Weight of the task loss; None means 1 less the weight in force
+        task_weight:float=None,             # Weight of the task loss; None: what the weight in force leaves of 1
         adapters:str|dict='auto',           # 'auto', a dict of student layer to module, or None: never
         schedules:dict=None,                # Of the losses' hyper-parameters, such as `{'T': SchedLin(8, 1)}`
         start_pct:float=0.,                 # Share of the training before which there is no distillation

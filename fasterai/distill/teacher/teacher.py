@@ -92,6 +92,13 @@ def _as_module(m):
     hint = '; call it to make one' if isinstance(m, type) or callable(m) else ''
     raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
 
+# %% ../../../nbs/distill/teacher/teacher.ipynb #7e34423a
+def _with(facts, classes, normalize):
+    "`facts` with what the caller says"
+    said = {} if classes is None else dict(classes=tuple(map(str, classes)))
+    if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
+    return replace(facts, **said)
+
 # %% ../../../nbs/distill/teacher/teacher.ipynb #eed914c2
 def _as_weights(weights, n):
     if weights is None: return
@@ -217,7 +224,7 @@ def _learn_task(self:Teacher, task, logits):
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #e22141b4
+# %% ../../../nbs/distill/teacher/teacher.ipynb #18136903
 @patch
 def _agree_with(self:Teacher, student):
     "Find out for each network how to ask it so that its answers are about the student's data"
@@ -226,12 +233,6 @@ def _agree_with(self:Teacher, student):
         net.agreement = agree(facts, student, pick=self.select is None, tfm=net.tfm is None)
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
-
-def _with(facts, classes, normalize):
-    "`facts` with what the caller says"
-    said = {} if classes is None else dict(classes=tuple(map(str, classes)))
-    if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
-    return replace(facts, **said)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #4bd792da
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Eyes']
 
-# %% ../../../nbs/distill/training/eyes.ipynb #094d6cfe
+# %% ../../../nbs/distill/training/eyes.ipynb #906efaf7
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 
 from ..layers.adapters import Adapters, adapter
 from ..layers.capture import Capture
+from ..layers.layout import is_series, layouts, spatial
 from ..layers.names import is_compiled, unwrap
 from .learned import remember
 from .recipe import Recipe
 
-# %% ../../../nbs/distill/training/eyes.ipynb #588b4307
+# %% ../../../nbs/distill/training/eyes.ipynb #0a2848dc
 class Eyes:
     "A student's captured layers, and for each size of maps the modules between them and the teacher's"
     def __init__(self,
@@ -30,8 +31,9 @@ class Eyes:
         self.capture = Capture(model, recipe.layers_s, kind='layer of the student') if recipe.layers_s else None
         self.compiled = any(map(is_compiled, [model, *unwrap(model).modules()]))
         self.placers = None # as `adapters`, for losses that compare by position only
-        self.known = {}     # (adapters, placers) by the maps' shapes
-        self.shapes = None  # of the maps that both are for now
+        self.layouts = None # of both sides' maps, where any is a series
+        self.known = {}     # (adapters, placers, layouts) by the maps' shapes
+        self.shapes = None  # of the maps that these are for now
         self.statistics = None # the student's buffers before its first forward, until that has been compared
 
     def open(self):
@@ -60,12 +62,11 @@ class Eyes:
 
     def remember(self):
         "A function that puts all that was built back as it is now"
-        was,known = (self.adapters, self.placers, self.shapes),dict(self.known)
-        restore = remember(*(a for pair in known.values() for a in pair if a is not None))
+        known,was = dict(self.known),{k:getattr(self, k) for k in ('adapters', 'placers', 'layouts', 'shapes')}
+        restore = remember(*(o for found in known.values() for o in found[:2] if o is not None))
         def back():
             restore()
-            self.adapters,self.placers,self.shapes = was
-            self.known = known
+            vars(self).update(was, known=known)
         return back
 
 # %% ../../../nbs/distill/training/eyes.ipynb #989628b9
@@ -78,40 +79,62 @@ def _build_placers(fm_s, fm_t):
     pairs = {k: place(s, t) for (k,s),t in zip(fm_s.items(), fm_t.values())}
     return Adapters(pairs) if any(pairs.values()) else None
 
-# %% ../../../nbs/distill/training/eyes.ipynb #844feaa6
+# %% ../../../nbs/distill/training/eyes.ipynb #d7682c6e
 @patch
 def focus(self:Eyes,
     fm_s:dict, # The student's maps
     fm_t:dict, # The teacher's
+    teacher:nn.Module=None, # Where those come from
 )->bool:
     "Have the adapters for maps of these shapes, built if they are new; True if these are others than for the last maps"
     shapes = tuple((k, *o.shape[1:]) for fm in (fm_s, fm_t) for k,o in fm.items())
     if shapes==self.shapes: return False
-    if shapes not in self.known: self.known[shapes] = self._build(fm_s, fm_t)
+    if shapes not in self.known: self.known[shapes] = self._build(fm_s, fm_t, teacher)
     self.shapes = shapes
-    self.adapters,self.placers = self.known[shapes]
+    self.adapters,self.placers,self.layouts = self.known[shapes]
     return True
 
 @patch
 @torch.no_grad()
-def _build(self:Eyes, fm_s, fm_t):
-    "Adapters and placers for these maps"
-    if not fm_s or not fm_t: return None,None
-    own = self.recipe.adapters if isinstance(self.recipe.adapters, dict) else None
-    same_shape = any(o.same_shape for o in self.recipe.terms)
-    adapters = None
-    if _needs_adapters(self.recipe):
-        adapters = Adapters.build(fm_s, fm_t, own=own, same_shape=same_shape, old=self.adapters)
-    return adapters,_build_placers(fm_s, fm_t)
+def _build(self:Eyes, fm_s, fm_t, teacher):
+    "Adapters, placers and layouts for these maps"
+    if not fm_s or not fm_t: return None,None,None
+    both = self.capture.layouts,layouts(teacher, fm_t)
+    series = [k for k,x in fm_s.items() if is_series(x.shape, both[0][k])]
+    if not series and not any(is_series(x.shape, both[1][k]) for k,x in fm_t.items()): both = None
+    fm_s,fm_t = _as_grids(both, fm_s, fm_t)
+    return self._build_adapters(fm_s, fm_t, series),_build_placers(fm_s, fm_t),both
 
-# %% ../../../nbs/distill/training/eyes.ipynb #05ba1ef4
+@patch
+def _build_adapters(self:Eyes, fm_s, fm_t, series):
+    recipe = self.recipe
+    if not _needs_adapters(recipe): return None
+    own = recipe.adapters if isinstance(recipe.adapters, dict) else None
+    same_shape = any(o.same_shape for o in recipe.terms)
+    return Adapters.build(fm_s, fm_t, own=own, same_shape=same_shape, old=self.adapters, series=series)
+
+def _as_grids(both, fm_s, fm_t):
+    "Maps `(B, C, L)` of 1-d convolutions as grids of one column, on both sides"
+    return (fm_s, fm_t) if both is None else (spatial(fm_s, both[0]), spatial(fm_t, both[1]))
+
+# %% ../../../nbs/distill/training/eyes.ipynb #5be1f603
 @patch
 def adapted(self:Eyes,
     term,         # A term of the recipe
     outputs:dict, # What the batch offers
 )->dict:
     "`outputs` with the student's maps as `term` can compare them"
-    if not term.takes_features or self.recipe.adapters is None: return outputs
+    if not term.takes_features: return outputs
+    if self.layouts is not None and _for_grids(term):
+        fm_s,fm_t = _as_grids(self.layouts, outputs['fm_s'], outputs['fm_t'])
+        outputs = {**outputs, 'fm_s': fm_s, 'fm_t': fm_t}
+    if self.recipe.adapters is None: return outputs
     if term.same_shape or isinstance(self.recipe.adapters, dict): between = self.adapters
     else: between = self.placers if term.same_positions else None
     return outputs if between is None else {**outputs, 'fm_s': between(outputs['fm_s'])}
+
+# %% ../../../nbs/distill/training/eyes.ipynb #10380b5f
+def _for_grids(term):
+    "Is the loss one of the library's? Those take the maps of a series as grids of one column; others get them as they are"
+    f = term.base
+    return (type(f) if isinstance(f, nn.Module) else f).__module__.startswith('fasterai.')

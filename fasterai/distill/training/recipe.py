@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe']
 
-# %% ../../../nbs/distill/training/recipe.ipynb #8a59fa53
+# %% ../../../nbs/distill/training/recipe.ipynb #3ea6bbd9
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,7 +18,16 @@ from torch import nn
 from ...core.names import unknown_name
 from ...core.schedule import Schedule, as_schedule
 from ..layers.names import layer_pairs
+from ..loss.catalogue import recipe_of
 from ..loss.terms import as_terms
+
+# %% ../../../nbs/distill/training/recipe.ipynb #16560bb8
+def _by_name(name, weight, task_weight):
+    "Loss, weight and task weight as the loss's source has them, but for what is given"
+    found = recipe_of(name)
+    if weight is None: weight = found['weight']
+    if task_weight is None: task_weight = found['task_weight']
+    return found['loss'],weight,task_weight
 
 # %% ../../../nbs/distill/training/recipe.ipynb #6e6f6a5a
 def _layers(terms, student, teacher):
@@ -29,7 +38,7 @@ def _layers(terms, student, teacher):
     names = list(layer_pairs(student or teacher, student or teacher)[0]) if student or teacher else []
     return (names, []) if named=={'fm_s'} else ([], names)
 
-# %% ../../../nbs/distill/training/recipe.ipynb #e85e1bbd
+# %% ../../../nbs/distill/training/recipe.ipynb #4517d4ab
 @dataclass(frozen=True)
 class Recipe:
     "What is trained. Raises ValueError for weights, adapters, windows, schedules or layers that cannot be"
@@ -52,9 +61,11 @@ class Recipe:
         self._check_layers()
 
     @classmethod
-    def of(cls, loss, activations_student=None, activations_teacher=None, weight=0.5, schedule=None, *,
+    def of(cls, loss, activations_student=None, activations_teacher=None, weight=None, schedule=None, *,
            task_weight=None, adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False):
         "The recipe of a callback's arguments"
+        if isinstance(loss, str): loss,weight,task_weight = _by_name(loss, weight, task_weight)
+        if weight is None: weight = 0.5
         terms = tuple(as_terms(loss))
         layers_s,layers_t = _layers(terms, activations_student, activations_teacher)
         schedule = None if schedule is None else as_schedule(schedule)

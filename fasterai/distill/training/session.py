@@ -205,7 +205,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #e603dd60
+# %% ../../../nbs/distill/training/session.ipynb #0a5d5bc8
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -232,9 +232,12 @@ def _compare(self:Session, outputs):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
         if not self.checked: self._check_first(outputs)
-        if eyes.focus(outputs['fm_s'], outputs['fm_t']): self._build_learned(outputs)
+        if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         return {o.name: o(eyes.adapted(o, outputs), **hypers) for o in recipe.terms}
+
+@patch(as_prop=True)
+def _first_model(self:Session): return next(iter(self.kd.teacher.models), None)
 
 @patch
 def _build_learned(self:Session, outputs):
