@@ -339,7 +339,7 @@ def test_a_cached_teacher_is_asked_once_a_sample_and_trains_the_same():
         learn.fit(3, cbs=KD(Teacher(t, **kw)))
         return state(learn.model),len(calls),learn
     (a,n,learn),(b,m,cached) = run(),run(cache=TeacherCache(dtype=torch.float32))
-    assert same(a, b) and n==3*len(learn.dls.train) and m==len(learn.dls.train)
+    assert same(a, b) and n==3*len(learn.dls.train) and m==len(learn.dls.train)+1 # one batch to know the teacher again
     assert not cached.dls.train.__dict__.keys()-learn.dls.train.__dict__.keys()
     with pytest.raises(ValueError, match='Replay'): learner().fit(1, cbs=[KD(Teacher(teacher(), cache=True)), MixUp()])
 
