@@ -69,7 +69,7 @@ class TeacherCache:
         name = f'{type(self).__name__}({where}{views}{topk})'
         return f'{name}: {self.hits} answers from the cache, {self.asked} from the teacher'
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #fcd2c537
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #bd0c4ed5
 @patch
 def attach(self:TeacherCache,
     learn,            # The Learner; its batches come from `learn.dls.train`
@@ -77,7 +77,7 @@ def attach(self:TeacherCache,
     layers=(),        # Names of the layers whose maps will be wanted
     logits:bool=True, # Will logits be wanted?
 ):
-    "Check pipeline and file, then trace the training DataLoader. TypeError or ValueError where the cache would be wrong"
+    "Check pipeline and file, then trace the training DataLoader. TypeError or ValueError where answers would be wrong"
     dl = innermost(learn.dls.train)
     if self._recorder and self._recorder.serves(learn, dl, teacher, layers, logits):
         self._recorder.depth += 1
@@ -113,12 +113,12 @@ def __enter__(self:TeacherCache): return self
 @patch
 def __exit__(self:TeacherCache, *exc): self.detach()
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #dc187d21
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #26b90e7d
 @patch
 def ask(self:TeacherCache,
     *xb,   # The inputs of the training batch in hand, as the student sees them
 )->tuple:  # Logits and a dict of feature maps; what comes from the cache is float32
-    "What the teacher says about the batch: from the file if all of it is there, else from the teacher, and into the file"
+    "What the teacher says about the batch: from the file if all of it is there, else from the teacher, and kept"
     if self._recorder is None: raise ValueError("cache: attach it first")
     return self._recorder.answer(xb)
 

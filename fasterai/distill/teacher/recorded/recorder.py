@@ -202,7 +202,7 @@ def _is_on_record(self:Recorder, xb, trace):
         self.cache.give_up("the teacher's weights have changed since the fit began, and so have its answers")
     return not self.cache.off
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #3e6f21a2
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #d8b483cb
 @patch
 def _read(self:Recorder, rows, tag, seen):
     "What is stored, and which rows hold an answer to these very inputs"
@@ -210,8 +210,8 @@ def _read(self:Recorder, rows, tag, seen):
     differ = there & (rec['sig']!=seen).any(1)
     if differ.any() and not self.told:
         self.told = True
-        self.cache.warn(f"sample {rows[differ][0]%self.trace.n} is not the input that the teacher saw: a transform or a callback "
-                        "changes it at random, or the data changed since. The teacher is asked again for such samples")
+        self.cache.warn(f"sample {rows[differ][0]%self.trace.n} is not the input that the teacher saw: "
+                        "a transform or a callback changes it at random, or the data changed since. The teacher is asked again for such samples")
     return rec,there & ~differ
 
 @patch

@@ -109,7 +109,7 @@ def make(self:ViewTrace, rows):
 def _transform(self:ViewTrace, transforms, b):
     with seeded(self.seed, 'batch', self.tag, device=self.dl.device): return transforms(b)
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #d74bea36
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #1c33aff3
 class Once:
     "Each sample has one input"
     k,seed = None,0
@@ -130,7 +130,8 @@ class Once:
 class Views:
     "Each sample has `k` inputs, drawn from `seed`"
     changed = ("cache: drawn twice under one seed, the same samples gave different inputs: "
-               "a transform has a random generator of its own, which Replay cannot set; draw from Python's, NumPy's or PyTorch's")
+               "a transform has a random generator of its own, which Replay cannot set; "
+               "draw from Python's, NumPy's or PyTorch's")
 
     def __init__(self, k, seed=0):
         if k<1: raise ValueError(f"k must be at least 1, got {k}")

@@ -103,7 +103,7 @@ def draw(self:Trace, rows):
     b = self.make(rows)
     return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #84367d26
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #e4058028
 def innermost(
     dl, # A DataLoader, perhaps inside a `DistributedDL`
 ):
@@ -126,7 +126,8 @@ def check_dl(
         raise ValueError("cache: another one is attached to this DataLoader; `detach` it first")
     if 'create_batches' in dl.__dict__ or type(dl).create_batches is not DataLoader.create_batches:
         raise TypeError(f"cache: a {type(dl).__name__} has `create_batches` of its own, "
-                        "and which samples it puts in a batch is unknown; let it change `create_batch`, which makes one batch of its items")
+                        "and which samples it puts in a batch is unknown; "
+                        "let it change `create_batch`, which makes one batch of its items")
     if dl.prebatched:
         raise TypeError("cache: bs=None hands over ready-made batches, whose samples have no indices; "
                         "let the DataLoader make the batches")
