@@ -1601,6 +1601,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                         'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.Views.trace': ( 'distill/teacher/recorded/replay.html#views.trace',
                                                                                                                     'fasterai/distill/teacher/recorded/replay.py'),
+                                                          'fasterai.distill.teacher.recorded.replay._close': ( 'distill/teacher/recorded/replay.html#_close',
+                                                                                                               'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay._nearly_same': ( 'distill/teacher/recorded/replay.html#_nearly_same',
                                                                                                                      'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay._same': ( 'distill/teacher/recorded/replay.html#_same',

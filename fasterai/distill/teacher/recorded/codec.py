@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #42278bde
+# %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #f4d76cf2
 def to_topk(
     pred:Tensor, # Logits `(B, C, ...)`
     k:int,       # Classes to keep, fewer than C
 )->tuple:
-    "Log-probabilities `(B, k+1, ...)`, the last of which is that of all other classes together, and the kept classes `(B, k, ...)`"
+    "Log-probabilities `(B, k+1, ...)`, the last one of all other classes together, and the kept classes `(B, k, ...)`"
     logp = pred.float().log_softmax(1)
     top,idx = logp.topk(k, 1)
     rest = logp.scatter(1, idx, -torch.inf).logsumexp(1, keepdim=True)

@@ -69,7 +69,7 @@ def values_in(self:Probe,
     cuts = np.cumsum([v.size for v in self.values])[:-1]
     return [o.reshape(v.shape) for o,v in zip(np.split(flat, cuts), self.values)]
 
-# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #c0721df0
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #a3d63162
 _rounding = {torch.float16: 1e-3, torch.float32: 1e-4}  # of the largest number
 
 def _distance(a, b):
@@ -88,19 +88,23 @@ def misfit(self:Probe,
 )->str:
     "Why the file's answers are not those of this teacher, on these data; empty if they are"
     was = header.get('probe')
-    if not isinstance(was, dict) or was.get('block')!=zlib.crc32(block) or len(block)!=len(self.block): return 'its header is damaged'
-    if was.get('inputs')!=self.inputs: return 'samples do not look as they did: the data, their order or the transforms have changed'
+    if not isinstance(was, dict) or was.get('block')!=zlib.crc32(block) or len(block)!=len(self.block):
+        return 'its header is damaged'
+    if was.get('inputs')!=self.inputs:
+        return 'samples do not look as they did: the data, their order or the transforms have changed'
     if was.get('answers')==self.answers: return ''
     far = max((_distance(a, b) for a,b in zip(self.values, self.values_in(block))), default=0.)
     exact = dtype==torch.float32 and was.get('where')==self.where
     if far<=_rounding[dtype] and not (exact and again().answers==self.answers): return ''
-    return f'it was made with another teacher, or other weights of this one: answers to {len(self.inputs)} samples are {far:.1g} of their size away'
+    return ('it was made with another teacher, or other weights of this one: '
+            f'answers to {len(self.inputs)} samples are {far:.1g} of their size away')
 
-# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #b76ba508
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #cffbfc1b
 def version_of(
     teacher, # Anything that answers
 ):
     "A function without arguments whose value changes with the teacher's weights"
     if callable(getattr(teacher, 'version', None)): return teacher.version
-    weights = [t for m in getattr(teacher, 'models', ()) for t in (*m.parameters(), *m.buffers()) if not t.is_inference()]
-    return lambda: sum([t._version for t in weights])
+    weights = [t for m in getattr(teacher, 'models', ()) for t in (*m.parameters(), *m.buffers())]
+    counted = [t for t in weights if not t.is_inference()]
+    return lambda: sum([t._version for t in counted])

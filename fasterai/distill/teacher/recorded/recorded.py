@@ -18,18 +18,19 @@ from .recorder import Recorder
 from .replay import Once, Views
 from .trace import check_dl, innermost
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #68542b2c
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #cf20e926
 class TeacherCache:
-    """Keeps what the teacher says about each training sample; between `attach` and `detach`, `ask` it in the teacher's place.
+    """Keeps what the teacher says about each training sample; between `attach` and `detach`, `ask` it in its place.
     The pipeline must give the same input for a sample each time: for one that is random, see `Replay`"""
     def __init__(self,
-        path:str|Path=None,  # Its file, or the folder for `teacher.cache`; None: a temporary one that goes with the cache
-        topk:int=None,       # Keep so many of the teacher's probabilities, spread the rest evenly; None keeps all logits
+        path:str|Path=None,  # Its file, or the folder for `teacher.cache`; None: one that goes with the cache
+        topk:int=None,       # Keep so many of the probabilities, spread the rest evenly; None keeps all logits
         maps:bool=False,     # Keep the feature maps that the losses ask for, too? Far larger than logits
         dtype:torch.dtype=torch.float16, # Of the file: float16 or float32
-        eager:bool=False,    # Ask about all samples before training begins, rather than about each when it first comes by?
+        eager:bool=False,    # Ask about all samples before training begins, not about each when it comes by?
     ):
-        if dtype not in (torch.float16, torch.float32): raise ValueError(f"dtype must be torch.float16 or torch.float32, got {dtype}")
+        if dtype not in (torch.float16, torch.float32):
+            raise ValueError(f"dtype must be torch.float16 or torch.float32, got {dtype}")
         if topk is not None and topk<1: raise ValueError(f"topk must be at least 1, got {topk}")
         self.path = path and Path(path)
         self.topk = topk
@@ -63,26 +64,28 @@ class TeacherCache:
         where = str(self.path) if self.path else 'temporary'
         views = f', k={self.k}, seed={self.seed}' if self.k else ''
         topk = f', topk={self.topk}' if self.topk else ''
-        return f"{type(self).__name__}({where}{views}{topk}): {self.hits} answers from the cache, {self.asked} from the teacher"
+        name = f'{type(self).__name__}({where}{views}{topk})'
+        return f'{name}: {self.hits} answers from the cache, {self.asked} from the teacher'
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #7a01830c
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #bd0c4ed5
 @patch
 def attach(self:TeacherCache,
     learn,            # The Learner; its batches come from `learn.dls.train`
-    teacher,          # A `Teacher`: `teacher(*xb, layers=layers, logits=logits)` gives logits `(B, C)` or None, and a dict of feature maps `(B, ...)`
+    teacher,          # A `Teacher`: gives logits `(B, C)` or None, and a dict of feature maps `(B, ...)`
     layers=(),        # Names of the layers whose maps will be wanted
     logits:bool=True, # Will logits be wanted?
 ):
-    "Check the pipeline and the file, then trace the training DataLoader. TypeError or ValueError where the cache would be wrong, with the remedy"
+    "Check pipeline and file, then trace the training DataLoader. TypeError or ValueError where answers would be wrong"
     dl = innermost(learn.dls.train)
     if self._recorder and self._recorder.serves(learn, dl, teacher, layers, logits):
         self._recorder.depth += 1
         return self
     self._leave()
     if layers and not self.maps:
-        raise ValueError(f"cache: the losses need feature maps of {', '.join(layers)}, and the cache keeps logits only; "
-                         "say maps=True, which takes a larger file, or train without it")
-    if num_distrib()>1 and not self.path: raise ValueError("cache: several processes share one cache, so give it a path")
+        raise ValueError(f"cache: the losses need feature maps of {', '.join(layers)}, and the cache "
+                         "keeps logits only; say maps=True, which takes a larger file, or train without it")
+    if num_distrib()>1 and not self.path:
+        raise ValueError("cache: several processes share one cache, so give it a path")
     check_dl(dl)
     self.off = None
     recorder = Recorder(self, learn, teacher, layers, logits)
@@ -92,7 +95,7 @@ def attach(self:TeacherCache,
 
 @patch
 def detach(self:TeacherCache):
-    "Leave the DataLoaders, the callbacks and the file; what was kept stays for the next `attach`. Safe to call at any time"
+    "Leave DataLoaders, callbacks and file; what was kept stays for the next `attach`. Safe to call at any time"
     if self._recorder is None: return
     self._recorder.depth -= 1
     if self._recorder.depth==0: self._leave()
@@ -108,12 +111,12 @@ def __enter__(self:TeacherCache): return self
 @patch
 def __exit__(self:TeacherCache, *exc): self.detach()
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #215d4825
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #26b90e7d
 @patch
 def ask(self:TeacherCache,
     *xb,   # The inputs of the training batch in hand, as the student sees them
 )->tuple:  # Logits and a dict of feature maps; what comes from the cache is float32
-    "What the teacher says about the batch: from the cache if all of it is there, else from the teacher, and into the cache"
+    "What the teacher says about the batch: from the file if all of it is there, else from the teacher, and kept"
     if self._recorder is None: raise ValueError("cache: attach it first")
     return self._recorder.answer(xb)
 
@@ -133,10 +136,11 @@ def file(self:TeacherCache)->Path:
     if self._folder is None: self._folder = tempfile.TemporaryDirectory(prefix='fasterai-')
     return Path(self._folder.name)/'teacher.cache'
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #7df72a8c
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #57663d01
 class Replay(TeacherCache):
-    """A `TeacherCache` for augmented data: each sample has `k` views, drawn as ever, that come round again every `k` epochs; each view keeps its
-    batches, and MixUp or CutMix what they mix. (Fast knowledge distillation: Shen and Xing, ECCV 2022, arXiv 2112.01528)"""
+    """A `TeacherCache` for augmented data: each sample has `k` views, drawn as ever, that come round every `k` epochs;
+    each view keeps its batches, and MixUp or CutMix what they mix.
+    (Fast knowledge distillation: Shen and Xing, ECCV 2022, arXiv 2112.01528)"""
     def __init__(self,
         k:int=8,             # Views of each sample
         seed:int=0,          # Other seeds, other views

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recorder']
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #f60cc11d
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #28f98e61
 import json
 import time
 from contextlib import ExitStack
@@ -25,7 +25,8 @@ from .codec import Codec, fields_of
 from .probe import Probe, version_of
 from .replay import dry_run, replayed_mix, seeded
 from .signature import batch_size, signature
-from .store import Store, create, read_block, read_header, row_type, size_text, whole_pages
+from .store import (Store, create, read_block, read_header, row_type,
+                                                       size_text, whole_pages)
 from .trace import Trace
 
 # %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #586f86ff
@@ -63,7 +64,7 @@ class Recorder:
 
     def inputs(self, b): return split_batch(self.learn.dls, b)[0]
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #34474e9f
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #17877a32
 @patch
 def open(self:Recorder,
     dl, # What draws the samples
@@ -73,7 +74,8 @@ def open(self:Recorder,
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     cache.views.check_types(dl, mixers)
     if cache.eager and mixers:
-        raise ValueError("cache: eager=True asks before training, when nothing has been mixed yet; with MixUp or CutMix use eager=False")
+        raise ValueError("cache: eager=True asks before training, when nothing has been mixed yet; "
+                         "with MixUp or CutMix use eager=False")
     with self.undo:
         self.trace = cache.views.trace(dl, cache.passes)
         self.undo.callback(self._end_trace)
@@ -116,7 +118,7 @@ def _header(self:Recorder, probe, pred, fm):
                 classes=pred.shape[1] if codec.logits and cache.topk else None,
                 fields=fields_of(codec.encode(pred, fm)), probe=probe.about())
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #7f29303d
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #8b5db46f
 _settings = dict(
     samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
     keeps="it keeps (topk, dtype) {}, here {}", layers="its feature maps are {}, here {}",
@@ -131,10 +133,11 @@ def _other_settings(was, ours):
 
 @patch
 def _misfit(self:Recorder, path, ours, probe, again):
-    "Why the file at `path` is not a record of this teacher, data and pipeline; empty if it is. And where its header ends"
+    "Why the file at `path` is not ours; empty if it is, None if there is none. And where its header ends"
     was,end = read_header(path)
     if was is None: return None,0
-    why = _other_settings(was, ours) or probe.misfit(was, read_block(path, end, len(probe.block)), self.cache.dtype, again)
+    block = read_block(path, end, len(probe.block))
+    why = _other_settings(was, ours) or probe.misfit(was, block, self.cache.dtype, again)
     return why,end
 
 @patch
@@ -165,10 +168,11 @@ def _create(self:Recorder, path, header, probe):
     size = row_type(header['fields']).itemsize
     if rank_distrib()==0:
         where = path if self.cache.path else 'a temporary file'
-        print(f"Teacher cache: {header['rows']:,} answers of {size_text(size)}, {size_text(header['rows']*size)} in {where}")
+        n = header['rows']
+        print(f'Teacher cache: {n:,} answers of {size_text(size)}, {size_text(n*size)} in {where}')
     create(path, header, probe.block, size)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #7a098c17
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #be734b49
 @patch
 def answer(self:Recorder,
     xb,         # The inputs of a batch, as the student sees them
@@ -192,10 +196,11 @@ def answer(self:Recorder,
 def _is_on_record(self:Recorder, xb, trace):
     if self.cache.off or not self.learn.training: return False
     if trace.rows is None or len(trace.rows)!=batch_size(xb): return False
-    if self.changed(): self.cache.give_up("the teacher's weights have changed since the fit began, and so have its answers")
+    if self.changed():
+        self.cache.give_up("the teacher's weights have changed since the fit began, and so have its answers")
     return not self.cache.off
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #165c44ac
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #d8b483cb
 @patch
 def _read(self:Recorder, rows, tag, seen):
     "What is stored, and which rows hold an answer to these very inputs"
@@ -203,8 +208,8 @@ def _read(self:Recorder, rows, tag, seen):
     differ = there & (rec['sig']!=seen).any(1)
     if differ.any() and not self.told:
         self.told = True
-        self.cache.warn(f"sample {rows[differ][0]%self.trace.n} is not the input that the teacher saw: a transform or a callback changes it at random, "
-                        "or the data changed since. The teacher is asked again for such samples")
+        self.cache.warn(f"sample {rows[differ][0]%self.trace.n} is not the input that the teacher saw: "
+                        "a transform or a callback changes it at random, or the data changed since. The teacher is asked again for such samples")
     return rec,there & ~differ
 
 @patch

@@ -19,13 +19,13 @@ from ...layers.capture import tensors_in
 from .signature import signature
 from .trace import Trace, random_tfms
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #36505608
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #66910de4
 @contextmanager
 def seeded(
     *key,        # Whatever names the numbers to be drawn
     device=None, # Set the generator of this CUDA device, too
 ):
-    "Random numbers drawn inside follow from `key` alone; the streams outside (Python, NumPy, PyTorch on the CPU and on `device`) go on unmoved"
+    "Random numbers drawn inside follow from `key` alone; the streams outside go on unmoved"
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), 'little')
     cuda = None if device is None or torch.device(device).type!='cuda' else torch.device(device)
     py,npy,cpu = random.getstate(),np.random.get_state(),torch.get_rng_state()
@@ -107,12 +107,12 @@ def make(self:ViewTrace, rows):
 def _transform(self:ViewTrace, transforms, b):
     with seeded(self.seed, 'batch', self.tag, device=self.dl.device): return transforms(b)
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #c97da6c9
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #1c33aff3
 class Once:
     "Each sample has one input"
     k,seed = None,0
-    changed = ("cache: the same samples, drawn twice, gave different inputs: something in the dataset or the transforms is random; "
-               "use cache=Replay(k=8), or take it out")
+    changed = ("cache: the same samples, drawn twice, gave different inputs: "
+               "something in the dataset or the transforms is random; use cache=Replay(k=8), or take it out")
 
     def trace(self, dl, passes=0): return Trace(dl)
 
@@ -122,13 +122,14 @@ class Once:
         "ValueError if transforms of `dl` or the `mixers`, MixUp and the like, are random"
         found = random_tfms(dl)+[type(cb).__name__ for cb in mixers]
         if not found: return
-        raise ValueError(f"cache: {', '.join(found)} draw another input for a sample each time, and the teacher has another answer to it; "
-                         "use cache=Replay(k=8), or take them out")
+        raise ValueError(f"cache: {', '.join(found)} draw another input for a sample each time, and "
+                         "the teacher has another answer to it; use cache=Replay(k=8), or take them out")
 
 class Views:
     "Each sample has `k` inputs, drawn from `seed`"
-    changed = ("cache: drawn twice under one seed, the same samples gave different inputs: a transform has a random generator of its own, "
-               "which Replay cannot set; draw from Python's, NumPy's or PyTorch's")
+    changed = ("cache: drawn twice under one seed, the same samples gave different inputs: "
+               "a transform has a random generator of its own, which Replay cannot set; "
+               "draw from Python's, NumPy's or PyTorch's")
 
     def __init__(self, k, seed=0):
         if k<1: raise ValueError(f"k must be at least 1, got {k}")
@@ -141,7 +142,7 @@ class Views:
 
     def check_types(self, dl, mixers): "Anything may be random"
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #0e2bbc37
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #09ac9988
 def dry_run(
     views,   # `Once` or `Views`
     trace,   # Its trace of a DataLoader
@@ -155,8 +156,8 @@ def dry_run(
     first = draw(rows, 0)
     if not _same(first, draw(rows, 1)): raise ValueError(views.changed)
     if not views.k and not _nearly_same(draw(rows[:1], 0), first):
-        raise ValueError("cache: the input made of a sample depends on the others in its batch (padding to the longest?); "
-                         "use cache=Replay(k=8), which keeps batches together")
+        raise ValueError("cache: the input made of a sample depends on the others in its batch "
+                         "(padding to the longest?); use cache=Replay(k=8), which keeps batches together")
     trace.rows = None
     return first
 
@@ -168,8 +169,11 @@ def _nearly_same(one, several):
     "Is a batch of one the first of `several`?"
     if (signature(one)[0]==signature(several)[0]).all(): return True
     pairs = list(zip(tensors_in(one), tensors_in(several), strict=True))
-    return all(a.shape[1:]==b.shape[1:] and a.is_floating_point() and torch.allclose(a, b[:1], atol=1e-5*b.abs().max().item(), equal_nan=True)
-               for a,b in pairs if a.ndim and len(a)==1 and not torch.equal(a, b[:1]))
+    return all(torch.equal(a, b[:1]) or _close(a, b[:1]) for a,b in pairs if a.ndim and len(a)==1)
+
+def _close(a, b):
+    if a.shape!=b.shape or not a.is_floating_point(): return False
+    return torch.allclose(a, b, atol=1e-5*b.abs().max().item(), equal_nan=True)
 
 # %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #cf1c02ca
 @contextmanager

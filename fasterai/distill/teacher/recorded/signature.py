@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...layers.capture import tensors_in
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #c01db893
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #f7f481b4
 _block = 4096        # words that share one set of keys
-_at_once = 1<<19     # words that are multiplied at once on a CPU, whose cache they should fit; elsewhere 32 times as many
+_at_once = 1<<19     # words multiplied at once on a CPU, to fit its cache; elsewhere 32 times as many
 
 def _mix(x):
     "Each bit of a uint64 into all of its bits, one to one (the last step of SplitMix64)"
@@ -70,7 +70,7 @@ def _hash_rows(x):
         for s in sums.swapaxes(0, 1): h = _mix(h^s)
     return h
 
-# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #4515206b
+# %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #18679905
 _plain = bool,int,float,complex,str,bytes,type(None)
 
 def batch_size(
@@ -89,7 +89,8 @@ def _tell(o, n, words, parts):
     if isinstance(o, np.ndarray) and o.dtype.kind in 'biufc': o = torch.from_numpy(np.ascontiguousarray(o))
     if isinstance(o, Tensor):
         if o.layout!=torch.strided or o.is_quantized:
-            raise TypeError(f"cache: an input is a tensor of layout {o.layout}, whose bytes do not lie in a row; make it a plain one")
+            raise TypeError(f"cache: an input is a tensor of layout {o.layout}, "
+                            "whose bytes do not lie in a row; make it a plain one")
         o = o.detach().as_subclass(Tensor)  # a subclass takes its time
         each = o.ndim>0 and len(o)==n
         words.append(f"{'each' if each else 'all'} {o.dtype} {tuple(o.shape[each:])}")
@@ -104,7 +105,8 @@ def _tell(o, n, words, parts):
         words.append(f'{len(o)} of')
         for v in o: _tell(v, n, words, parts)
     elif type(o) in _plain: words.append(repr(o))
-    else: raise TypeError(f"cache: an input holds a {type(o).__name__}, and whether two of them are the same is unknown; take it out of the inputs")
+    else: raise TypeError(f"cache: an input holds a {type(o).__name__}, "
+                          "and whether two of them are the same is unknown; take it out of the inputs")
 
 # %% ../../../../nbs/distill/teacher/recorded/signature.ipynb #9d976d97
 def signature(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #10fef135
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #ab757d98
 magic = b'\x89fasterai teacher cache 2\n'
 _version_1 = b'fasterai teacher cache 1\n'
 _header_limit = 1<<20
@@ -28,7 +28,8 @@ def _open_to_read(path):
     try: fd = os.open(path, os.O_RDONLY|os.O_CLOEXEC|os.O_NONBLOCK)
     except FileNotFoundError:
         if not os.path.lexists(path): return
-        raise ValueError(f"cache: {path} is a link to {os.readlink(path)}, which is not there; give another path") from None
+        target = os.readlink(path)
+        raise ValueError(f"cache: {path} is a link to {target}, which is not there; give another path") from None
     if stat.S_ISREG(os.fstat(fd).st_mode): return fd
     os.close(fd)
     raise ValueError(f"cache: {path} is not a file; give another path")
@@ -36,14 +37,15 @@ def _open_to_read(path):
 def read_header(
     path, # Where the cache may be
 )->tuple:
-    """Its header and where it ends; the header is None where there are no answers yet: no file, or only the stump of one.
+    """Its header and where it ends; the header is None where there are no answers yet: no file, or a stump of one.
     ValueError if it is something else"""
     fd = _open_to_read(path)
     if fd is None: return None,0
     try: head,size = os.pread(fd, _header_limit, 0),os.fstat(fd).st_size
     finally: os.close(fd)
     if head.startswith(_version_1):
-        raise ValueError(f"cache: {path} was written by an earlier version, which knew inputs by rough signatures; delete it, or give another path")
+        raise ValueError(f"cache: {path} was written by an earlier version, "
+                         "which knew inputs by rough signatures; delete it, or give another path")
     if _is_stump(head): return None,0
     if not head.startswith(magic): raise ValueError(f"cache: {path} is not a teacher cache; give another path")
     line,_,_ = head[len(magic):].partition(b'\n')
@@ -145,7 +147,7 @@ def _runs(rows):
     bounds = [0, *cuts.tolist(), len(rows)]
     return zip(bounds, bounds[1:])
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #41acbdec
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #c44f4ddb
 _in_memory = 1<<28
 
 class Store:
@@ -171,7 +173,8 @@ class Store:
         size = self.start+self.n*self.row.itemsize
         short = size-os.fstat(self.fd).st_size
         if short<=0: return
-        warnings.warn(f"teacher cache: {self.path} was cut short by {size_text(short)}; the teacher is asked again for what is lost")
+        warnings.warn(f"teacher cache: {self.path} was cut short by {size_text(short)}; "
+                      "the teacher is asked again for what is lost")
         if self.cannot_write is None: os.truncate(self.fd, size)
 
     def close(self):
@@ -196,7 +199,8 @@ class Store:
         damaged = [i for i in np.flatnonzero(there) if rec['crc'][i]!=_checksum(raw[i], rows[i])]
         if damaged:
             there[damaged] = False
-            warnings.warn(f"teacher cache: {len(damaged)} damaged rows in {self.path}; the teacher is asked again for them")
+            warnings.warn(f"teacher cache: {len(damaged)} damaged rows in {self.path}; "
+                          "the teacher is asked again for them")
         return rec,there
 
     def _pread(self, rows):
@@ -219,7 +223,7 @@ class Store:
         return rows[~np.array(written, bool)]
 
     def write(self, rows, tag, sig, said):
-        "Store the fields of `said`, one `pwrite` for each run of neighbouring rows; OSError if they do not fit on the disk"
+        "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
         if self.cannot_write is not None: raise self.cannot_write
         rec = np.zeros(len(rows), self.row)
         raw = rec.view(np.uint8).reshape(len(rows), -1)

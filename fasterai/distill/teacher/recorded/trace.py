@@ -101,7 +101,7 @@ def draw(self:Trace, rows):
     b = self.make(rows)
     return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #70cc1217
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #e4058028
 def innermost(
     dl, # A DataLoader, perhaps inside a `DistributedDL`
 ):
@@ -115,18 +115,22 @@ def check_dl(
     "TypeError or ValueError where the samples of a batch have no number, with the remedy"
     if not isinstance(dl, DataLoader):
         kind = f'{type(dl).__module__}.{type(dl).__name__}'
-        raise TypeError(f"cache: a {kind} does not say which samples are in a batch; give `DataLoaders` a fastai TfmdDL of the same dataset")
+        raise TypeError(f"cache: a {kind} does not say which samples are in a batch; "
+                        "give `DataLoaders` a fastai TfmdDL of the same dataset")
     if not dl.indexed or dl.n is None:
-        raise TypeError("cache: an iterable dataset has no indices to remember its samples by; use one with `__getitem__` and `__len__`")
+        raise TypeError("cache: an iterable dataset has no indices to remember its samples by; "
+                        "use one with `__getitem__` and `__len__`")
     if isinstance(dl.__dict__.get('after_batch'), _AfterBatch):
         raise ValueError("cache: another one is attached to this DataLoader; `detach` it first")
     if 'create_batches' in dl.__dict__ or type(dl).create_batches is not DataLoader.create_batches:
-        raise TypeError(f"cache: a {type(dl).__name__} has `create_batches` of its own, and which samples it puts in a batch is unknown; "
+        raise TypeError(f"cache: a {type(dl).__name__} has `create_batches` of its own, "
+                        "and which samples it puts in a batch is unknown; "
                         "let it change `create_batch`, which makes one batch of its items")
     if dl.prebatched:
-        raise TypeError("cache: bs=None hands over ready-made batches, whose samples have no indices; let the DataLoader make the batches")
+        raise TypeError("cache: bs=None hands over ready-made batches, whose samples have no indices; "
+                        "let the DataLoader make the batches")
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #b9367a50
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #1c9599e2
 def random_tfms(
     dl, # A fastai DataLoader
 )->list[str]:
@@ -134,4 +138,5 @@ def random_tfms(
     pipes = [getattr(dl, o) for o in ('after_item', 'before_batch', 'after_batch')]
     pipes += [o.tfms for o in getattr(dl.dataset, 'tls', [dl.dataset]) if hasattr(o, 'tfms')]
     tfms = [f for p in pipes if isinstance(p, Pipeline) for f in p.fs]
-    return [type(f).__name__ for f in tfms if isinstance(f, RandTransform) and not isinstance(f, Resize) and f.p>0 and f.split_idx in (None, 0)]
+    random = [f for f in tfms if isinstance(f, RandTransform) and not isinstance(f, Resize)]
+    return [type(f).__name__ for f in random if f.p>0 and f.split_idx in (None, 0)]
