@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['LossLog']
 
-# %% ../../../nbs/distill/training/loss_log.ipynb #679cc6a7
+# %% ../../../nbs/distill/training/loss_log.ipynb #aad4c335
 from itertools import count
 from typing import Callable
 
 import pandas as pd
 import torch
 from fastai.learner import ValueMetric
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from torch import Tensor
 
 from ...core.plots import new_axes
 
-# %% ../../../nbs/distill/training/loss_log.ipynb #a8af44f0
+# %% ../../../nbs/distill/training/loss_log.ipynb #5cf3c424
 class LossLog:
     "Losses by batch: their means over an epoch, and their `history` over the training's steps"
     def __init__(self,
@@ -66,29 +66,6 @@ class LossLog:
         known = [self.history] if len(self.history) else []
         self.history = pd.concat([*known, steps], ignore_index=True)
 
-    def columns(self,
-        taken=(), # Names of columns that the table has already
-    )->list[ValueMetric]:
-        """Metrics that show the training's means in fastai's table, and in `valid_` columns those of the validation if
-        they are known. The task's loss is shown once, and a second `distill_loss` as `distill_loss_2`"""
-        of_training = [_Mean(self, k, True) for k in self.names if not (k==self.names[0] and k in taken)]
-        columns = of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
-        for c in columns: c.label = _free_name(c.label, taken)
-        return columns
-
-    def plot(self,
-        smooth:float=0.9, # Share of the past in the moving average; 0 draws every step as it was
-    ):
-        "Draw the losses and the weight over the steps; returns the axes. Raises ValueError before any training"
-        if not len(self.history): raise ValueError("nothing to plot yet: train first")
-        names = list(self.history)
-        axs = new_axes(1, len(names), size=(3, 2.2))[0]
-        for ax,k in zip(axs, names):
-            h = self.history[k].dropna()
-            ax.plot(h if k=='weight' or not smooth else h.ewm(alpha=1-smooth).mean())
-            ax.set(title=k, xlabel='step')
-        return axs
-
 def _table(rows):
     "Rows of scalars, NaN for None, as one tensor on their device"
     some = next(o for row in rows for o in row if o is not None)
@@ -96,6 +73,7 @@ def _table(rows):
     values = [missing if o is None else o.as_subclass(Tensor).float() for row in rows for o in row]
     return torch.stack(values).view(len(rows), -1)
 
+# %% ../../../nbs/distill/training/loss_log.ipynb #dd5a9867
 def _free_name(name, taken):
     n = next(n for n in count(1) if (name if n==1 else f'{name}_{n}') not in taken)
     return name if n==1 else f'{name}_{n}'
@@ -113,3 +91,30 @@ class _Mean(ValueMetric):
     def name(self): return self.label
     @property
     def value(self): return self.log.means.get(self.phase, {}).get(self.loss, float('nan'))
+
+# %% ../../../nbs/distill/training/loss_log.ipynb #3ea361f6
+@patch
+def columns(self:LossLog,
+    taken=(), # Names of columns that the table has already
+)->list[ValueMetric]:
+    """Metrics that show the training's means in fastai's table, and in `valid_` columns those of the validation if
+    they are known. The task's loss is shown once, and a second `distill_loss` as `distill_loss_2`"""
+    of_training = [_Mean(self, k, True) for k in self.names if not (k==self.names[0] and k in taken)]
+    columns = of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
+    for c in columns: c.label = _free_name(c.label, taken)
+    return columns
+
+# %% ../../../nbs/distill/training/loss_log.ipynb #c64a18b2
+@patch
+def plot(self:LossLog,
+    smooth:float=0.9, # Share of the past in the moving average; 0 draws every step as it was
+):
+    "Draw the losses and the weight over the steps; returns the axes. Raises ValueError before any training"
+    if not len(self.history): raise ValueError("nothing to plot yet: train first")
+    names = list(self.history)
+    axs = new_axes(1, len(names), size=(3, 2.2))[0]
+    for ax,k in zip(axs, names):
+        h = self.history[k].dropna()
+        ax.plot(h if k=='weight' or not smooth else h.ewm(alpha=1-smooth).mean())
+        ax.set(title=k, xlabel='step')
+    return axs

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #f2990824
-import warnings
+# %% ../../../nbs/distill/training/session.ipynb #f5348edf
 from contextlib import ExitStack
 from functools import partial
 
@@ -26,6 +25,7 @@ from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, shared_with
 from .eyes import Eyes
+from .first_look import check_first
 from .learned import remember
 from .lesson import full_precision, target_of, weighted_sum
 from .loss_log import LossLog
@@ -205,7 +205,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #0a5d5bc8
+# %% ../../../nbs/distill/training/session.ipynb #5cdf57ec
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -231,7 +231,7 @@ def _device_of(outputs): return next(tensors_in(outputs)).device
 def _compare(self:Session, outputs):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
-        if not self.checked: self._check_first(outputs)
+        if not self.checked: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training)
         if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         return {o.name: o(eyes.adapted(o, outputs), **hypers) for o in recipe.terms}
@@ -255,42 +255,6 @@ def _detached(outputs):
     "`outputs` cut off the student's graph"
     def cut(o): return o.detach() if isinstance(o, torch.Tensor) else o
     return {k: apply(cut, v) for k,v in outputs.items()}
-
-# %% ../../../nbs/distill/training/session.ipynb #d63c0b06
-@patch
-def _check_first(self:Session, outputs):
-    "On a fit's first batch: refuse a class axis that nobody knows, warn of what looks wrong"
-    self.checked = True
-    self._refuse_unknown_axis(outputs['pred'])
-    self._warn_of_unreachable(outputs['fm_s'])
-    self._warn_of_probabilities(outputs['teacher_pred'])
-
-@patch
-def _refuse_unknown_axis(self:Session, logits):
-    if not isinstance(logits, torch.Tensor) or logits.ndim<3 or 'axis' in self.facts: return
-    asking = [o.name for o in self.kd.recipe.terms if 'axis' in o.from_task]
-    if not asking: return
-    raise ValueError(f"axis: the logits have the shape {tuple(logits.shape)}, and the task's loss does not say which "
-                     "axis holds the classes: pass Teacher(model, axis=-1) for tokens (1 for pixels), or "
-                     f"partial({asking[0]}, axis=-1)")
-
-@patch
-def _warn_of_unreachable(self:Session, fm_s):
-    "A map without a graph teaches an adapter at most"
-    if not self.learn.training or not torch.is_grad_enabled(): return
-    dead = [k for k,m in fm_s.items() if not m.requires_grad]
-    if not dead: return
-    warnings.warn(f"the maps of the student's {', '.join(map(repr, dead))} carry no gradient, so a loss on them "
-                  "teaches the student nothing: is that part frozen, detached, or inside a checkpoint with use_reentrant=True?")
-
-@patch
-def _warn_of_probabilities(self:Session, teacher_pred):
-    if teacher_pred is None or teacher_pred.ndim<2: return
-    axis = self.facts.get('axis', 1)
-    if teacher_pred.shape[axis]<2 or teacher_pred.min()<0: return
-    if (teacher_pred.sum(axis)-1).abs().max()>1e-3: return
-    warnings.warn("the teacher's answers are probabilities (0 or more, and their sum is one), where logits are "
-                  "expected: give their logarithm, Teacher(model, select=lambda p: p.clamp(min=1e-8).log())")
 
 # %% ../../../nbs/distill/training/session.ipynb #62ab855d
 @patch
