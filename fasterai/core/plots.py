@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 from cycler import cycler
 
-# %% ../../nbs/core/plots.ipynb #0107b962
+# %% ../../nbs/core/plots.ipynb #b47a3bf0
 GREY = '#797979' # as far from white as from the near-black of dark pages
 COLORS = ['#4a8fd4', '#d9733a', '#3f9f74', '#c45d92', '#8a78cf', '#a58a34']
 
 _clear = dict.fromkeys(['figure.facecolor', 'axes.facecolor', 'savefig.facecolor'], 'none')
-_grey = dict.fromkeys(['text.color', 'axes.labelcolor', 'axes.titlecolor', 'axes.edgecolor', 'xtick.color', 'ytick.color',
-                       'grid.color', 'legend.labelcolor'], GREY)
+_grey = dict.fromkeys(['text.color', 'axes.labelcolor', 'axes.titlecolor', 'axes.edgecolor', 'xtick.color',
+                       'ytick.color', 'grid.color', 'legend.labelcolor'], GREY)
 _rc = {**_clear, **_grey, 'grid.alpha':0.25, 'axes.prop_cycle':cycler(color=COLORS), 'legend.frameon':False,
        'axes.spines.top':False, 'axes.spines.right':False, 'axes.titlesize':'medium'}
 

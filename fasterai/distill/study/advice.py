@@ -1,4 +1,4 @@
-"""A probe of the gradients, before any training: which term is asleep, which fights the task, and what would balance them
+"""A probe of the gradients before any training: which term is asleep, which fights the task, what would balance them
 
 Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/advice.html.md"""
 
@@ -59,7 +59,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #5e429e26
+# %% ../../../nbs/distill/study/advice.ipynb #af467b27
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -75,7 +75,8 @@ def _class_axis(learn):
     axis = task_of(learn.loss_func).axis
     return 1 if axis is None else axis
 
-def _flat_logits(learn, pred): return pred.as_subclass(torch.Tensor).movedim(_class_axis(learn), -1).flatten(0, -2).float()
+def _flat_logits(learn, pred):
+    return pred.as_subclass(torch.Tensor).movedim(_class_axis(learn), -1).flatten(0, -2).float()
 
 def _on_soft_targets(term, logits):
     "What to say of a term that softens `logits` (N, C)"
@@ -83,16 +84,19 @@ def _on_soft_targets(term, logits):
     if 'teacher_pred' not in term.needs or not isinstance(T, (int, float)) or logits.shape[-1]<2: return
     dark = _dark(logits, T)
     if dark<0.02:
-        yield (f"{term.name}: the teacher is near one-hot even at T={T:g} (all but the likeliest class share {dark:.1%}), "
-               f"so it says little more than the labels: raise T to about {_soft_enough(logits, T):g}")
+        yield (f"{term.name}: the teacher is near one-hot even at T={T:g} "
+               f"(all but the likeliest class share {dark:.1%}), so it says little more than the labels: "
+               f"raise T to about {_soft_enough(logits, T):g}")
     elif T>1 and logits.shape[-1]>2 and _dark(logits, 1)<0.4 and (even := _evenness(logits))>0.8:
-        yield (f"{term.name}: the teacher's other classes are nearly alike (evenness {even:.0%}), as after label smoothing; "
-               f"a high T has nothing to bring out: lower T from {T:g} to 1 or 2, or train the teacher without smoothing")
+        yield (f"{term.name}: the teacher's other classes are nearly alike (evenness {even:.0%}), as after label "
+               f"smoothing; a high T has nothing to bring out: lower T from {T:g} to 1 or 2, or train the teacher "
+               "without smoothing")
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
 def _judge(learn, kd, n):
-    "Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss; None without labels"
+    """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
+    None without labels"""
     scores = []
     with as_found(learn.model):
         for xb,yb in _batches(learn, 1, n):
@@ -113,11 +117,12 @@ def _on_teacher(judged):
     if t<=s if kind=='accuracy' else t>=s:
         yield f"the teacher is no better than the student: its validation {kind} is {t:.4g}, the student's {s:.4g}"
 
-# %% ../../../nbs/distill/study/advice.ipynb #b0c7fea5
+# %% ../../../nbs/distill/study/advice.ipynb #b0321852
 _three = '{:.3g}'.format
 
 class Advice(Mapping):
-    "What `suggest_weights` found: `table`, `notes`, and as a mapping the arguments for a new `KnowledgeDistillationCallback(teacher, **advice)`"
+    """What `suggest_weights` found: `table`, `notes`, and as a mapping the arguments for a new
+    `KnowledgeDistillationCallback(teacher, **advice)`"""
     def __init__(self,
         table:pd.DataFrame, # A row for the task and each term
         notes:list,         # What is odd, in sentences
@@ -167,7 +172,7 @@ def _on_pull(name, norm, cos, now, ratio):
     elif now>50*ratio: yield f"{name}: drowns the task at its present weight, pulling {now:.3g} times as hard"
     if cos<-0.1: yield f"{name}: fights the task, the cosine of their gradients is {cos:.2f}"
 
-# %% ../../../nbs/distill/study/advice.ipynb #68a193bf
+# %% ../../../nbs/distill/study/advice.ipynb #07ffdeca
 def _ratios(ratio, terms):
     "The ratio of each term by name, checked"
     ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(terms, ratio)
@@ -184,19 +189,21 @@ def _rows(kd, pulls, ratios):
     for t in kd.terms:
         n,w = t.name,kd.weight*t.weight
         pull = norm[n]/norm.task if norm.task>0 else math.nan
-        rows[n] = dict(value=value[n], gradient=norm[n], cosine=cos[n], weight=w, pull=w*pull/task_now if task_now else math.inf,
+        rows[n] = dict(value=value[n], gradient=norm[n], cosine=cos[n], weight=w,
+                       pull=w*pull/task_now if task_now else math.inf,
                        suggested=ratios[n]/pull if pull>0 else w)
     return rows
 
 def suggest_weights(
     learn:Learner,                     # The student's, with its training data
     kd:KnowledgeDistillationCallback,  # With the losses to weigh
-    ratio:float|dict=1.,               # How hard each term should pull, beside the task; or a dict of loss name to ratio
+    ratio:float|dict=1.,               # How hard each term should pull beside the task; or a dict of names to ratios
     n_batches:int=4,                   # Batches to probe
     seed:int=0,                        # Which batches they are
 )->Advice:
-    """Weights at which each distillation term's gradient on the student is `ratio` times the task's, from a probe of a few batches without a step; with
-    notes on what would go wrong. Raises ValueError for a ratio that is not positive, an unknown name, or data without labels"""
+    """Weights at which each distillation term's gradient on the student is `ratio` times the task's, from a probe of
+    a few batches without a step; with notes on what would go wrong. Raises ValueError for a ratio that is not
+    positive, an unknown name, or data without labels"""
     terms = {t.name:t for t in kd.terms}
     ratios = _ratios(ratio, terms)
     params = [p for p in unwrap(learn.model).parameters() if p.requires_grad]
@@ -205,7 +212,9 @@ def suggest_weights(
         pulls,logits = _probe(learn, kd, params, n_batches)
         judged = _judge(learn, kd, n_batches) if len(learn.dls.loaders)>1 and len(learn.dls.valid) else None
     rows = _rows(kd, pulls, ratios)
-    notes = [] if rows['task']['gradient']>0 else ["the task gives the student no gradient: the suggested weights are the present ones"]
+    notes = []
+    if not rows['task']['gradient']>0:
+        notes.append("the task gives the student no gradient: the suggested weights are the present ones")
     for n,t in terms.items():
         r = rows[n]
         notes += _on_pull(n, r['gradient'], r['cosine'], r['pull'], ratios[n])

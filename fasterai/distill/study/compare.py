@@ -37,7 +37,7 @@ from .pictures import attention_map, plot_attention, plot_similarity, plot_soft_
 # %% ../../../nbs/distill/study/compare.ipynb #ce633649
 _all_ = ['attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']
 
-# %% ../../../nbs/distill/study/compare.ipynb #02f79e4b
+# %% ../../../nbs/distill/study/compare.ipynb #ea678954
 def _dl(name, learn, dl):
     "The data on which `learn` is judged"
     if dl is not None: return dl
@@ -58,7 +58,8 @@ def _as_learner(name, learn, like):
     "A bare model gets the data, loss and metrics of the first learner"
     if isinstance(learn, Learner): return learn
     if not isinstance(learn, nn.Module):
-        raise TypeError(f"learners must hold Learners, or modules beside a Learner, got {type(learn).__name__} for {name!r}")
+        got = f"{type(learn).__name__} for {name!r}"
+        raise TypeError(f"learners must hold Learners, or modules beside a Learner, got {got}")
     return Learner(like.dls, learn, loss_func=like.loss_func, metrics=like.metrics)
 
 def _vocab(dl):
@@ -75,12 +76,13 @@ def _check_alike(names, dls, outs):
     for b in names[1:]:
         pb,yb = outs[b]
         if not _same_targets(ya, yb):
-            raise ValueError(f"{a!r} and {b!r} have different validation sets ({len(ya[0])} and {len(yb[0])} samples, targets differ): "
-                             "give `dl` to compare them on one")
+            raise ValueError(f"{a!r} and {b!r} have different validation sets ({len(ya[0])} and {len(yb[0])} samples, "
+                             "targets differ): give `dl` to compare them on one")
         va,vb = _vocab(dls[a]),_vocab(dls[b])
         if va!=vb: raise ValueError(f"{a!r} and {b!r} know different classes: {va} and {vb}")
         if isinstance(pa, torch.Tensor) and isinstance(pb, torch.Tensor) and pa.shape[1:]!=pb.shape[1:]:
-            raise ValueError(f"{a!r} and {b!r} have predictions of different shapes: {tuple(pa.shape)} and {tuple(pb.shape)}")
+            shapes = f"{tuple(pa.shape)} and {tuple(pb.shape)}"
+            raise ValueError(f"{a!r} and {b!r} have predictions of different shapes: {shapes}")
 
 # %% ../../../nbs/distill/study/compare.ipynb #3bc1a04d
 class _Epoch(SimpleNamespace):
@@ -163,14 +165,15 @@ def _metrics(learners, metrics):
                                  "give `metrics` to judge all by the same")
     return found,names
 
-# %% ../../../nbs/distill/study/compare.ipynb #cb6972c4
+# %% ../../../nbs/distill/study/compare.ipynb #50f3c1c4
 def _is_classes(pred, y):
     "Are these logits and labels? A tabular learner's labels are (N, 1)"
     if not all(isinstance(o, torch.Tensor) for o in (pred, y)) or y.is_floating_point(): return False
     return pred.ndim==y.ndim+1 or pred.ndim==y.ndim==2 and y.shape[1]==1<pred.shape[1]
 
 def _flat(learn, pred, y):
-    "Log-probabilities (N, C) and classes (N,), pixels and tokens being samples, without the positions that the loss ignores"
+    """Log-probabilities (N, C) and classes (N,), pixels and tokens being samples, without the positions that the loss
+    ignores"""
     facts = {'axis':1, 'ignore_index':-100, **task_of(learn.loss_func).facts}
     logp = pred.movedim(facts['axis'], -1).flatten(0, -2).log_softmax(-1)
     y = torch.as_tensor(y).flatten()
@@ -201,7 +204,7 @@ def _label_fidelity(pred, t_pred, thresh):
     kl = p*(F.logsigmoid(t_pred)-F.logsigmoid(pred)) + (1-p)*(F.logsigmoid(-t_pred)-F.logsigmoid(-pred))
     return dict(agreement=float(((p>thresh)==(q>thresh)).float().mean()), kl=float(kl.mean()))
 
-# %% ../../../nbs/distill/study/compare.ipynb #fd969bad
+# %% ../../../nbs/distill/study/compare.ipynb #dffa6cf1
 def _si(v, digits=3):
     "A number with a unit's prefix: 12345 is 12.3k"
     for size,prefix in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -209,9 +212,11 @@ def _si(v, digits=3):
     return f'{v:.{digits}g}'
 
 _three = '{:.3g}'.format
-_costs = dict(params=('parameters', _si), size_mb=('MB on disk', _three), macs=('multiply-adds', _si), latency_ms=('ms', _three),
-              latency_p90_ms=('ms (p90)', _three), throughput=('per second', _si), peak_mb=('MB in memory', _three))
-_to_teacher = dict(agreement=('agrees with {}', '{:.1%}'.format), kl=('KL to {}', _three), rmse_to_teacher=('RMSE to {}', _three))
+_costs = dict(params=('parameters', _si), size_mb=('MB on disk', _three), macs=('multiply-adds', _si),
+              latency_ms=('ms', _three), latency_p90_ms=('ms (p90)', _three), throughput=('per second', _si),
+              peak_mb=('MB in memory', _three))
+_to_teacher = dict(agreement=('agrees with {}', '{:.1%}'.format), kl=('KL to {}', _three),
+                   rmse_to_teacher=('RMSE to {}', _three))
 _columns = {**_to_teacher, 'ece':('calibration error', '{:.3f}'.format), **_costs}
 
 class Comparison(pd.DataFrame):
@@ -235,10 +240,10 @@ class Comparison(pd.DataFrame):
     def _repr_html_(self): return self.readable().T.to_html(border=0)
 
 def _difference(r, m):
-    p = r[f'{m}_p']
-    return f"{r[f'{m}_diff']:+.4f} [{r[f'{m}_diff_lo']:+.4f}, {r[f'{m}_diff_hi']:+.4f}], p {'< 0.001' if p<0.001 else format(p, '.3f')}"
+    diff,low,high,p = (r[f'{m}_{k}'] for k in ('diff', 'diff_lo', 'diff_hi', 'p'))
+    return f"{diff:+.4f} [{low:+.4f}, {high:+.4f}], p {'< 0.001' if p<0.001 else format(p, '.3f')}"
 
-# %% ../../../nbs/distill/study/compare.ipynb #aa6f648d
+# %% ../../../nbs/distill/study/compare.ipynb #f69cdbb3
 def _role(arg, name, default, learners):
     if name is None or name in learners or name==default: return name if name in learners else None
     raise ValueError(f"{arg}: {unknown_name('learner', name, learners)}")
@@ -271,9 +276,9 @@ def compare(
     min_time:float=0.2,       # Seconds for each timing
     seed:int=0,               # Of the bootstrap
 )->Comparison:
-    """Metrics with intervals and a paired test, fidelity to the teacher, calibration and costs, one row per learner. The columns of a metric `m`
-    are `m`, `m_lo`, `m_hi`, and against the baseline `m_diff`, `m_diff_lo`, `m_diff_hi`, `m_p`. Raises ValueError for no learners, different data
-    or classes, unlike metrics, missing data or labels"""
+    """Metrics with intervals and a paired test, fidelity to the teacher, calibration and costs, one row per learner.
+    The columns of a metric `m` are `m`, `m_lo`, `m_hi`, and against the baseline `m_diff`, `m_diff_lo`, `m_diff_hi`,
+    `m_p`. Raises ValueError for no learners, different data or classes, unlike metrics, missing data or labels"""
     learners = _as_learners(learners)
     teacher = _role('teacher', teacher, 'teacher', learners)
     baseline = _role('baseline', baseline, 'alone', learners)
@@ -286,16 +291,16 @@ def compare(
     rows = {}
     for n,l in learners.items():
         row = rows[n] = {}
-        for m in names: row.update(_metric_columns(m, scores[n][m], scores[baseline][m] if baseline is not None else None))
+        for m in names: row.update(_metric_columns(m, scores[n][m], scores.get(baseline, {}).get(m)))
         row.update(_fidelity(l, *outs[n], learners.get(teacher), outs[teacher][0] if teacher else None))
         row.update(costs.get(n, {}))
     res = Comparison.from_dict(rows, orient='index')
     res.attrs = dict(metrics=names, teacher=teacher, baseline=baseline, n=len(outs[next(iter(outs))][1][0]))
     return res
 
-# %% ../../../nbs/distill/study/compare.ipynb #5a662d22
-_labels = dict(latency_ms='latency of one sample (ms)', size_mb='size on disk (MB)', params='parameters', macs='multiply-adds',
-               peak_mb='memory (MB)', throughput='samples per second')
+# %% ../../../nbs/distill/study/compare.ipynb #bf2624de
+_labels = dict(latency_ms='latency of one sample (ms)', size_mb='size on disk (MB)', params='parameters',
+               macs='multiply-adds', peak_mb='memory (MB)', throughput='samples per second')
 
 def plot_compare(
     table:Comparison,      # From `compare`, with costs

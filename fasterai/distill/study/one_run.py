@@ -23,17 +23,18 @@ from fastprogress.fastprogress import progress_bar
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
 
-# %% ../../../nbs/distill/study/one_run.ipynb #c9c7875a
+# %% ../../../nbs/distill/study/one_run.ipynb #93295d38
 def fresh_callback(
     arm, # Arguments of `KnowledgeDistillationCallback` (a dict), a function that makes a callback, a callback, or None
 ):
     "A callback for one run, which shares nothing with other runs but the teacher; None for the task alone"
     if arm is None: return None
-    if isinstance(arm, dict): return KnowledgeDistillationCallback(arm['teacher'], **deepcopy({k:v for k,v in arm.items() if k!='teacher'}))
     if isinstance(arm, Callback): return arm.replace()
-    return arm()
+    if not isinstance(arm, dict): return arm()
+    others = {k:v for k,v in arm.items() if k!='teacher'}
+    return KnowledgeDistillationCallback(arm['teacher'], **deepcopy(others))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #a01fef85
+# %% ../../../nbs/distill/study/one_run.ipynb #f6756f69
 class _SkipValidation(Callback):
     "Leaves out the epochs' validation"
     def before_validate(self): raise CancelValidException
@@ -44,7 +45,8 @@ def fit_one_cycle(
     cbs=None,      # More callbacks
 ):
     "A training at the learner's own rate, validated at its end only"
-    watched = any(isinstance(c, TrackerCallback) for c in learn.cbs) # SaveModelCallback and its like decide by the epochs
+    # SaveModelCallback and its like decide by the epochs' validation
+    watched = any(isinstance(c, TrackerCallback) for c in learn.cbs)
     learn.fit_one_cycle(epochs, cbs=L(cbs) + ([] if watched else [_SkipValidation()]))
 
 # %% ../../../nbs/distill/study/one_run.ipynb #1a7fecc7

@@ -68,15 +68,15 @@ def _bare(ax):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-# %% ../../../nbs/distill/study/pictures.ipynb #625444ea
+# %% ../../../nbs/distill/study/pictures.ipynb #a9832586
 def plot_soft_targets(
     learn:Learner,               # Usually the teacher's
     item:int=0,                  # Place in the validation set
     Ts:Sequence[float]=(1,3,10), # Temperatures
     n:int=10,                    # Show at most so many classes, the likeliest
 ):
-    """The item, and its class probabilities at each temperature; returns the axes. IndexError for an item outside the set,
-    ValueError for `T <= 0` or a model without classes"""
+    """The item, and its class probabilities at each temperature; returns the axes. IndexError for an item outside the
+    set, ValueError for `T <= 0` or a model without classes"""
     if not all(T>0 for T in Ts): raise ValueError(f"Ts must be above 0, got {tuple(Ts)}")
     b = _batch(learn, [item])
     xb,imgs = _inputs(learn, b),_images(learn, b)
@@ -107,11 +107,12 @@ def _class_names(learn, c):
     if v is not None and len(v) and isinstance(v[-1], (list, tuple)) or hasattr(v, 'map') and len(v)!=c: v = v[-1]
     return [str(o) for o in v] if v is not None and len(v)==c else [str(i) for i in range(c)]
 
-# %% ../../../nbs/distill/study/pictures.ipynb #4dc578b0
+# %% ../../../nbs/distill/study/pictures.ipynb #415d50f7
 def attention_map(
     fm:torch.Tensor, # Feature map (B, C, H, W) or tokens (B, N, D)
 )->torch.Tensor:
-    "Mean of the squared channels, each map scaled to 0 to 1, (B, H, W); ValueError for tokens that are no square grid"
+    """Mean of the squared channels, each map scaled to 0 to 1, (B, H, W); ValueError for tokens that are no square
+    grid"""
     if fm.ndim==3:
         grid = token_grid(fm.shape[1])
         if grid is None: raise ValueError(f"fm must be (B, C, H, W), or tokens of a square grid, got {tuple(fm.shape)}")
@@ -124,10 +125,11 @@ def attention_map(
 def plot_attention(
     student:Learner,                    # Its validation set has the items
     teacher:Learner|nn.Module,          # Sees the same items
-    pairs:dict|Sequence[tuple],         # What `match_feature_layers` returns, a mapping of student to teacher layer, or a list of pairs
+    pairs:dict|Sequence[tuple],         # From `match_feature_layers`, a dict of student to teacher layer, or a list
     items:Sequence[int]=(0,1,2),        # Places in the student's validation set
 ):
-    "Attention maps of student and teacher over each item, two columns per pair; returns the axes. ValueError for unknown layers, or inputs that are no images"
+    """Attention maps of student and teacher over each item, two columns per pair; returns the axes. ValueError for
+    unknown layers, or inputs that are no images"""
     (ls,lt),b = layer_pairs(pairs),_batch(student, items)
     if not ls: raise ValueError("pairs is empty: name at least one pair of layers")
     imgs,xb = _images(student, b),_inputs(student, b)
@@ -148,7 +150,7 @@ def _show_attention(ax, img, a):
     _show(ax, img)
     ax.imshow(a.numpy(), cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, w-0.5, h-0.5, -0.5))
 
-# %% ../../../nbs/distill/study/pictures.ipynb #dec6d511
+# %% ../../../nbs/distill/study/pictures.ipynb #81de328d
 def _similarities(fm):
     "The Gram matrix of features (B, ...), rows of length one (B, B)"
     f = fm.flatten(1)
@@ -160,7 +162,8 @@ def plot_similarity(
     pairs:dict|Sequence[tuple]|None=None,     # As for `plot_attention`; None: the predictions
     items:int|Sequence[int]=64,               # Places in the student's validation set, or how many from its start
 ):
-    "The student's Gram matrix, the teacher's, and their distance, a row for each pair; returns the axes. ValueError for unknown layers"
+    """The student's Gram matrix, the teacher's, and their distance, a row for each pair; returns the axes. ValueError
+    for unknown layers"""
     b = _batch(student, range(min(items, len(student.dls.valid.dataset))) if isinstance(items, int) else items)
     xb,(ls,lt) = _inputs(student, b),layer_pairs(pairs)
     order = _plain(b[-1]).argsort(stable=True) if b[-1].ndim==1 else torch.arange(len(xb[0]))

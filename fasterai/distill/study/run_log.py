@@ -91,10 +91,10 @@ def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #4f164b4f
+# %% ../../../nbs/distill/study/run_log.ipynb #1bb86bc9
 class RunLog:
-    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no text,
-    which is left as it is; warns of rows that do not fit"""
+    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no
+    text, which is left as it is; warns of rows that do not fit"""
     def __init__(self,
         path:str|Path|None, # The file; None keeps the rows in memory only
         cols:list,          # Its columns

@@ -7,7 +7,7 @@ Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/setting.html.md"""
 # %% auto #0
 __all__ = ['weights_of', 'describe', 'learner_text', 'data_text', 'teacher_text', 'setting_text']
 
-# %% ../../../nbs/distill/study/setting.ipynb #a646bc9b
+# %% ../../../nbs/distill/study/setting.ipynb #526be1af
 import hashlib
 import re
 from functools import partial
@@ -16,10 +16,11 @@ from types import CodeType, FunctionType, MethodType
 
 import numpy as np
 import torch
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import CastToTensor, Learner, Recorder
-from fastai.callback.core import TrainEvalCallback
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from ...core.seeds import same_start
@@ -49,7 +50,7 @@ def weights_of(
 
 def _without_addresses(o): return re.sub(' at 0x[0-9a-fA-F]+', '', str(o))
 
-# %% ../../../nbs/distill/study/setting.ipynb #b5bbc97f
+# %% ../../../nbs/distill/study/setting.ipynb #bd977de3
 def describe(
     o,          # Anything
     known=None, # What was met on the way, by id
@@ -86,9 +87,10 @@ def _settings_of(m): return [type(m).forward, _plain(vars(m), but=('training',))
 
 def _plain(attrs, but=()):
     "Of an object's attributes those that are settings: numbers, names, functions"
-    return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, (*_atoms, FunctionType, partial, type))}
+    kinds = *_atoms,FunctionType,partial,type,Distribution # MixUp's, for one
+    return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, kinds)}
 
-# %% ../../../nbs/distill/study/setting.ipynb #5958c6e3
+# %% ../../../nbs/distill/study/setting.ipynb #4cc0e386
 _always = TrainEvalCallback,Recorder,CastToTensor,ProgressCallback
 _how = 'loss_func','opt_func','splitter','lr','wd','wd_bn_bias','train_bn','moms'
 
@@ -107,7 +109,8 @@ def data_text(
     sizes = '+'.join(str(len(dl.dataset)) if dl in sized else 'stream' for dl in dls.loaders[:2])
     same_start(dls, 0)
     batches = [dl.one_batch() for dl in sized if len(dl)]
-    changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in ('after_item', 'before_batch', 'after_batch')]
+    events = 'after_item','before_batch','after_batch'
+    changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in events]
     return f"{sizes} {_short_hash(describe([batches, changes]))}"
 
 def teacher_text(
@@ -115,9 +118,9 @@ def teacher_text(
 )->str:
     "A fingerprint of a teacher: its kind, networks, weights and settings"
     teacher = as_teacher(teacher)
-    given = [k for k in signature(type(teacher)).parameters if k not in ('axis', 'average')] # which it may take from the task
-    own = _plain({k:v for k,v in vars(teacher).items() if k in given})
-    return _short_hash(describe([type(teacher), own, list(getattr(teacher, 'models', ()))]))
+    given = signature(type(teacher)).parameters
+    own = {k:v for k,v in vars(teacher).items() if k in given and k not in ('axis', 'average')} # from the task
+    return _short_hash(describe([type(teacher), _plain(own), list(getattr(teacher, 'models', ()))]))
 
 # %% ../../../nbs/distill/study/setting.ipynb #c134c2a7
 def _value_text(name, v):

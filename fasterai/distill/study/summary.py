@@ -1,4 +1,4 @@
-"""One set of statistics for every study: paired by seed, at equal epochs and at equal time, adjusted for the number of comparisons
+"""One set of statistics for every study: paired by seed, at equal epochs and at equal time, adjusted for their number
 
 Docs: https://FasterAI-Labs.github.io/fasterai/distill/study/summary.html.md"""
 
@@ -26,7 +26,7 @@ def by_arm(
         raise ValueError(f"there are two runs of {r[arm]}, {r.epochs} epochs, seed {r.seed}: keep one")
     return dict(list(runs.set_index('seed').groupby([arm, 'epochs'], sort=False)))
 
-# %% ../../../nbs/distill/study/summary.ipynb #baaef35d
+# %% ../../../nbs/distill/study/summary.ipynb #69dd0e2c
 def differences(
     a:pd.Series, # A number for each seed, which is the index
     b:pd.Series, # The other arm's
@@ -44,12 +44,13 @@ def at_equal_epochs(
     metric:str,     # The column that counts
     baseline:str,   # The arm to compare with
 )->dict:
-    "The test of each other arm and length against the baseline's training of that length, p adjusted for their number"
+    """The test of each other arm and length against the baseline's training of that length, p adjusted for their
+    number"""
     pairs = {k:groups.get((baseline, k[1])) for k in groups if k[0]!=baseline}
     found = {k:differences(groups[k][metric], b[metric]) for k,b in pairs.items() if b is not None}
     return _adjust({k:t for k,t in found.items() if t})
 
-# %% ../../../nbs/distill/study/summary.ipynb #5a434891
+# %% ../../../nbs/distill/study/summary.ipynb #d9cc481f
 def as_long(
     groups:dict,    # From `by_arm`
     seconds:float,  # That it should have taken
@@ -65,13 +66,15 @@ def at_equal_time(
     metric:str,     # The column that counts
     baseline:str,   # The arm to compare with
 )->dict:
-    "The test of each other arm and length against the baseline's training that took as long, p adjusted for their number"
+    """The test of each other arm and length against the baseline's training that took as long, p adjusted for their
+    number"""
     shared = {n for name,n in groups if name==baseline}
     mine = {k:g for k,g in groups.items() if k[0]!=baseline and k[1] in shared}
-    found = {k:differences(g[metric], groups[baseline, as_long(groups, g.seconds.median(), baseline)][metric]) for k,g in mine.items()}
+    def other(g): return groups[baseline, as_long(groups, g.seconds.median(), baseline)]
+    found = {k:differences(g[metric], other(g)[metric]) for k,g in mine.items()}
     return _adjust({k:t for k,t in found.items() if t})
 
-# %% ../../../nbs/distill/study/summary.ipynb #752eda61
+# %% ../../../nbs/distill/study/summary.ipynb #f4dee41c
 def _columns(name, t): return {name:t.diff, f'{name}_low':t.ci[0], f'{name}_high':t.ci[1], f'{name}_p':t.p} if t else {}
 
 def summary(
@@ -81,16 +84,19 @@ def summary(
     arm:str='arm',         # Column of the arm's name
     lowest:bool=False,     # Is less better?
 )->pd.DataFrame:
-    """A row for each arm and length, the best first: mean, standard deviation `sd`, half `ci` of the mean's interval, `gain` over the baseline at equal epochs and at
-    `same_time` (with `_low`, `_high` and the adjusted `_p`), `time` per epoch in units of the baseline's. Raises ValueError for a run that is there twice, or no baseline"""
+    """A row for each arm and length, the best first: mean, standard deviation `sd`, half `ci` of the mean's interval,
+    `gain` over the baseline at equal epochs and at `same_time` (with `_low`, `_high` and the adjusted `_p`), `time`
+    per epoch in units of the baseline's. Raises ValueError for a run that is there twice, or no baseline"""
     groups = by_arm(runs, arm)
     if baseline is not None and not any(name==baseline for name,_ in groups):
         raise ValueError(f"there are no runs of `{baseline}` to compare with")
-    gains,later = (f(groups, metric, baseline) if baseline is not None else {} for f in (at_equal_epochs, at_equal_time))
+    gains = at_equal_epochs(groups, metric, baseline)
+    later = at_equal_time(groups, metric, baseline)
     rows = []
     for (name,n),g in groups.items():
         vals = g[metric]
-        row = {arm:name, 'epochs':n, 'seeds':len(g), metric:vals.mean(), 'sd':vals.std(), 'ci':half_width(vals), 'seconds':g.seconds.median()}
+        row = {arm:name, 'epochs':n, 'seeds':len(g), metric:vals.mean(), 'sd':vals.std(), 'ci':half_width(vals)}
+        row['seconds'] = g.seconds.median()
         if name!=baseline and (baseline, n) in groups:
             row['time'] = row['seconds']/groups[baseline, n].seconds.median()
             row.update(_columns('gain', gains.get((name, n))))
@@ -99,10 +105,12 @@ def summary(
         rows.append(row)
     return pd.DataFrame(rows).sort_values(metric, ascending=lowest, ignore_index=True)
 
-# %% ../../../nbs/distill/study/summary.ipynb #07bb9b8c
+# %% ../../../nbs/distill/study/summary.ipynb #10fb607a
 def _number(r, k, form): return format(r[k], form) if pd.notna(r.get(k)) else ''
 
-def _interval(r, k, form): return f"{r[k]:{form}} ({r[f'{k}_low']:{form}} to {r[f'{k}_high']:{form}})" if pd.notna(r.get(k)) else ''
+def _interval(r, k, form):
+    if pd.isna(r.get(k)): return ''
+    return f"{r[k]:{form}} ({r[f'{k}_low']:{form}} to {r[f'{k}_high']:{form}})"
 
 def readable(
     table:pd.DataFrame,    # From `summary`
@@ -112,15 +120,17 @@ def readable(
     scale:float=1.,        # Factor of all values, e.g. 100 for percent
     digits:str='.1f',      # Format of the values
 )->pd.DataFrame:
-    "The table as text: means and the half of their 95 % interval, gains with theirs, adjusted p-values, and `time` in units of the baseline's"
+    """The table as text: means and the half of their 95 % interval, gains with theirs, adjusted p-values, and `time`
+    in units of the baseline's"""
     vals = [c for c in table for k in (metric, 'ci', 'gain', 'same_time') if c in (k, f'{k}_low', f'{k}_high')]
     table = table.assign(**scale*table[vals])
     rows = []
     for _,r in table.iterrows():
         later = _interval(r, 'same_time', f'+{digits}')
         rows.append({'':r[arm], 'epochs':f'{r.epochs}', metric:f"{r[metric]:{digits}} ± {r.ci:{digits}}",
-                     'gain':_interval(r, 'gain', f'+{digits}'), 'p':_number(r, 'gain_p', '.2g'), 'time':_number(r, 'time', '.2f'),
-                     'at equal time':later, 'of':_number(r, f'{baseline}_epochs', '.0f') if later else ''})
+                     'gain':_interval(r, 'gain', f'+{digits}'), 'p':_number(r, 'gain_p', '.2g'),
+                     'time':_number(r, 'time', '.2f'), 'at equal time':later,
+                     'of':_number(r, f'{baseline}_epochs', '.0f') if later else ''})
     return pd.DataFrame(rows).set_index('').rename_axis(None)
 
 # %% ../../../nbs/distill/study/summary.ipynb #b0ee7629
@@ -153,7 +163,7 @@ def in_words(
     return (f"{say(t.diff)}{unit} (95% interval {say(t.ci[0])} to {say(t.ci[1])}, paired t = {t.t:.1f}, "
             f"{'adjusted ' if several else ''}p = {t.p:.2g}, {seeds} seeds): {verdict}")
 
-# %% ../../../nbs/distill/study/summary.ipynb #b9881837
+# %% ../../../nbs/distill/study/summary.ipynb #5e3e497b
 def plot_gains(
     table:pd.DataFrame, # From `summary`
     ax=None,            # Where to draw; None makes a figure
@@ -165,9 +175,11 @@ def plot_gains(
     if 'gain' not in table: raise ValueError("nothing to draw: gains have intervals from two seeds on")
     d = table[table.gain.notna()].sort_values('gain', ignore_index=True)
     if ax is None: ax = new_axes(size=(6, 1+0.28*len(d)))[0, 0]
-    for k,name,dy,color,face in (('gain', 'equal epochs', 0.12, COLORS[0], COLORS[0]), ('same_time', 'equal time', -0.12, COLORS[1], 'none')):
+    epochs = dict(color=COLORS[0], mfc=COLORS[0], label='equal epochs')
+    time = dict(color=COLORS[1], mfc='none', label='equal time')
+    for k,dy,style in (('gain', 0.12, epochs), ('same_time', -0.12, time)):
         error = [scale*(d[k]-d[f'{k}_low']), scale*(d[f'{k}_high']-d[k])]
-        ax.errorbar(scale*d[k], d.index+dy, xerr=error, fmt='o', ms=5, capsize=2, lw=1, color=color, mfc=face, label=name)
+        ax.errorbar(scale*d[k], d.index+dy, xerr=error, fmt='o', ms=5, capsize=2, lw=1, **style)
     ax.axvline(0, color=GREY, ls='--', lw=1)
     names = d[arm] if d.epochs.nunique()==1 else [f'{a}, {n}' for a,n in zip(d[arm], d.epochs)]
     ax.set(yticks=d.index, yticklabels=map(plain, names), xlabel=label)

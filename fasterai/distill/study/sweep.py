@@ -31,7 +31,7 @@ from .setting import setting_text, teacher_text
 from .study import Study
 from .summary import at_equal_epochs, by_arm, lower_is_better
 
-# %% ../../../nbs/distill/study/sweep.ipynb #4143aa02
+# %% ../../../nbs/distill/study/sweep.ipynb #5f279425
 presets = dict(temperature={'T':[1, 2, 3, 5, 10]},       # how soft the targets are
                soft_hard={'weight':[0., 0.5, 1.]})       # labels only, both, teacher only
 
@@ -45,7 +45,8 @@ def _values(grid):
     several = list,tuple,range,np.ndarray,L
     grid = {k: list(v) if isinstance(v, several) else [v] for k,v in grid.items()}
     if grid and all(grid.values()): return grid
-    raise ValueError(f"grid is empty: name at least one hyper-parameter with values, e.g. {{'T': [1, 3, 10]}}, got {grid!r}")
+    raise ValueError("grid is empty: name at least one hyper-parameter with values, e.g. {'T': [1, 3, 10]}, "
+                     f"got {grid!r}")
 
 def _points(grid, loss):
     "Every combination, after a check of names and values"
@@ -65,13 +66,13 @@ def _text(name, v):
     if ' at 0x' not in s: return s
     raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
 
-# %% ../../../nbs/distill/study/sweep.ipynb #c83e4c36
+# %% ../../../nbs/distill/study/sweep.ipynb #238d4bd5
 def _bind(loss, hypers):
     "One loss with those of `hypers` that it names"
     mine = {k:v for k,v in hypers.items() if k in as_terms(loss)[0].hypers}
     if mine and isinstance(loss, nn.Module):
-        raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in the grid: "
-                         "put the modules themselves there, {'loss': [...]}")
+        raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in "
+                         "the grid: put the modules themselves there, {'loss': [...]}")
     return partial(loss, **mine) if mine else loss
 
 def _with(loss, hypers):
@@ -85,11 +86,11 @@ def _arm(teacher, loss, point, kwargs):
     hypers = {k:v for k,v in point.items() if k not in _cb_args}
     return dict(teacher=teacher, loss=_with(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #6b633dd0
+# %% ../../../nbs/distill/study/sweep.ipynb #dd8f904c
 class Sweep:
     "The runs of a sweep: `runs` has a row for each, `table()` sums them up, `plot()` draws them"
     def __init__(self,
-        runs:pd.DataFrame,    # Columns `run` ('distilled', 'alone' or 'teacher'), the grid's, `setting`, `seed`, `epochs`, metrics, `seconds`
+        runs:pd.DataFrame,    # Column `run` ('distilled', 'alone' or 'teacher'), the grid's, and those of a `Study`
         params:list,          # Names of the grid's hyper-parameters
         metrics:list,         # Names of the metrics, `valid_loss` first
     ):
@@ -108,19 +109,20 @@ class Sweep:
 
     def _tests(self, metric):
         "The test of each point, in the order of the points"
-        named = [self._of('alone').assign(arm='alone'), *(g.assign(arm=f'{i}') for i,(_,g) in enumerate(self._points()))]
-        found = at_equal_epochs(by_arm(pd.concat(named)), metric, 'alone')
+        named = [g.assign(arm=f'{i}') for i,(_,g) in enumerate(self._points())]
+        found = at_equal_epochs(by_arm(pd.concat([self._of('alone').assign(arm='alone'), *named])), metric, 'alone')
         return {int(arm):t for (arm,_),t in found.items()}
 
     def table(self,
         metric:str=None, # Name; None: the first of the learner's metrics
     )->pd.DataFrame:
-        """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone (two seeds or more);
-        `p` is adjusted for the number of points"""
+        """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone
+        (two seeds or more); `p` is adjusted for the number of points"""
         metric = self._metric(metric)
         tests,rows = self._tests(metric),[]
         for name in ('teacher', 'alone'):
-            if len(v := self._of(name)[metric]): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
+            v = self._of(name)[metric]
+            if len(v): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
         for i,(vals,g) in enumerate(self._points()):
             row = {'run':'distilled', **dict(zip(self.params, vals)), **_spread(g[metric])}
             if t := tests.get(i): row.update({'vs alone':t.diff, 'low':t.ci[0], 'high':t.ci[1], 'p':t.p})
@@ -143,17 +145,19 @@ class Sweep:
 
 def _spread(v): return {'seeds':len(v), v.name:v.mean(), 'sd':v.std()}
 
-# %% ../../../nbs/distill/study/sweep.ipynb #54b557af
+# %% ../../../nbs/distill/study/sweep.ipynb #7b4fac14
 @patch
 def plot(self:Sweep,
     metric:str=None, # Name; None: the first of the learner's metrics
 ):
-    "The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as lines; returns the axes"
+    """The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as
+    lines; returns the axes"""
     metric,runs = self._metric(metric),self._of('distilled')
     shown = [p for p in self.params if runs[p].nunique()>1] or self.params[:1]
     axs = new_axes(1, len(shown), size=(4.2, 3), sharey=True)[0]
     for ax,p in zip(axs, shown):
-        for (label,g),color in zip(_lines(runs, [o for o in shown if o!=p]), COLORS): _line(ax, g, p, metric, color, label)
+        lines = _lines(runs, [o for o in shown if o!=p])
+        for (label,g),color in zip(lines, COLORS): _line(ax, g, p, metric, color, label)
         for name,style in (('alone', '--'), ('teacher', ':')): _level(ax, self._of(name)[metric], name, style)
         ax.set(xlabel=plain(p), ylabel=metric if ax is axs[0] else '')
         ax.grid(True, axis='y')
@@ -179,7 +183,7 @@ def _level(ax, vals, name, style):
     ax.axhline(mean, color=GREY, ls=style, label=name)
     if len(vals)>1: ax.axhspan(mean-sd, mean+sd, color=GREY, alpha=0.12, lw=0)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #1bebf63d
+# %% ../../../nbs/distill/study/sweep.ipynb #54497777
 def _check_kwargs(kwargs, point):
     for k,v in kwargs.items():
         if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
@@ -188,18 +192,19 @@ def _check_kwargs(kwargs, point):
 def sweep(
     make_learner:Callable,         # `make_learner()` gives a fresh Learner of the student
     teacher,                       # As for `KnowledgeDistillationCallback`
-    grid:dict|str='temperature',   # Hyper-parameters of the loss and arguments of the callback, each with its values; or the name of a preset
+    grid:dict|str='temperature',   # Hyper-parameters and arguments of the callback, each with its values; or a preset
     epochs:int=5,                  # Of each run
     seeds:Sequence[int]=(0,1,2),   # Each point is trained with each of them
     loss=SoftTarget,               # As for the callback
     path=None,                     # CSV file that keeps the runs, and from which a sweep goes on; None: in memory
     baseline:bool=True,            # Train the student alone too, and judge the teacher?
-    fit:Callable=None,             # `fit(learn, epochs, cbs)`; None: `fit_one_cycle`, validated at its end only unless a tracker callback watches
+    fit:Callable=None,             # `fit(learn, epochs, cbs)`; None: `fit_one_cycle`, validated at its end
     progress:bool=True,            # Show a bar?
     **kwargs                       # For the callback, the same in every run
 )->Sweep:
-    """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with the same `path` does only what is missing,
-    and gives what an uninterrupted one gives. Raises ValueError for an empty grid, unknown names, no seeds, or a file of another sweep"""
+    """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with
+    the same `path` does only what is missing, and gives what an uninterrupted one gives. Raises ValueError for an
+    empty grid, unknown names, no seeds, or a file of another sweep"""
     points = _points(grid, loss)
     _check_kwargs(kwargs, points[0])
     params = list(points[0])
