@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 from cycler import cycler
 
-# %% ../../nbs/core/plots.ipynb #b47a3bf0
+# %% ../../nbs/core/plots.ipynb #96d70343
 GREY = '#797979' # as far from white as from the near-black of dark pages
 COLORS = ['#4a8fd4', '#d9733a', '#3f9f74', '#c45d92', '#8a78cf', '#a58a34']
 
@@ -32,6 +32,7 @@ def look():
     try: yield
     finally: plt.rcParams.update(was)
 
+# %% ../../nbs/core/plots.ipynb #6b80966b
 def new_axes(
     rows:int=1,      # Rows of axes
     cols:int=1,      # Columns of axes

@@ -51,7 +51,7 @@ def loss_by_name(
     if 'T' not in Term(loss).hypers: raise ValueError(f"loss {name} has no temperature: leave out --T")
     return partial(loss, T=T)
 
-# %% ../../nbs/distill/cli.ipynb #aa7e7bee
+# %% ../../nbs/distill/cli.ipynb #285bb6ce
 def _save_student(exp, folder):
     "`student.pth`, the weights of the best one, and `student.pkl` for `load_learner` where the data can be pickled"
     student = exp.best[1]
@@ -60,6 +60,7 @@ def _save_student(exp, folder):
     except (AttributeError, TypeError, PicklingError) as e:
         print(f'no student.pkl, since the data cannot be pickled: {e}')
 
+# %% ../../nbs/distill/cli.ipynb #0288110d
 def _save_page(exp, folder, settings):
     "The page, its table and plots"
     learners = exp.learners() # of the seed with the median difference: a pair picked for its score would flatter
@@ -73,6 +74,7 @@ def _save_page(exp, folder, settings):
 def _finish(tmp, out):
     for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
 
+# %% ../../nbs/distill/cli.ipynb #41ce2d6d
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
@@ -99,7 +101,7 @@ def _numbers(name, s, least=1):
     if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
     return sorted(set(ns))
 
-# %% ../../nbs/distill/cli.ipynb #e2445d7b
+# %% ../../nbs/distill/cli.ipynb #a79687f2
 def _plan(path, epochs, teacher_epochs, seeds, size, bs, workers, lr):
     "How it is to be run, checked; the digits have defaults of their own"
     digits = path is None
@@ -113,6 +115,7 @@ def _plan(path, epochs, teacher_epochs, seeds, size, bs, workers, lr):
     if not 0<lr<1e3: raise ValueError(f"lr must be above 0, got {lr}")
     return dict(epochs=lengths, seeds=seeds, learning_rate=lr, batch_size=bs, teacher_epochs=of_teacher)
 
+# %% ../../nbs/distill/cli.ipynb #9cda6aa6
 def _networks(teacher, student, weights, c):
     "The teacher, with its weights if they are given, and a function that makes students"
     set_seed(0)
@@ -155,7 +158,7 @@ def set_up(
     if not digits: plan.update(image_size=size, augment=augment, classes=', '.join(map(str, dls.vocab)))
     return exp,plan
 
-# %% ../../nbs/distill/cli.ipynb #bba20b85
+# %% ../../nbs/distill/cli.ipynb #946d075a
 def _tell_start(exp, plan):
     dls = exp.dls
     print(f"{len(dls.train_ds)} training and {len(dls.valid_ds)} validation images of {dls.c} classes; "
@@ -167,6 +170,7 @@ def _tell_end(exp, table):
         print("The teacher is no better than the student alone: it has little to teach. "
               "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
+# %% ../../nbs/distill/cli.ipynb #89f83270
 def carry_out(exp:Experiment, plan:dict)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     out = Path(plan['out'])
@@ -181,11 +185,12 @@ def carry_out(exp:Experiment, plan:dict)->Experiment:
           f"({exp.best[0]:.1%}): load_learner('{out/'student.pkl'}').predict(item); its weights are student.pth")
     return exp
 
+# %% ../../nbs/distill/cli.ipynb #3680209b
 def distill(path=None, **kwargs)->Experiment:
     "What `fasterai_distill` does, with its arguments"
     return carry_out(*set_up(path, **kwargs))
 
-# %% ../../nbs/distill/cli.ipynb #a8b311f8
+# %% ../../nbs/distill/cli.ipynb #4d69b422
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid with such; none: handwritten digits
@@ -213,6 +218,7 @@ def fasterai_distill(
     except (ValueError, TypeError, OSError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
     carry_out(*job)
 
+# %% ../../nbs/distill/cli.ipynb #1ac13099
 def main():
     "The console script: `fasterai_distill` with options in any case, spelt with `_` or `-`"
     def plain(o):

@@ -26,7 +26,7 @@ from ...core.task import logits_of, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found, to_model, unwrap
 
-# %% ../../../nbs/distill/study/advice.ipynb #cd8f9296
+# %% ../../../nbs/distill/study/advice.ipynb #5814de73
 @contextmanager
 def _as_in_training(model):
     "Training mode and a graph inside; modes and buffers as before afterwards"
@@ -41,12 +41,14 @@ def _batches(learn, ds_idx, n):
         xb = to_model(learn.model, xb)
         yield xb,to_device(yb, xb[0].device)
 
+# %% ../../../nbs/distill/study/advice.ipynb #eac8ddf0
 def _grad(loss, params):
     "The gradient of `loss` on all of `params`, as one vector"
     if not loss.requires_grad: return torch.zeros(sum(p.numel() for p in params), device=params[0].device)
     gs = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g,p in zip(gs, params)])
 
+# %% ../../../nbs/distill/study/advice.ipynb #8ca55eda
 def _pull(learn, kd, xb, yb, params):
     "On one batch: value, gradient norm and cosine with the task's gradient, for the task and each term"
     if not yb: raise ValueError("the training data has no labels, so there is no task gradient to weigh against")
@@ -59,7 +61,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #af467b27
+# %% ../../../nbs/distill/study/advice.ipynb #7b5db0cf
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -78,6 +80,7 @@ def _class_axis(learn):
 def _flat_logits(learn, pred):
     return pred.as_subclass(torch.Tensor).movedim(_class_axis(learn), -1).flatten(0, -2).float()
 
+# %% ../../../nbs/distill/study/advice.ipynb #38f76e75
 def _on_soft_targets(term, logits):
     "What to say of a term that softens `logits` (N, C)"
     T = term.hypers.get('T')
@@ -94,6 +97,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
+# %% ../../../nbs/distill/study/advice.ipynb #770c4b90
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
     None without labels"""
@@ -111,15 +115,17 @@ def _judge(learn, kd, n):
     kind = 'accuracy' if right else 'loss'
     return kind,float(np.average(student, weights=n)),float(np.average(teacher, weights=n))
 
+# %% ../../../nbs/distill/study/advice.ipynb #4fe3a6e5
 def _on_teacher(judged):
     if judged is None: return
     kind,s,t = judged
     if t<=s if kind=='accuracy' else t>=s:
         yield f"the teacher is no better than the student: its validation {kind} is {t:.4g}, the student's {s:.4g}"
 
-# %% ../../../nbs/distill/study/advice.ipynb #b0321852
+# %% ../../../nbs/distill/study/advice.ipynb #ce03b8de
 _three = '{:.3g}'.format
 
+# %% ../../../nbs/distill/study/advice.ipynb #3cca6b84
 class Advice(Mapping):
     """What `suggest_weights` found: `table`, `notes`, and as a mapping the arguments for a new
     `KnowledgeDistillationCallback(teacher, **advice)`"""
@@ -143,6 +149,7 @@ class Advice(Mapping):
         notes = ''.join(f'<li>{escape(o)}</li>' for o in self.notes)
         return self.table.to_html(border=0, float_format=_three, na_rep='') + (f'<ul>{notes}</ul>' if notes else '')
 
+# %% ../../../nbs/distill/study/advice.ipynb #f7c15ce9
 def _kwargs(kd, weights):
     "The arguments that made `kd`, with other weights"
     r = getattr(kd, 'recipe', kd)
@@ -172,7 +179,7 @@ def _on_pull(name, norm, cos, now, ratio):
     elif now>50*ratio: yield f"{name}: drowns the task at its present weight, pulling {now:.3g} times as hard"
     if cos<-0.1: yield f"{name}: fights the task, the cosine of their gradients is {cos:.2f}"
 
-# %% ../../../nbs/distill/study/advice.ipynb #07ffdeca
+# %% ../../../nbs/distill/study/advice.ipynb #9477befe
 def _ratios(ratio, terms):
     "The ratio of each term by name, checked"
     ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(terms, ratio)
@@ -181,6 +188,7 @@ def _ratios(ratio, terms):
         if not r>0: raise ValueError(f"ratio must be positive, got {r} for {k}")
     return {k:ratios.get(k, 1.) for k in terms}
 
+# %% ../../../nbs/distill/study/advice.ipynb #3c379485
 def _rows(kd, pulls, ratios):
     "A row of the table for the task and each term"
     value,norm,cos = (_mean(pulls, i) for i in range(3))
@@ -194,6 +202,7 @@ def _rows(kd, pulls, ratios):
                        suggested=ratios[n]/pull if pull>0 else w)
     return rows
 
+# %% ../../../nbs/distill/study/advice.ipynb #eae87ba2
 def suggest_weights(
     learn:Learner,                     # The student's, with its training data
     kd:KnowledgeDistillationCallback,  # With the losses to weigh

@@ -75,7 +75,7 @@ def _check_logits(who, out, shape):
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
     if got!=shape: raise ValueError(f"{who} must give one logit for each of the {shape[1]} classes, {shape}, got {got}")
 
-# %% ../../../nbs/distill/study/experiment.ipynb #a46f496a
+# %% ../../../nbs/distill/study/experiment.ipynb #9d8626c5
 @patch
 def train_teacher(self:Experiment,
     epochs:int,            # Length of the training
@@ -90,6 +90,7 @@ def train_teacher(self:Experiment,
     with quiet(learn): fit_one_cycle(learn, epochs, ticks)
     ticks.close()
 
+# %% ../../../nbs/distill/study/experiment.ipynb #e3f3c499
 @patch
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
@@ -100,7 +101,7 @@ def run(self:Experiment,
     self.study.run(epochs, seeds)
     return self
 
-# %% ../../../nbs/distill/study/experiment.ipynb #860882bf
+# %% ../../../nbs/distill/study/experiment.ipynb #c63513b4
 @patch(as_prop=True)
 def runs(self:Experiment)->pd.DataFrame:
     "A row for each length and seed: the metric of the student alone and distilled"
@@ -119,6 +120,7 @@ def pairs(self:Experiment)->dict:
 @patch
 def _longest(self:Experiment): return self.runs[self.runs.epochs==self.runs.epochs.max()]
 
+# %% ../../../nbs/distill/study/experiment.ipynb #12618e5a
 @patch(as_prop=True)
 def best(self:Experiment)->tuple:
     "Metric of the distilled student that scored best at the greatest length, and that student"
@@ -132,7 +134,7 @@ def typical(self:Experiment)->tuple:
     r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
     return self.pairs[r.epochs, r.seed]
 
-# %% ../../../nbs/distill/study/experiment.ipynb #addcebde
+# %% ../../../nbs/distill/study/experiment.ipynb #b34868f4
 @patch
 def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
 
@@ -150,6 +152,7 @@ def table(self:Experiment)->pd.DataFrame:
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
+# %% ../../../nbs/distill/study/experiment.ipynb #bb6d7157
 @patch
 def tests(self:Experiment)->dict:
     """For each length of training the paired test of distilled against alone, p adjusted for their number; empty with
@@ -167,13 +170,14 @@ def verdict(self:Experiment,
     say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)
     return '\n'.join(f'{n} epochs: {in_words(t, seeds[n], **say)}' for n,t in found.items())
 
-# %% ../../../nbs/distill/study/experiment.ipynb #b89bfd9b
+# %% ../../../nbs/distill/study/experiment.ipynb #2cf59614
 @patch
 def learners(self:Experiment)->dict:
     "The teacher and the `typical` students as `Learner`s, for `compare` and its plots"
     alone,distilled = self.typical
     return {k:self.learner(m) for k,m in dict(teacher=self.teacher, alone=alone, distilled=distilled).items()}
 
+# %% ../../../nbs/distill/study/experiment.ipynb #da0f9900
 @patch
 def plot(self:Experiment):
     "Each seed's two students joined by a line, for each length of training, and the teacher; returns the axes"

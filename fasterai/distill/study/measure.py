@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ...core.cost import flops
 from ..layers.capture import as_found, to_model, unwrap
 
-# %% ../../../nbs/distill/study/measure.ipynb #fb608f4c
+# %% ../../../nbs/distill/study/measure.ipynb #62bf4c38
 def n_params(
     model:nn.Module, # Any module
 )->int:
@@ -34,6 +34,7 @@ class _Count:
         return len(b)
     def flush(self): pass
 
+# %% ../../../nbs/distill/study/measure.ipynb #e4fe3383
 def size_mb(
     model:nn.Module, # Any module
 )->float:
@@ -53,7 +54,7 @@ def macs(
     model = unwrap(model)  # compiled code cannot be counted
     with as_found(model): return flops(lambda: model(*_xs(x)))//2
 
-# %% ../../../nbs/distill/study/measure.ipynb #7f0baea2
+# %% ../../../nbs/distill/study/measure.ipynb #d36f15ac
 class _LiveBytes(TorchDispatchMode):
     "Follows the storages made inside the `with`: bytes alive now, and the `peak`"
     def __init__(self):
@@ -77,6 +78,7 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(t, torch.Tensor): self.add(t)
         return out
 
+# %% ../../../nbs/distill/study/measure.ipynb #5fb76dea
 def peak_mb(
     model:nn.Module,        # Any module
     x:torch.Tensor|tuple,   # A batch; a tuple for a model of several inputs
@@ -107,7 +109,7 @@ def latency_ms(
         times = timer.blocked_autorange(min_run_time=min_time).times
     return float(1e3*np.median(times)),float(1e3*np.quantile(times, 0.9))
 
-# %% ../../../nbs/distill/study/measure.ipynb #809c8a4a
+# %% ../../../nbs/distill/study/measure.ipynb #1665cc2b
 def model_cost(
     model:nn.Module,         # Any module; measured where it is
     x:torch.Tensor|tuple,    # A batch; a tuple for a model of several inputs
@@ -125,6 +127,7 @@ def model_cost(
                 latency_ms=latency, latency_p90_ms=p90, batch_size=bs, batch_ms=batch_ms,
                 throughput=1e3*bs/batch_ms, peak_mb=peak_mb(model, xs))
 
+# %% ../../../nbs/distill/study/measure.ipynb #77718642
 def _as_batch(model, x):
     "Plain copies of the inputs where the model is: a slice would hold on to its whole batch"
     xs = _xs(x)

@@ -49,7 +49,7 @@ def fit_one_cycle(
     watched = any(isinstance(c, TrackerCallback) for c in learn.cbs)
     learn.fit_one_cycle(epochs, cbs=L(cbs) + ([] if watched else [_SkipValidation()]))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #1a7fecc7
+# %% ../../../nbs/distill/study/one_run.ipynb #ada887e9
 def measured(
     learn:Learner, # Trained or not
 )->list[str]:
@@ -63,13 +63,14 @@ def quiet(
     "No bar and no table inside"
     with learn.no_bar(), learn.no_logging(): yield learn
 
+# %% ../../../nbs/distill/study/one_run.ipynb #fb0a71a0
 def measure(
     learn:Learner, # Trained; left as it was
 )->dict:
     "Validation loss and metrics by name"
     with as_found(learn.model), quiet(learn): return dict(zip(measured(learn), map(float, learn.validate())))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #c28bcdeb
+# %% ../../../nbs/distill/study/one_run.ipynb #2a7407c4
 @contextmanager
 def streams_kept():
     "The random streams go on afterwards as if nothing had been drawn"
@@ -77,6 +78,7 @@ def streams_kept():
     try: yield
     finally: set_random_states(**states)
 
+# %% ../../../nbs/distill/study/one_run.ipynb #573a2b15
 class Ticks(Callback):
     "A progress bar that spans several trainings, moved on by an epoch"
     order = Recorder.order+1

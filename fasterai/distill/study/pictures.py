@@ -24,7 +24,7 @@ from ..layers.adapters import token_grid
 from ..layers.capture import Capture, as_found, layer_pairs, to_model
 from ..teacher.teacher import as_teacher
 
-# %% ../../../nbs/distill/study/pictures.ipynb #1785d0c7
+# %% ../../../nbs/distill/study/pictures.ipynb #370bd4e1
 def _batch(learn, items):
     "Items of the validation set as a batch, through the transforms of validation"
     dl = learn.dls.valid
@@ -38,6 +38,7 @@ def _batch(learn, items):
 
 def _inputs(learn, b): return split_batch(learn.dls, b)[0]
 
+# %% ../../../nbs/distill/study/pictures.ipynb #077d5172
 def _ask_student(learn, xb, layers=()):
     "Predictions and maps of `layers`, without a graph"
     model = learn.model
@@ -50,6 +51,7 @@ def _ask_teacher(teacher, xb, layers=()):
 
 def _plain(t): return t.detach().as_subclass(torch.Tensor).float().cpu()
 
+# %% ../../../nbs/distill/study/pictures.ipynb #04ef8a39
 def _images(learn, b):
     "The batch's images (H, W) or (H, W, 3) from 0 to 1, without normalization; None for other inputs"
     x = b[0]
@@ -68,7 +70,7 @@ def _bare(ax):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-# %% ../../../nbs/distill/study/pictures.ipynb #a9832586
+# %% ../../../nbs/distill/study/pictures.ipynb #bbb80586
 def plot_soft_targets(
     learn:Learner,               # Usually the teacher's
     item:int=0,                  # Place in the validation set
@@ -92,6 +94,7 @@ def plot_soft_targets(
     axs[-len(Ts)].set_ylabel('probability')
     return axs
 
+# %% ../../../nbs/distill/study/pictures.ipynb #20838725
 def _bars(ax, logits, T, names, n):
     "The likeliest classes' probabilities at one temperature, in the order of the classes"
     top = logits.topk(min(n, len(logits))).indices.sort().values
@@ -107,7 +110,7 @@ def _class_names(learn, c):
     if v is not None and len(v) and isinstance(v[-1], (list, tuple)) or hasattr(v, 'map') and len(v)!=c: v = v[-1]
     return [str(o) for o in v] if v is not None and len(v)==c else [str(i) for i in range(c)]
 
-# %% ../../../nbs/distill/study/pictures.ipynb #415d50f7
+# %% ../../../nbs/distill/study/pictures.ipynb #3748517e
 def attention_map(
     fm:torch.Tensor, # Feature map (B, C, H, W) or tokens (B, N, D)
 )->torch.Tensor:
@@ -122,6 +125,7 @@ def attention_map(
     a = a-a.amin((1, 2), keepdim=True)
     return a/a.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
+# %% ../../../nbs/distill/study/pictures.ipynb #f1a7b86f
 def plot_attention(
     student:Learner,                    # Its validation set has the items
     teacher:Learner|nn.Module,          # Sees the same items
@@ -144,18 +148,20 @@ def plot_attention(
             for ax,img,a in zip(axs[:, col], imgs, attention_map(fm)): _show_attention(ax, img, a)
     return axs
 
+# %% ../../../nbs/distill/study/pictures.ipynb #cfbf7602
 def _show_attention(ax, img, a):
     "A map over its image, stretched to its size"
     h,w = img.shape[:2]
     _show(ax, img)
     ax.imshow(a.numpy(), cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, w-0.5, h-0.5, -0.5))
 
-# %% ../../../nbs/distill/study/pictures.ipynb #81de328d
+# %% ../../../nbs/distill/study/pictures.ipynb #4a2448aa
 def _similarities(fm):
     "The Gram matrix of features (B, ...), rows of length one (B, B)"
     f = fm.flatten(1)
     return F.normalize(f@f.T, dim=1)
 
+# %% ../../../nbs/distill/study/pictures.ipynb #3ff05091
 def plot_similarity(
     student:Learner,                          # Its validation set has the items
     teacher:Learner|nn.Module,                # Sees the same items

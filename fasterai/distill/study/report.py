@@ -68,7 +68,7 @@ img { max-width: 100%; height: auto }
 </html>
 """)
 
-# %% ../../../nbs/distill/study/report.ipynb #fe213c9b
+# %% ../../../nbs/distill/study/report.ipynb #0e91c6ad
 def _png(fig):
     "The picture of a figure, axes of one, or what a function draws"
     if callable(fig): fig = fig()
@@ -77,6 +77,7 @@ def _png(fig):
     fig.savefig(f, format='png', dpi=120)
     return f.getvalue()
 
+# %% ../../../nbs/distill/study/report.ipynb #54e507ff
 def _file_names(titles):
     "A plain file name for each title, no two alike"
     found = {}
@@ -87,6 +88,7 @@ def _file_names(titles):
         found[title] = unique
     return found
 
+# %% ../../../nbs/distill/study/report.ipynb #a17fc8be
 def _drawn(figures):
     "Title -> PNG of what can be drawn"
     pngs = {}

@@ -30,7 +30,7 @@ def cell(
     if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
     return str(v)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #abf250c6
+# %% ../../../nbs/distill/study/run_log.ipynb #2b6dcf1d
 @contextmanager
 def _locked(path, flags):
     "The file, open and for this process alone"
@@ -47,13 +47,14 @@ def _write_all(fd, data):
     while data: data = data[os.write(fd, data):]
     os.fsync(fd)
 
+# %% ../../../nbs/distill/study/run_log.ipynb #dc4e3467
 def _line(vals):
     "A line of the CSV file, without line ends inside"
     f = io.StringIO()
     csv.writer(f, lineterminator='\n').writerow([' '.join(str(v).split('\n')) for v in vals])
     return f.getvalue().encode()
 
-# %% ../../../nbs/distill/study/run_log.ipynb #8351e9fd
+# %% ../../../nbs/distill/study/run_log.ipynb #3092849a
 def _create(path, header):
     "A file with its header, unless there is one; the first of several processes wins"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +68,7 @@ def _create(path, header):
         os.close(fd)
         os.unlink(tmp)
 
+# %% ../../../nbs/distill/study/run_log.ipynb #8c084f79
 def _link(tmp, path, header):
     try: os.link(tmp, path)
     except FileExistsError: raise

@@ -27,7 +27,7 @@ from ...core.seeds import same_start
 from ..loss.terms import as_terms
 from ..teacher.teacher import as_teacher
 
-# %% ../../../nbs/distill/study/setting.ipynb #31ad9211
+# %% ../../../nbs/distill/study/setting.ipynb #6126f13f
 _atoms = bool,int,float,complex,str,bytes,type(None),type(...)
 _constants = *_atoms,FunctionType,partial,nn.Module,torch.Tensor
 
@@ -48,9 +48,10 @@ def weights_of(
     state = model.state_dict().items()
     return _short_hash(' '.join(f"{k}:{_tensor(v) if isinstance(v, torch.Tensor) else v}" for k,v in state))
 
+# %% ../../../nbs/distill/study/setting.ipynb #7746685c
 def _without_addresses(o): return re.sub(' at 0x[0-9a-fA-F]+', '', str(o))
 
-# %% ../../../nbs/distill/study/setting.ipynb #bd977de3
+# %% ../../../nbs/distill/study/setting.ipynb #e0c02dce
 def describe(
     o,          # Anything
     known=None, # What was met on the way, by id
@@ -64,6 +65,7 @@ def describe(
         known[id(o)] = o,text if len(text)<200 else _short_hash(text, 16)
     return known[id(o)][1]
 
+# %% ../../../nbs/distill/study/setting.ipynb #7336328c
 def _parts(o):
     "What makes `o` the object that it is"
     if isinstance(o, torch.Tensor): return [_tensor(o)]
@@ -79,6 +81,7 @@ def _parts(o):
     if isinstance(o, type): return [o.__module__, o.__qualname__]
     return [vars(o)] if hasattr(o, '__dict__') else [_without_addresses(o)]
 
+# %% ../../../nbs/distill/study/setting.ipynb #4c0a0dc6
 def _closure(f):
     cells = [c.cell_contents for c in f.__closure__ or () if c!=type(c)()]
     return [o for o in cells if isinstance(o, _constants)]
@@ -90,7 +93,7 @@ def _plain(attrs, but=()):
     kinds = *_atoms,FunctionType,partial,type,Distribution # MixUp's, for one
     return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, kinds)}
 
-# %% ../../../nbs/distill/study/setting.ipynb #4cc0e386
+# %% ../../../nbs/distill/study/setting.ipynb #ec5f66ac
 _always = TrainEvalCallback,Recorder,CastToTensor,ProgressCallback
 _how = 'loss_func','opt_func','splitter','lr','wd','wd_bn_bias','train_bn','moms'
 
@@ -101,6 +104,7 @@ def learner_text(
     cbs = [(type(c), _plain(vars(c), but=('learn',))) for c in learn.cbs if type(c) not in _always]
     return _short_hash(describe([learn.model, *(getattr(learn, o, None) for o in _how), cbs]))
 
+# %% ../../../nbs/distill/study/setting.ipynb #0cb0c39b
 def data_text(
     dls, # Of which shuffling starts anew
 )->str:
@@ -113,6 +117,7 @@ def data_text(
     changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in events]
     return f"{sizes} {_short_hash(describe([batches, changes]))}"
 
+# %% ../../../nbs/distill/study/setting.ipynb #10ff36dd
 def teacher_text(
     teacher, # As for `KnowledgeDistillationCallback`
 )->str:

@@ -78,7 +78,7 @@ class Study:
             self.metrics = measured(learn)
             self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls))
 
-# %% ../../../nbs/distill/study/study.ipynb #fbaa55de
+# %% ../../../nbs/distill/study/study.ipynb #46a0eaff
 @patch
 def _setting(self:Study, arm):
     "What an arm's runs depend on, as text"
@@ -88,6 +88,7 @@ def _setting(self:Study, arm):
     given = {k:v for k,v in arm.items() if k!='teacher'}
     return setting_text(**given, teacher=teacher_text(arm['teacher']), **own)
 
+# %% ../../../nbs/distill/study/study.ipynb #471c3c4e
 @patch
 def _ask(self:Study, todo):
     "Note the runs of `todo`, and let go of those that a change has made others"
@@ -98,7 +99,7 @@ def _ask(self:Study, todo):
     self.asked.update(new)
     return [k for k in todo if not self.log.find(**new[k])]
 
-# %% ../../../nbs/distill/study/study.ipynb #e32972c2
+# %% ../../../nbs/distill/study/study.ipynb #335d7bde
 @patch
 def train(self:Study,
     arm:str,    # Name of the arm
@@ -123,6 +124,7 @@ def train(self:Study,
         self._keep(learn, arm, epochs, seed)
         return {**seconds, **(more if isinstance(more, dict) else {}), **self.measure(learn)}
 
+# %% ../../../nbs/distill/study/study.ipynb #4c5f230d
 @patch
 def _keep(self:Study, learn, arm, epochs, seed):
     if self.models is None: return
@@ -130,7 +132,7 @@ def _keep(self:Study, learn, arm, epochs, seed):
     if epochs>longest: self.models.clear()
     if epochs>=longest: self.models[arm, epochs, seed] = learn.model
 
-# %% ../../../nbs/distill/study/study.ipynb #34975ac7
+# %% ../../../nbs/distill/study/study.ipynb #505f2202
 def _listed(name, o):
     "A list of whole numbers out of one, or several"
     o = list(listify(o))
@@ -138,6 +140,7 @@ def _listed(name, o):
     if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
     return o
 
+# %% ../../../nbs/distill/study/study.ipynb #a1de4a31
 @patch
 def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
@@ -159,6 +162,7 @@ def run(self:Study,
     ticks.close()
     return self
 
+# %% ../../../nbs/distill/study/study.ipynb #52866a9b
 @patch(as_prop=True)
 def runs(self:Study)->pd.DataFrame:
     "The runs that were asked for and are finished, arm by arm, whatever else the log has"
@@ -171,7 +175,7 @@ def finished(self:Study)->dict:
     asked = sorted(self.asked, key=lambda k: order.index(k[0]))
     return {k:row for k in asked if (row := self.log.find(**self.asked[k]))}
 
-# %% ../../../nbs/distill/study/study.ipynb #046ef32e
+# %% ../../../nbs/distill/study/study.ipynb #38c23451
 @patch
 def named(self:Study)->pd.DataFrame:
     "The runs with the name of their arm"
@@ -183,6 +187,7 @@ def _metric(self:Study, metric):
     if metric not in self.metrics: raise ValueError(unknown_name('metric', metric, self.metrics))
     return metric
 
+# %% ../../../nbs/distill/study/study.ipynb #397d5cd4
 @patch
 def table(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -194,6 +199,7 @@ def table(self:Study,
     baseline = self.baseline if any(k[0]==self.baseline for k in self.asked) else None
     return summary(self.named(), metric, baseline, lowest=lowest)
 
+# %% ../../../nbs/distill/study/study.ipynb #955d51aa
 @patch
 def tests(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
@@ -202,7 +208,7 @@ def tests(self:Study,
     seeds"""
     return at_equal_epochs(by_arm(self.named()), self._metric(metric), self.baseline)
 
-# %% ../../../nbs/distill/study/study.ipynb #ce761bca
+# %% ../../../nbs/distill/study/study.ipynb #b52dcef7
 @patch
 def verdict(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -220,6 +226,7 @@ def verdict(self:Study,
             lines.append(f'{arm}, {n} epochs{name}: {words}')
     return '\n'.join(lines) or "One seed is an anecdote: run several to know whether anything helped."
 
+# %% ../../../nbs/distill/study/study.ipynb #bba629b0
 @patch
 def plot(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics

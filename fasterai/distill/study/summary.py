@@ -26,7 +26,7 @@ def by_arm(
         raise ValueError(f"there are two runs of {r[arm]}, {r.epochs} epochs, seed {r.seed}: keep one")
     return dict(list(runs.set_index('seed').groupby([arm, 'epochs'], sort=False)))
 
-# %% ../../../nbs/distill/study/summary.ipynb #69dd0e2c
+# %% ../../../nbs/distill/study/summary.ipynb #8ef45400
 def differences(
     a:pd.Series, # A number for each seed, which is the index
     b:pd.Series, # The other arm's
@@ -39,6 +39,7 @@ def _adjust(tests):
     ps = adjusted([t.p for t in tests.values()])
     return {k:t._replace(p=float(p)) for (k,t),p in zip(tests.items(), ps)}
 
+# %% ../../../nbs/distill/study/summary.ipynb #efe71caf
 def at_equal_epochs(
     groups:dict,    # From `by_arm`
     metric:str,     # The column that counts
@@ -50,7 +51,7 @@ def at_equal_epochs(
     found = {k:differences(groups[k][metric], b[metric]) for k,b in pairs.items() if b is not None}
     return _adjust({k:t for k,t in found.items() if t})
 
-# %% ../../../nbs/distill/study/summary.ipynb #d9cc481f
+# %% ../../../nbs/distill/study/summary.ipynb #d4a48ae8
 def as_long(
     groups:dict,    # From `by_arm`
     seconds:float,  # That it should have taken
@@ -61,6 +62,7 @@ def as_long(
     long = [n for n in lengths if groups[baseline, n].seconds.median()>0.9*seconds]
     return long[0] if long else lengths[-1]
 
+# %% ../../../nbs/distill/study/summary.ipynb #95ea7ae7
 def at_equal_time(
     groups:dict,    # From `by_arm`
     metric:str,     # The column that counts
@@ -74,9 +76,10 @@ def at_equal_time(
     found = {k:differences(g[metric], other(g)[metric]) for k,g in mine.items()}
     return _adjust({k:t for k,t in found.items() if t})
 
-# %% ../../../nbs/distill/study/summary.ipynb #f4dee41c
+# %% ../../../nbs/distill/study/summary.ipynb #f4c3465f
 def _columns(name, t): return {name:t.diff, f'{name}_low':t.ci[0], f'{name}_high':t.ci[1], f'{name}_p':t.p} if t else {}
 
+# %% ../../../nbs/distill/study/summary.ipynb #2d9528e4
 def summary(
     runs:pd.DataFrame,     # A row for each run: the arm, `epochs`, `seed`, `seconds`, and the metric
     metric:str='accuracy', # The column that counts
@@ -105,13 +108,14 @@ def summary(
         rows.append(row)
     return pd.DataFrame(rows).sort_values(metric, ascending=lowest, ignore_index=True)
 
-# %% ../../../nbs/distill/study/summary.ipynb #10fb607a
+# %% ../../../nbs/distill/study/summary.ipynb #1d1a821d
 def _number(r, k, form): return format(r[k], form) if pd.notna(r.get(k)) else ''
 
 def _interval(r, k, form):
     if pd.isna(r.get(k)): return ''
     return f"{r[k]:{form}} ({r[f'{k}_low']:{form}} to {r[f'{k}_high']:{form}})"
 
+# %% ../../../nbs/distill/study/summary.ipynb #69a1ef12
 def readable(
     table:pd.DataFrame,    # From `summary`
     metric:str='accuracy', # As there
@@ -133,7 +137,7 @@ def readable(
                      'of':_number(r, f'{baseline}_epochs', '.0f') if later else ''})
     return pd.DataFrame(rows).set_index('').rename_axis(None)
 
-# %% ../../../nbs/distill/study/summary.ipynb #b0ee7629
+# %% ../../../nbs/distill/study/summary.ipynb #643fae1a
 def lower_is_better(
     metric:str, # Its name
 )->bool:
@@ -146,6 +150,7 @@ def is_share(
     "Is it a share, such as an accuracy, which people read in percent?"
     return any(s in metric for s in ('acc', 'error_rate', 'precision', 'recall', 'f1', 'dice', 'jaccard'))
 
+# %% ../../../nbs/distill/study/summary.ipynb #65c81180
 def in_words(
     t:PairedTest,          # The difference to the baseline
     seeds:int,             # How many there were

@@ -31,7 +31,7 @@ from .setting import setting_text, teacher_text
 from .study import Study
 from .summary import at_equal_epochs, by_arm, lower_is_better
 
-# %% ../../../nbs/distill/study/sweep.ipynb #5f279425
+# %% ../../../nbs/distill/study/sweep.ipynb #af6c69d1
 presets = dict(temperature={'T':[1, 2, 3, 5, 10]},       # how soft the targets are
                soft_hard={'weight':[0., 0.5, 1.]})       # labels only, both, teacher only
 
@@ -48,6 +48,7 @@ def _values(grid):
     raise ValueError("grid is empty: name at least one hyper-parameter with values, e.g. {'T': [1, 3, 10]}, "
                      f"got {grid!r}")
 
+# %% ../../../nbs/distill/study/sweep.ipynb #99636d9f
 def _points(grid, loss):
     "Every combination, after a check of names and values"
     grid = _values(grid)
@@ -58,6 +59,7 @@ def _points(grid, loss):
         for v in vs: _text(k, v)
     return [dict(zip(grid, vs)) for vs in product(*grid.values())]
 
+# %% ../../../nbs/distill/study/sweep.ipynb #fe228e67
 def _text(name, v):
     "A value as the file has it, the same in every process"
     if isinstance(v, (bool, np.bool_, int, float, np.number)): return cell(name, v)
@@ -66,7 +68,7 @@ def _text(name, v):
     if ' at 0x' not in s: return s
     raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
 
-# %% ../../../nbs/distill/study/sweep.ipynb #238d4bd5
+# %% ../../../nbs/distill/study/sweep.ipynb #2f692816
 def _bind(loss, hypers):
     "One loss with those of `hypers` that it names"
     mine = {k:v for k,v in hypers.items() if k in as_terms(loss)[0].hypers}
@@ -80,13 +82,14 @@ def _with(loss, hypers):
     if isinstance(loss, dict): return {_bind(l, hypers):w for l,w in loss.items()}
     return [_bind(l, hypers) for l in loss] if isinstance(loss, (list, tuple)) else _bind(loss, hypers)
 
+# %% ../../../nbs/distill/study/sweep.ipynb #f9a89751
 def _arm(teacher, loss, point, kwargs):
     "Arguments of a point's callback"
     of_cb = {k:v for k,v in point.items() if k in _cb_args and k!='loss'}
     hypers = {k:v for k,v in point.items() if k not in _cb_args}
     return dict(teacher=teacher, loss=_with(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #dd8f904c
+# %% ../../../nbs/distill/study/sweep.ipynb #5b27fcf8
 class Sweep:
     "The runs of a sweep: `runs` has a row for each, `table()` sums them up, `plot()` draws them"
     def __init__(self,
@@ -143,9 +146,10 @@ class Sweep:
     def _repr_html_(self): return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
     def __repr__(self): return self.table().to_string(index=False, na_rep='')
 
+# %% ../../../nbs/distill/study/sweep.ipynb #a1365edc
 def _spread(v): return {'seeds':len(v), v.name:v.mean(), 'sd':v.std()}
 
-# %% ../../../nbs/distill/study/sweep.ipynb #7b4fac14
+# %% ../../../nbs/distill/study/sweep.ipynb #9175a821
 @patch
 def plot(self:Sweep,
     metric:str=None, # Name; None: the first of the learner's metrics
@@ -164,6 +168,7 @@ def plot(self:Sweep,
         with look(): ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
     return axs
 
+# %% ../../../nbs/distill/study/sweep.ipynb #7e4d24af
 def _lines(runs, others):
     "A line for each value of one other hyper-parameter; one in all if there are more"
     if len(others)!=1 or runs[others[0]].nunique()>len(COLORS): return [('distilled', runs)]
@@ -177,18 +182,20 @@ def _line(ax, runs, p, metric, color, label):
     else: x = [plain(o) for o in x]
     ax.errorbar(x, mean, by.std().fillna(0), fmt='o-', capsize=3, color=color, label=plain(label))
 
+# %% ../../../nbs/distill/study/sweep.ipynb #c5d9066f
 def _level(ax, vals, name, style):
     if not len(vals): return
     mean,sd = vals.mean(),vals.std()
     ax.axhline(mean, color=GREY, ls=style, label=name)
     if len(vals)>1: ax.axhspan(mean-sd, mean+sd, color=GREY, alpha=0.12, lw=0)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #54497777
+# %% ../../../nbs/distill/study/sweep.ipynb #2e648fb1
 def _check_kwargs(kwargs, point):
     for k,v in kwargs.items():
         if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
         if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
 
+# %% ../../../nbs/distill/study/sweep.ipynb #3255b726
 def sweep(
     make_learner:Callable,         # `make_learner()` gives a fresh Learner of the student
     teacher,                       # As for `KnowledgeDistillationCallback`
@@ -219,6 +226,7 @@ def sweep(
     study.run(epochs, list(seeds), progress=progress)
     return Sweep(study.log.frame([*judged, *study.finished().values()]), params, study.metrics)
 
+# %% ../../../nbs/distill/study/sweep.ipynb #2a09a65e
 def _judge(study, teacher):
     "The row of the teacher, judged as the student is; none for several"
     row = dict(run='teacher', setting=setting_text(teacher=teacher_text(teacher), data=study.own['data']))
