@@ -4,12 +4,14 @@
     python benchmarks/accuracy.py cifar10_small --data DIR               # DIR/cifar10_small/{train,test}/<class>/*
     python benchmarks/accuracy.py cifar10_small --data DIR --seeds 0 --only SoftTarget,Attention --out again.csv
 
-It is a `Study` with an arm for each loss. One line per run goes into `benchmarks/results/accuracy-SETTING.csv` as soon as it is finished; what is there
-already is not run again, so it may be stopped at any time, and several commands with other `--seeds` may share a file. The teacher is trained once and kept
-in `models/`. `accuracy_table.py` makes the tables and plots.
+It is a `Study` with an arm for each loss. One line per run goes into `benchmarks/results/accuracy-SETTING.csv` as
+soon as it is finished; what is there already is not run again, so it may be stopped at any time, and several commands
+with other `--seeds` may share a file. The teacher is trained once and kept in `models/`. `accuracy_table.py` makes
+the tables and plots.
 
-The losses' weights are those of the papers, or of the CIFAR-100 benchmark of Tian et al. (ICLR 2020, arXiv 1910.10699), beside a full task loss where these
-say no other. `BinaryKD`, `Ranking`, `NKD` and `Logits` have none that would fit these tasks; theirs are round numbers that were set before the first run."""
+The losses' weights are those of the papers, or of the CIFAR-100 benchmark of Tian et al. (ICLR 2020, arXiv
+1910.10699), beside a full task loss where these say no other. `BinaryKD`, `Ranking`, `NKD` and `Logits` have none
+that would fit these tasks; theirs are round numbers that were set before the first run."""
 import ctypes
 import gc
 import os
@@ -41,26 +43,29 @@ from fastcore.script import call_parse
 from settings import SETTINGS
 
 here = Path(__file__).parent
-COLS = ['setting', 'loss', 'epochs', 'seed', 'accuracy', 'best', 'task_weight', 'weight', 'task_loss', 'distill_loss', 'seconds', 'memory_mb',
-        'teacher', 'teacher_accuracy', 'device', 'torch', 'fastai', 'commit']
+COLS = ['setting', 'loss', 'epochs', 'seed', 'accuracy', 'best', 'task_weight', 'weight', 'task_loss', 'distill_loss',
+        'seconds', 'memory_mb', 'teacher', 'teacher_accuracy', 'device', 'torch', 'fastai', 'commit']
 
 
 def logit_losses(s):
     "Loss, or loss and weight, or all arguments"
-    return {'SoftTarget': dict(loss=partial(SoftTarget, T=4), weight=0.9, task_weight=0.1), 'Logits': Logits, 'Mutual': Mutual,
+    soft = dict(loss=partial(SoftTarget, T=4), weight=0.9, task_weight=0.1)
+    return {'SoftTarget': soft, 'Logits': Logits, 'Mutual': Mutual,
             'DecoupledKD': partial(DecoupledKD, T=4, beta=s.beta)}
 
 def map_losses(s):
     "Loss, weight and layers, or all arguments"
     boundaries = {partial(ActivationBoundaries, m=1): s.ab}  # alone at first, then the task alone
-    return {'Attention': (Attention, 1000, s.stages), 'FitNet': (FitNet, 100, s.hint), 'Similarity': (Similarity, 3000, s.last),
-            'ActivationBoundaries': dict(loss=boundaries, weight=1, task_weight=None, activations_student=s.before, end_pct=1/8)}
+    first = dict(loss=boundaries, weight=1, task_weight=None, activations_student=s.before, end_pct=1/8)
+    return {'Attention': (Attention, 1000, s.stages), 'FitNet': (FitNet, 100, s.hint),
+            'Similarity': (Similarity, 3000, s.last), 'ActivationBoundaries': first}
 
 def later_losses(s):
     "Those that came after the first tutorials"
     both = {partial(SoftTarget, T=4): 0.9, Attention: 1000}
-    return {'HardTarget': dict(loss=HardTarget, weight=0.5, task_weight=0.5), 'NKD': NKD, 'DIST': (partial(DIST, T=4), 2), 'TTM': (TTM, 45),
-            'WTTM': (WTTM, 45), 'BinaryKD': (BinaryKD, 10), 'Ranking': (Ranking, 0.1),
+    return {'HardTarget': dict(loss=HardTarget, weight=0.5, task_weight=0.5), 'NKD': NKD,
+            'DIST': (partial(DIST, T=4), 2), 'TTM': (TTM, 45), 'WTTM': (WTTM, 45),
+            'BinaryKD': (BinaryKD, 10), 'Ranking': (Ranking, 0.1),
             'standardize(SoftTarget)': dict(loss=partial(standardize(SoftTarget), T=2), weight=9, task_weight=0.1),
             'SoftTarget + Attention': dict(loss=both, weight=1, task_weight=0.1, activations_student=s.stages),
             'CWD': (CWD, 50, s.last), 'ChannelStats': (ChannelStats, 0.08, s.last), 'NST': (NST, 50, s.stages),
@@ -70,7 +75,8 @@ def later_losses(s):
 def light_losses(s):
     "As a first try of the callback has them"
     losses = Attention, FitNet, Similarity, ActivationBoundaries
-    return {f'{o.__name__} at 0.5': dict(loss=o, weight=0.5, task_weight=0.5, activations_student=s.stages) for o in losses}
+    half = dict(weight=0.5, task_weight=0.5, activations_student=s.stages)
+    return {f'{o.__name__} at 0.5': dict(loss=o, **half) for o in losses}
 
 def recipe(r):
     "Arguments of the callback"
@@ -79,11 +85,13 @@ def recipe(r):
     return dict(loss=loss, weight=weight, task_weight=1, activations_student=layers)
 
 def recipes(s):
-    "Arguments of the callback for each loss, by its name; the losses of the first tutorials come first. None trains without a teacher"
+    """Arguments of the callback for each loss, by its name; the losses of the first tutorials come first. None trains
+    without a teacher"""
     found = logit_losses(s) | map_losses(s) | later_losses(s) | light_losses(s)
     return {'alone': None} | {k:recipe(r) for k,r in found.items()}
 
-SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
+SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD',
+                'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
 
 
 def learner(s, dls, net):
@@ -93,7 +101,8 @@ def learner(s, dls, net):
 
 
 def fit(learn, epochs, cbs=None):
-    "Train, and tell the seconds: of the processor where that is what trains, since other work on the machine does not count"
+    """Train, and tell the seconds: of the processor where that is what trains, since other work on the machine does
+    not count"""
     clock = time.perf_counter if learn.dls.device.type=='cuda' else time.process_time
     start = clock()
     learn.fit_one_cycle(epochs, cbs=cbs)
@@ -171,7 +180,8 @@ def run(s, dls, teacher, recipe, epochs, seed):
 def commit():
     "The commit of this checkout, with a plus if what runs has been edited since"
     def git(*args): return subprocess.run(['git', '-C', here, *args], capture_output=True, text=True).stdout.strip()
-    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--', '../fasterai', '*.py') else '')
+    edited = git('status', '--porcelain', '--', '../fasterai', '*.py')
+    return git('rev-parse', '--short', 'HEAD') + ('+' if edited else '')
 
 
 def plan(s, only, epochs):
@@ -179,7 +189,8 @@ def plan(s, only, epochs):
     known = recipes(s)
     for o in only:
         if o not in known: raise SystemExit(f"--only: no loss {o!r}; there are {', '.join(known)}")
-    return [(o, epochs) for o in (only or known)] + [('alone', round(epochs*f)) for f in s.longer if not only or 'alone' in only]
+    longer = s.longer if not only or 'alone' in only else ()
+    return [(o, epochs) for o in (only or known)] + [('alone', round(epochs*f)) for f in longer]
 
 
 def number_range(seeds):
@@ -192,10 +203,12 @@ def number_range(seeds):
 def check_rows(log, teacher, rows):
     "Refuse a file of another teacher, or of other weights"
     if others := {r['teacher'] for r in log.rows} - {teacher}:
-        raise SystemExit(f"--out: the runs of {log.path.name} had another teacher ({others.pop()}, here {teacher}): give another file")
+        raise SystemExit(f"--out: the runs of {log.path.name} had another teacher ({others.pop()}, here {teacher}): "
+                         "give another file")
     for name,row in rows.items():
         if log.find(loss=name) and not log.find(**row):
-            raise SystemExit(f"--out: the runs of {name} in {log.path.name} had other weights, or another setting: give another file")
+            raise SystemExit(f"--out: the runs of {name} in {log.path.name} had other weights, or another setting: "
+                             "give another file")
 
 
 @call_parse
@@ -229,4 +242,5 @@ def main(
             before = len(runs.log.rows)
             runs.run(n, [seed], [loss], progress=False)
             for row in runs.log.rows[before:]:
-                print(f"seed {seed}, {n} epochs, {loss}: {float(row['accuracy']):.1f} %, {float(row['seconds']):.0f} s", flush=True)
+                acc,seconds = float(row['accuracy']),float(row['seconds'])
+                print(f"seed {seed}, {n} epochs, {loss}: {acc:.1f} %, {seconds:.0f} s", flush=True)

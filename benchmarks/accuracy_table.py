@@ -2,9 +2,10 @@
 
     python benchmarks/accuracy_table.py benchmarks/results/accuracy-*.csv --picture gains.png
 
-For each loss the accuracy after the last epoch (mean and standard deviation over the seeds, and the 95 % interval of the mean), and the difference to the
-students without a teacher, paired by seed, with its 95 % interval: at as many epochs, and against the shortest training without a teacher that took as long
-(a tenth less will do; the longest one if none did). The p-values of a table are adjusted for their number (Benjamini and Hochberg's false discovery rate);
+For each loss the accuracy after the last epoch (mean and standard deviation over the seeds, and the 95 % interval of
+the mean), and the difference to the students without a teacher, paired by seed, with its 95 % interval: at as many
+epochs, and against the shortest training without a teacher that took as long (a tenth less will do; the longest one
+if none did). The p-values of a table are adjusted for their number (Benjamini and Hochberg's false discovery rate);
 the intervals are not. The statistics are those of `fasterai.distill.study.summary`."""
 from argparse import ArgumentParser
 from functools import partial
@@ -21,8 +22,10 @@ plot = partial(plot_gains, arm='loss')
 def table(
     runs, # Lines of one setting
 ):
-    "A row for each loss and length of training, the best first. Raises ValueError without runs of `alone`, for a run that is there twice, or a single seed"
-    if runs.seed.nunique()<2: raise ValueError(f"runs: intervals need two seeds at least, got seed {runs.seed.iloc[0]} only")
+    """A row for each loss and length of training, the best first. Raises ValueError without runs of `alone`, for a
+    run that is there twice, or a single seed"""
+    if runs.seed.nunique()<2:
+        raise ValueError(f"runs: intervals need two seeds at least, got seed {runs.seed.iloc[0]} only")
     df = summary(runs, arm='loss')
     groups = runs.groupby(['loss', 'epochs'])
     more = groups.agg(task_weight=('task_weight', 'first'), weight=('weight', 'first'), best=('best', 'mean'))
@@ -30,7 +33,8 @@ def table(
 
 
 def readable(df):
-    "The table as text: an accuracy and the half of its 95 % interval, gains with theirs, p-values, and `time` in units of the student's without a teacher"
+    """The table as text: an accuracy and the half of its 95 % interval, gains with theirs, p-values, and `time` in
+    units of the student's without a teacher"""
     text = as_text(df, arm='loss')
     weights = [' + '.join(f'{r[k]:g}' for k in ('task_weight', 'weight') if pd.notna(r[k])) for _,r in df.iterrows()]
     text.insert(0, 'weights', weights)
@@ -56,7 +60,8 @@ def main():
         runs = pd.read_csv(f)
         if args.only: runs = runs[runs.loss.isin(['alone', *args.only.split(',')])]
         t = tables[f.stem.removeprefix('accuracy-')] = table(runs)
-        print(f'\n{f.stem}: teacher {runs.teacher_accuracy.iloc[0]:.1f} %, {runs.device.iloc[0]}\n{readable(t).to_string()}')
+        first = runs.iloc[0]
+        print(f'\n{f.stem}: teacher {first.teacher_accuracy:.1f} %, {first.device}\n{readable(t).to_string()}')
     if args.picture: picture(tables, args.picture)
 
 

@@ -1,6 +1,7 @@
 """Who learns from whom, on which images, for how long: the settings of `accuracy.py`.
 
-Images are held in memory as one tensor, on the device that trains, and augmented a batch at a time; so an epoch costs little more than its forward and backward passes."""
+Images are held in memory as one tensor, on the device that trains, and augmented a batch at a time; so an epoch costs
+little more than its forward and backward passes."""
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,24 +31,29 @@ class ShiftFlip(ItemTransform):
         rows,cols = dy+torch.arange(h, device=x.device),dx+torch.arange(w, device=x.device)
         cols = torch.where(torch.rand(n, 1, device=x.device)<0.5, cols, cols.flip(1))
         i = torch.arange(n, device=x.device)
-        return (F.pad(x, [self.pad]*4).movedim(1, -1)[i[:, None, None], rows[:, :, None], cols[:, None]].movedim(-1, 1), *rest)
+        padded = F.pad(x, [self.pad]*4).movedim(1, -1)
+        return (padded[i[:, None, None], rows[:, :, None], cols[:, None]].movedim(-1, 1), *rest)
 
 
 class BatchDL(TfmdDL):
     "Takes whole batches out of the dataset's tensors"
     def __init__(self, *args, **kwargs): super().__init__(*args, num_workers=0, **kwargs)
-    def create_batches(self, samps): yield from (tuple(t[list(i)] for t in self.dataset.tensors) for i in self.chunkify(iter(samps)))
+    def create_batches(self, samps):
+        for i in self.chunkify(iter(samps)): yield tuple(t[list(i)] for t in self.dataset.tensors)
 
 
 def image_dls(train, valid, label, size, bs, pad, device):
     "`DataLoaders` of two lists of files, squares of `size` pixels, whose class is `label(file)`"
     classes = sorted({label(f) for f in train})
     def load(f): return np.asarray(ImageOps.fit(Image.open(f).convert('RGB'), (size, size), Image.Resampling.BILINEAR))
-    xs = [torch.from_numpy(np.stack([load(f) for f in files])).movedim(-1, 1).float().div_(255) for files in (train, valid)]
+    def images(files): return torch.from_numpy(np.stack([load(f) for f in files])).movedim(-1, 1).float().div_(255)
+    def labels(files): return torch.tensor([classes.index(label(f)) for f in files], device=device)
+    xs = [images(files) for files in (train, valid)]
     mean,std = (f(xs[0].movedim(1, 0).flatten(1), dim=1)[:, None, None] for f in (torch.mean, torch.std))
-    ds = [TensorDataset(((x-mean)/std).to(device), torch.tensor([classes.index(label(f)) for f in files], device=device)) for x,files in zip(xs, (train, valid))]
+    ds = [TensorDataset(((x-mean)/std).to(device), labels(files)) for x,files in zip(xs, (train, valid))]
     for d in ds: d.n_inp = 1  # else fastai draws a batch to find out
-    dls = DataLoaders(BatchDL(ds[0], bs=bs, shuffle=True, drop_last=True, after_batch=[ShiftFlip(pad)]), BatchDL(ds[1], bs=4*bs), device=device)
+    train_dl = BatchDL(ds[0], bs=bs, shuffle=True, drop_last=True, after_batch=[ShiftFlip(pad)])
+    dls = DataLoaders(train_dl, BatchDL(ds[1], bs=4*bs), device=device)
     dls.c = len(classes)
     return dls
 
@@ -78,14 +84,14 @@ def few_digits(path, device):
 @dataclass
 class Setting:
     "A pair of networks, their data, and the recipe with which they are trained"
-    data:Callable           # `DataLoaders` from a folder and a device; in their attribute `teacher` the teacher's, if these are others
+    data:Callable           # `DataLoaders` from a folder and a device; `.teacher`: the teacher's, if others
     teacher:Callable        # A new teacher, given the number of classes
     student:Callable        # A new student
     epochs:int              # Of a student, and of a teacher
     lr:float                # Highest learning rate, for all
     stages:dict             # Layers to compare, student to teacher, from the first to the last
     before:dict             # The same in front of their activations
-    ab:float                # Weight of `ActivationBoundaries`: 3/1000 of the deepest map's numbers, which makes a mean of the authors' sum
+    ab:float                # Weight of `ActivationBoundaries`: 3/1000 of the deepest map's size, ours being a mean
     opt:Callable = partial(SGD, mom=0.9)
     wd:float = 5e-4
     beta:float = 2          # Of `DecoupledKD`, as its authors have it for the pair or its like
@@ -103,30 +109,55 @@ class Setting:
     def last(self): return dict([list(self.stages.items())[-1]])
 
 
+def same(*layers):
+    "Layers of one name in student and teacher"
+    return {o:o for o in layers}
+
+
 def cifar_pair(teacher, student, n_t, n_s, ab=12.3, **kwargs):
     "Two residual networks, with `n_t` and `n_s` blocks in a stage"
-    return Setting(teacher=teacher, student=student, stages={f'stages.{i}':f'stages.{i}' for i in range(3)},
-                   before={f'stages.{i}.{n_s-1}.act:input':f'stages.{i}.{n_t-1}.act:input' for i in range(3)}, ab=ab, **kwargs)
+    before = {f'stages.{i}.{n_s-1}.act:input':f'stages.{i}.{n_t-1}.act:input' for i in range(3)}
+    stages = same(*(f'stages.{i}' for i in range(3)))
+    return Setting(teacher=teacher, student=student, stages=stages, before=before, ab=ab, **kwargs)
 
 
 resnet,wrn = cifar_nets.resnet,cifar_nets.wrn
 cifar = partial(folder_dls, valid='test', size=32, pad=4)
+
 resnet_stages = [f'layer{i}' for i in range(1, 5)]
-resnets = dict(teacher=lambda c: models.resnet34(num_classes=c), student=lambda c: models.resnet18(num_classes=c), stages={o:o for o in resnet_stages},
-               before={f'{o}.1.relu:input':f'{o}.{n}.relu:input' for o,n in zip(resnet_stages, (2, 3, 5, 2))}, ab=6.1)
-wrns = dict(teacher=lambda c: wrn(40, 2, c), student=lambda c: wrn(16, 2, c), ab=24.6, beta=6, stages={f'stages.{i}':f'stages.{i}' for i in range(3)},
-            before={'stages.1.0.pre.1:input':'stages.1.0.pre.1:input', 'stages.2.0.pre.1:input':'stages.2.0.pre.1:input', 'stages.2.3:input':'stages.2.7:input'})
-vgg_mobile = dict(teacher=cifar_nets.vgg13, student=cifar_nets.mobilenetv2, ab=24.6, beta=6, stages={f'stages.{i}':f'stages.{i+1}' for i in range(4)},
-                  before={'stages.0':'stages.1.6:input', 'stages.1':'stages.2.6:input', 'stages.2':'stages.3.6:input', 'stages.3.6:input':'stages.4.5:input'})
-on_gpu = dict(folder='cifar100', data=partial(cifar, bs=256), epochs=240, lr=0.2, opt=partial(SGD, mom=0.9, decouple_wd=False))  # the literature's weight decay
+resnets = dict(
+    teacher=lambda c: models.resnet34(num_classes=c), student=lambda c: models.resnet18(num_classes=c), ab=6.1,
+    stages=same(*resnet_stages),
+    before={f'{o}.1.relu:input':f'{o}.{n}.relu:input' for o,n in zip(resnet_stages, (2, 3, 5, 2))})
+
+wrns = dict(
+    teacher=lambda c: wrn(40, 2, c), student=lambda c: wrn(16, 2, c), ab=24.6, beta=6,
+    stages=same(*(f'stages.{i}' for i in range(3))),
+    before={**same('stages.1.0.pre.1:input', 'stages.2.0.pre.1:input'), 'stages.2.3:input':'stages.2.7:input'})
+
+vgg_mobile = dict(
+    teacher=cifar_nets.vgg13, student=cifar_nets.mobilenetv2, ab=24.6, beta=6,
+    stages={f'stages.{i}':f'stages.{i+1}' for i in range(4)},
+    before={'stages.0':'stages.1.6:input', 'stages.1':'stages.2.6:input', 'stages.2':'stages.3.6:input',
+            'stages.3.6:input':'stages.4.5:input'})
+
+literature = partial(SGD, mom=0.9, decouple_wd=False)  # with its weight decay
+on_gpu = dict(folder='cifar100', data=partial(cifar, bs=256), epochs=240, lr=0.2, opt=literature)
 
 SETTINGS = dict(
-    digits=Setting(few_digits, lambda c: digits_net(32, c), lambda c: digits_net(8, c), epochs=150, lr=3e-2, teacher_epochs=10, opt=Adam, wd=1e-2, amp=False,
-                   stages={str(i):str(i) for i in range(3)}, before={f'{i}.2:input':f'{i}.2:input' for i in range(3)}, ab=0.77),
-    cifar10_small=cifar_pair(lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64), epochs=30, teacher_epochs=60, lr=0.3, longer=(2,)),
+    digits=Setting(
+        few_digits, lambda c: digits_net(32, c), lambda c: digits_net(8, c), epochs=150, lr=3e-2, teacher_epochs=10,
+        opt=Adam, wd=1e-2, amp=False, ab=0.77, stages=same('0', '1', '2'),
+        before=same(*(f'{i}.2:input' for i in range(3)))),
+    cifar10_small=cifar_pair(
+        lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64),
+        epochs=30, teacher_epochs=60, lr=0.3, longer=(2,)),
     pets96=Setting(partial(pets_dls, size=64, pad=8, bs=32), **resnets, folder='pets96', epochs=40, lr=1e-2),
-    imagenette=Setting(partial(folder_dls, valid='val', size=64, pad=8, bs=64), **resnets, folder='imagenette2sq_96', epochs=20, lr=3e-2),
-    cifar100_resnet32x4_8x4=cifar_pair(lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, ab=49, beta=8, **on_gpu),
+    imagenette=Setting(
+        partial(folder_dls, valid='val', size=64, pad=8, bs=64), **resnets, folder='imagenette2sq_96',
+        epochs=20, lr=3e-2),
+    cifar100_resnet32x4_8x4=cifar_pair(
+        lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, ab=49, beta=8, **on_gpu),
     cifar100_resnet56_20=cifar_pair(lambda c: resnet(56, c), lambda c: resnet(20, c), 9, 3, **on_gpu),
     cifar100_wrn40_2_16_2=Setting(**wrns, **on_gpu),
     cifar100_vgg13_mobilenetv2=Setting(**vgg_mobile, **on_gpu | dict(lr=0.05)),

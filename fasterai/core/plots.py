@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 from cycler import cycler
 
-# %% ../../nbs/core/plots.ipynb #0107b962
+# %% ../../nbs/core/plots.ipynb #96d70343
 GREY = '#797979' # as far from white as from the near-black of dark pages
 COLORS = ['#4a8fd4', '#d9733a', '#3f9f74', '#c45d92', '#8a78cf', '#a58a34']
 
 _clear = dict.fromkeys(['figure.facecolor', 'axes.facecolor', 'savefig.facecolor'], 'none')
-_grey = dict.fromkeys(['text.color', 'axes.labelcolor', 'axes.titlecolor', 'axes.edgecolor', 'xtick.color', 'ytick.color',
-                       'grid.color', 'legend.labelcolor'], GREY)
+_grey = dict.fromkeys(['text.color', 'axes.labelcolor', 'axes.titlecolor', 'axes.edgecolor', 'xtick.color',
+                       'ytick.color', 'grid.color', 'legend.labelcolor'], GREY)
 _rc = {**_clear, **_grey, 'grid.alpha':0.25, 'axes.prop_cycle':cycler(color=COLORS), 'legend.frameon':False,
        'axes.spines.top':False, 'axes.spines.right':False, 'axes.titlesize':'medium'}
 
@@ -30,6 +30,7 @@ def look():
     try: yield
     finally: plt.rcParams.update(was)
 
+# %% ../../nbs/core/plots.ipynb #6b80966b
 def new_axes(
     rows:int=1,      # Rows of axes
     cols:int=1,      # Columns of axes

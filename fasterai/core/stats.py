@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-# %% ../../nbs/core/stats.ipynb #a4e37692
+# %% ../../nbs/core/stats.ipynb #8e10c0b7
 class PairedTest(NamedTuple):
     "A mean difference and how sure it is"
     diff:float             # Mean of `a - b`
@@ -29,6 +29,7 @@ def _pair(a, b, least=1):
     if len(a)<least: raise ValueError(f"a and b must hold at least {least} values each, got {len(a)}")
     return a,b
 
+# %% ../../nbs/core/stats.ipynb #9868ac8a
 def paired_test(
     a:Sequence[float],  # One result for each seed, e.g. distilled
     b:Sequence[float],  # The other recipe's, same seeds in the same order, e.g. alone
@@ -63,7 +64,7 @@ def adjusted(
     if known.any(): ps[known] = stats.false_discovery_control(ps[known])
     return ps
 
-# %% ../../nbs/core/stats.ipynb #ff235208
+# %% ../../nbs/core/stats.ipynb #104270ac
 def bootstrap_ci(
     x:Sequence[float],       # One value per sample, e.g. 1 where the prediction is right
     stat:Callable=np.mean,   # What is computed of them; takes `axis`
@@ -78,12 +79,13 @@ def bootstrap_ci(
     ci = _draws((x,), stat, n, seed, confidence_level=conf).confidence_interval
     return float(ci.low),float(ci.high)
 
+# %% ../../nbs/core/stats.ipynb #d46dd343
 def _draws(data, stat, n, seed, **kwargs):
     "scipy's bootstrap; `batch` bounds the memory, to about ten million drawn values at a time"
     return stats.bootstrap(data, stat, n_resamples=n, batch=max(1, 10**7//len(data[0])), method='percentile',
                            random_state=np.random.default_rng(seed), **kwargs)
 
-# %% ../../nbs/core/stats.ipynb #7b60fb13
+# %% ../../nbs/core/stats.ipynb #15ece8ee
 def paired_bootstrap(
     a:Sequence[float],  # One value per sample, e.g. 1 where the distilled student is right
     b:Sequence[float],  # The other model's, same samples in the same order
@@ -97,6 +99,7 @@ def paired_bootstrap(
 
 def _mean_difference(a, b, axis=-1): return (a-b).mean(axis)
 
+# %% ../../nbs/core/stats.ipynb #bd70ee38
 def boot_test(
     diff:float,               # The difference that was measured
     draws:Sequence[float],    # The same of every resample

@@ -33,14 +33,15 @@ from .study.compare import compare, plot_compare, plot_soft_targets
 from .study.report import save_report
 from .loss.terms import Term
 
-# %% ../../nbs/distill/cli.ipynb #d6e8d9c7
+# %% ../../nbs/distill/cli.ipynb #80e21f6f
 _learned = 'VID','CRD','ReviewKD','OFD'
 
 def loss_by_name(
     name:str,      # One of `available_losses`, or VID, CRD, ReviewKD, OFD
     T:float=None,  # Temperature, for losses that have one
 ):
-    "The loss function called `name`, at temperature `T`. Raises ValueError for an unknown name or a temperature it does not take"
+    """The loss function called `name`, at temperature `T`. Raises ValueError for an unknown name or a temperature it
+    does not take"""
     if name in _learned: loss = getattr(learned, name)()
     elif name in (known := available_losses()): loss = getattr(losses, name)
     else: raise ValueError(unknown_name('loss', name, [*known, *_learned]))
@@ -48,7 +49,7 @@ def loss_by_name(
     if 'T' not in Term(loss).hypers: raise ValueError(f"loss {name} has no temperature: leave out --T")
     return partial(loss, T=T)
 
-# %% ../../nbs/distill/cli.ipynb #e4e9d135
+# %% ../../nbs/distill/cli.ipynb #285bb6ce
 def _save_student(exp, folder):
     "`student.pth`, the weights of the best one, and `student.pkl` for `load_learner` where the data can be pickled"
     student = exp.best[1]
@@ -57,6 +58,7 @@ def _save_student(exp, folder):
     except (AttributeError, TypeError, PicklingError) as e:
         print(f'no student.pkl, since the data cannot be pickled: {e}')
 
+# %% ../../nbs/distill/cli.ipynb #0288110d
 def _save_page(exp, folder, settings):
     "The page, its table and plots"
     learners = exp.learners() # of the seed with the median difference: a pair picked for its score would flatter
@@ -70,13 +72,14 @@ def _save_page(exp, folder, settings):
 def _finish(tmp, out):
     for f in sorted(tmp.iterdir()): os.replace(f, out/f.name)
 
+# %% ../../nbs/distill/cli.ipynb #41ce2d6d
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
     settings:dict=None,  # Shown on the page
 ):
-    """Write to `out` the best student, `student.pkl` for `load_learner` and its weights `student.pth`, `table.csv` and `runs.csv` (the seeds), and then
-    `report.html` with its plots and `report.csv`"""
+    """Write to `out` the best student, `student.pkl` for `load_learner` and its weights `student.pth`, `table.csv`
+    and `runs.csv` (the seeds), and then `report.html` with its plots and `report.csv`"""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         tmp = Path(tmp)
@@ -87,29 +90,30 @@ def write_report(
         _save_page(exp, tmp, settings)
         _finish(tmp, out)
 
-# %% ../../nbs/distill/cli.ipynb #9d5b8fbf
+# %% ../../nbs/distill/cli.ipynb #a80975f4
 def _numbers(name, s, least=1):
     "Whole numbers from text such as '10,40'; ValueError with the argument's name"
     try: ns = [int(o) for o in str(s).split(',')]
-    except ValueError: raise ValueError(f"{name} must be a whole number, or several with commas between, got {s!r}") from None
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number, or several with commas between, got {s!r}") from None
     if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
     return sorted(set(ns))
 
-# %% ../../nbs/distill/cli.ipynb #29ad2b73
+# %% ../../nbs/distill/cli.ipynb #a79687f2
 def _plan(path, epochs, teacher_epochs, seeds, size, bs, workers, lr):
-    "How it is to be run, checked: lengths of training, seeds, and what the digits have other defaults for"
+    "How it is to be run, checked; the digits have defaults of their own"
     digits = path is None
-    plan = dict(epochs=epochs or ('10,60' if digits else '10'), seeds=seeds if seeds is not None else 8 if digits else 1)
-    lengths = _numbers('epochs', plan['epochs'])
-    bs = bs if bs is not None else 25 if digits else 64
-    lr = lr if lr is not None else 1e-2 if digits else 1e-3
-    [seeds] = _numbers('seeds', plan['seeds'])
-    [of_teacher] = _numbers('teacher_epochs', teacher_epochs if teacher_epochs is not None else 10 if digits else max(lengths))
+    def default(value, on_digits, on_images): return value if value is not None else on_digits if digits else on_images
+    bs,lr = default(bs, 25, 64),default(lr, 1e-2, 1e-3)
+    lengths = _numbers('epochs', default(epochs, '10,60', '10'))
+    [seeds] = _numbers('seeds', default(seeds, 8, 1))
+    [of_teacher] = _numbers('teacher_epochs', default(teacher_epochs, 10, max(lengths)))
     for name,n in dict(size=size, bs=bs).items(): _numbers(name, n)
     if workers is not None: _numbers('workers', workers, 0)
     if not 0<lr<1e3: raise ValueError(f"lr must be above 0, got {lr}")
     return dict(epochs=lengths, seeds=seeds, learning_rate=lr, batch_size=bs, teacher_epochs=of_teacher)
 
+# %% ../../nbs/distill/cli.ipynb #9cda6aa6
 def _networks(teacher, student, weights, c):
     "The teacher, with its weights if they are given, and a function that makes students"
     set_seed(0)
@@ -122,13 +126,14 @@ def _try_out(loss, c):
     batch = dict(pred=torch.randn(4, c), teacher_pred=torch.randn(4, c), target=torch.zeros(4, dtype=torch.long))
     if not Term(loss).takes_features: Term(loss)(batch)
 
-# %% ../../nbs/distill/cli.ipynb #11b02c4c
+# %% ../../nbs/distill/cli.ipynb #15402f0b
 def set_up(
-    path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None, epochs=None, teacher_epochs=None,
-    seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False, teacher_weights=None, out='distilled', workers=None,
+    path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None, epochs=None,
+    teacher_epochs=None, seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False, teacher_weights=None,
+    out='distilled', workers=None,
 )->tuple:
-    """The `Experiment` that the arguments of `fasterai_distill` describe, and how it is to be run. Raises ValueError or OSError for what
-    cannot work"""
+    """The `Experiment` that the arguments of `fasterai_distill` describe, and how it is to be run. Raises ValueError
+    or OSError for what cannot work"""
     digits = path is None
     plan = _plan(path, epochs, teacher_epochs, seeds, size, bs, workers, lr)
     loss = loss_by_name(loss, 4 if digits and T is None and loss=='SoftTarget' else T)
@@ -145,12 +150,13 @@ def set_up(
     exp = Experiment(dls, model, make_student, loss=loss, lr=lr, **kd)
     Path(out).mkdir(parents=True, exist_ok=True)
     equation = KnowledgeDistillationCallback(model, loss, **kd).equation()
-    plan = dict(images=path or 'handwritten digits', teacher=teacher, student=student, loss=equation) | plan | dict(out=out)
+    what = dict(images=path or 'handwritten digits', teacher=teacher, student=student, loss=equation)
+    plan = what | plan | dict(out=out)
     if teacher_weights: plan['teacher_epochs'] = None
     if not digits: plan.update(image_size=size, augment=augment, classes=', '.join(map(str, dls.vocab)))
     return exp,plan
 
-# %% ../../nbs/distill/cli.ipynb #e3ce0d42
+# %% ../../nbs/distill/cli.ipynb #946d075a
 def _tell_start(exp, plan):
     dls = exp.dls
     print(f"{len(dls.train_ds)} training and {len(dls.valid_ds)} validation images of {dls.c} classes; "
@@ -162,6 +168,7 @@ def _tell_end(exp, table):
         print("The teacher is no better than the student alone: it has little to teach. "
               "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
+# %% ../../nbs/distill/cli.ipynb #89f83270
 def carry_out(exp:Experiment, plan:dict)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     out = Path(plan['out'])
@@ -172,18 +179,19 @@ def carry_out(exp:Experiment, plan:dict)->Experiment:
     exp.run(plan['epochs'], plan['seeds'])
     _tell_end(exp, exp.table())
     write_report(exp, out, plan)
-    print(f"\nIn {out}: report.html, its plots and tables, and the distilled student that scored best ({exp.best[0]:.1%}): "
-          f"load_learner('{out/'student.pkl'}').predict(item); its weights are student.pth")
+    print(f"\nIn {out}: report.html, its plots and tables, and the distilled student that scored best "
+          f"({exp.best[0]:.1%}): load_learner('{out/'student.pkl'}').predict(item); its weights are student.pth")
     return exp
 
+# %% ../../nbs/distill/cli.ipynb #3680209b
 def distill(path=None, **kwargs)->Experiment:
     "What `fasterai_distill` does, with its arguments"
     return carry_out(*set_up(path, **kwargs))
 
-# %% ../../nbs/distill/cli.ipynb #73a16533
+# %% ../../nbs/distill/cli.ipynb #4d69b422
 @call_parse
 def fasterai_distill(
-    path:str=None,             # Folder of class folders, or of train and valid folders of them; none: handwritten digits
+    path:str=None,             # Folder of class folders, or of train and valid with such; none: handwritten digits
     teacher:str=None,          # Architecture (torchvision's or timm's) [resnet34; digits digits_net32]
     student:str=None,          # Architecture [resnet18; digits digits_net8]
     loss:str='SoftTarget',     # Name of the distillation loss
@@ -198,7 +206,7 @@ def fasterai_distill(
     bs:int=None,               # Batch size [64; digits 25]
     pattern:str=None,          # Regular expression for the class in a file's name, instead of folders
     augment:bool=False,        # Augment the training images?
-    teacher_weights:str=None,  # .safetensors file or state dict of a trained teacher, named as torchvision's or timm's; none: trained here
+    teacher_weights:str=None,  # File of a trained teacher: .safetensors or state dict; none: it is trained here
     out:str='distilled',       # Folder for the report and the student's weights
     workers:int=None,          # Processes that load images [fastai's default]
 ):
@@ -208,6 +216,7 @@ def fasterai_distill(
     except (ValueError, TypeError, OSError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
     carry_out(*job)
 
+# %% ../../nbs/distill/cli.ipynb #1ac13099
 def main():
     "The console script: `fasterai_distill` with options in any case, spelt with `_` or `-`"
     def plain(o):

@@ -35,7 +35,7 @@ from .pictures import attention_map, plot_attention, plot_similarity, plot_soft_
 # %% ../../../nbs/distill/study/compare.ipynb #ce633649
 _all_ = ['attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']
 
-# %% ../../../nbs/distill/study/compare.ipynb #02f79e4b
+# %% ../../../nbs/distill/study/compare.ipynb #94c79548
 def _dl(name, learn, dl):
     "The data on which `learn` is judged"
     if dl is not None: return dl
@@ -52,11 +52,13 @@ def _predict(name, learn, dl):
     if not len(yb): raise ValueError(f"learner {name!r} has no labels in its validation data")
     return apply(lambda t: t.float() if t.is_floating_point() else t, preds),yb
 
+# %% ../../../nbs/distill/study/compare.ipynb #c2618f58
 def _as_learner(name, learn, like):
     "A bare model gets the data, loss and metrics of the first learner"
     if isinstance(learn, Learner): return learn
     if not isinstance(learn, nn.Module):
-        raise TypeError(f"learners must hold Learners, or modules beside a Learner, got {type(learn).__name__} for {name!r}")
+        got = f"{type(learn).__name__} for {name!r}"
+        raise TypeError(f"learners must hold Learners, or modules beside a Learner, got {got}")
     return Learner(like.dls, learn, loss_func=like.loss_func, metrics=like.metrics)
 
 def _vocab(dl):
@@ -66,6 +68,7 @@ def _vocab(dl):
 def _same_targets(ya, yb):
     return len(ya)==len(yb) and all(s.shape==t.shape and torch.equal(s.to(t.dtype), t) for s,t in zip(ya, yb))
 
+# %% ../../../nbs/distill/study/compare.ipynb #735a91f5
 def _check_alike(names, dls, outs):
     "All on the same targets and classes as the first"
     a = names[0]
@@ -73,14 +76,15 @@ def _check_alike(names, dls, outs):
     for b in names[1:]:
         pb,yb = outs[b]
         if not _same_targets(ya, yb):
-            raise ValueError(f"{a!r} and {b!r} have different validation sets ({len(ya[0])} and {len(yb[0])} samples, targets differ): "
-                             "give `dl` to compare them on one")
+            raise ValueError(f"{a!r} and {b!r} have different validation sets ({len(ya[0])} and {len(yb[0])} samples, "
+                             "targets differ): give `dl` to compare them on one")
         va,vb = _vocab(dls[a]),_vocab(dls[b])
         if va!=vb: raise ValueError(f"{a!r} and {b!r} know different classes: {va} and {vb}")
         if isinstance(pa, torch.Tensor) and isinstance(pb, torch.Tensor) and pa.shape[1:]!=pb.shape[1:]:
-            raise ValueError(f"{a!r} and {b!r} have predictions of different shapes: {tuple(pa.shape)} and {tuple(pb.shape)}")
+            shapes = f"{tuple(pa.shape)} and {tuple(pb.shape)}"
+            raise ValueError(f"{a!r} and {b!r} have predictions of different shapes: {shapes}")
 
-# %% ../../../nbs/distill/study/compare.ipynb #3bc1a04d
+# %% ../../../nbs/distill/study/compare.ipynb #79dde708
 class _Epoch(SimpleNamespace):
     "What a metric reads of a Learner, all predictions being one batch"
     to_detach = staticmethod(to_detach)
@@ -98,6 +102,7 @@ def _value(metric, loss_func, pred, yb):
     except (TypeError, ValueError) as e:
         raise ValueError(f"metric {metric.name!r} must be a single number, got {metric.value!r}") from e
 
+# %% ../../../nbs/distill/study/compare.ipynb #787800c8
 def _take(pred, yb, idx): return apply(lambda t: t[idx], pred),tuple(apply(lambda t: t[idx], y) for y in yb)
 
 def _per_sample(metric, loss_func, pred, yb, whole):
@@ -112,6 +117,7 @@ def _draws(n, times, seed):
     rng = np.random.default_rng(seed)
     for _ in range(times): yield rng.integers(n, size=n)
 
+# %% ../../../nbs/distill/study/compare.ipynb #82f1545d
 class _Score(NamedTuple):
     "A metric of one learner"
     value:float
@@ -130,6 +136,7 @@ def _score(metric, learn, pred, yb, n_boot, seed):
 
 def _interval(draws): return tuple(np.nanquantile(draws, [0.025, 0.975])) if len(draws) else (np.nan, np.nan)
 
+# %% ../../../nbs/distill/study/compare.ipynb #de35c999
 def _against(a, b):
     "Difference of two scores, p-value and interval"
     n = min(len(a.draws), len(b.draws))
@@ -140,6 +147,7 @@ def _against(a, b):
     right_or_wrong = all(s.samples is not None and np.isin(s.samples, (0, 1)).all() for s in (a, b))
     return diff,mcnemar(a.samples, b.samples) if right_or_wrong else p,ci
 
+# %% ../../../nbs/distill/study/compare.ipynb #e5351a17
 def _metric_columns(m, score, baseline):
     "Columns of the metric called `m`, with the test against the baseline's score if there is one"
     low,high = _interval(score.draws)
@@ -148,6 +156,7 @@ def _metric_columns(m, score, baseline):
     diff,p,ci = _against(score, baseline)
     return {**row, f'{m}_diff':diff, f'{m}_p':p, f'{m}_diff_lo':ci[0], f'{m}_diff_hi':ci[1]}
 
+# %% ../../../nbs/distill/study/compare.ipynb #f53f01cd
 def _metrics(learners, metrics):
     "The metrics by name, the same for every learner"
     def by_name(l): return {m.name:m for m in L(metrics if metrics is not None else l.metrics).map(mk_metric)}
@@ -161,20 +170,22 @@ def _metrics(learners, metrics):
                                  "give `metrics` to judge all by the same")
     return found,names
 
-# %% ../../../nbs/distill/study/compare.ipynb #cb6972c4
+# %% ../../../nbs/distill/study/compare.ipynb #f1b50eba
 def _is_classes(pred, y):
     "Are these logits and labels? A tabular learner's labels are (N, 1)"
     if not all(isinstance(o, torch.Tensor) for o in (pred, y)) or y.is_floating_point(): return False
     return pred.ndim==y.ndim+1 or pred.ndim==y.ndim==2 and y.shape[1]==1<pred.shape[1]
 
 def _flat(learn, pred, y):
-    "Log-probabilities (N, C) and classes (N,), pixels and tokens being samples, without the positions that the loss ignores"
+    """Log-probabilities (N, C) and classes (N,), pixels and tokens being samples, without the positions that the loss
+    ignores"""
     facts = {'axis':1, 'ignore_index':-100, **task_of(learn.loss_func).facts}
     logp = pred.movedim(facts['axis'], -1).flatten(0, -2).log_softmax(-1)
     y = torch.as_tensor(y).flatten()
     keep = y!=facts['ignore_index']
     return logp[keep],y[keep]
 
+# %% ../../../nbs/distill/study/compare.ipynb #761fc297
 def _fidelity(learn, pred, yb, teacher, t_pred):
     "Agreement with the teacher's predictions, if there are any, and calibration"
     pred,t_pred = (torch.as_tensor(o) if isinstance(o, torch.Tensor) else o for o in (pred, t_pred))
@@ -184,6 +195,7 @@ def _fidelity(learn, pred, yb, teacher, t_pred):
     if hasattr(learn.loss_func, 'thresh'): return _label_fidelity(pred, t_pred, learn.loss_func.thresh)
     return dict(rmse_to_teacher=float((pred-t_pred).pow(2).mean().sqrt()))
 
+# %% ../../../nbs/distill/study/compare.ipynb #51f0902b
 def _class_fidelity(learn, pred, y, teacher, t_pred):
     logp,targ = _flat(learn, pred, y)
     res = {}
@@ -199,7 +211,7 @@ def _label_fidelity(pred, t_pred, thresh):
     kl = p*(F.logsigmoid(t_pred)-F.logsigmoid(pred)) + (1-p)*(F.logsigmoid(-t_pred)-F.logsigmoid(-pred))
     return dict(agreement=float(((p>thresh)==(q>thresh)).float().mean()), kl=float(kl.mean()))
 
-# %% ../../../nbs/distill/study/compare.ipynb #fd969bad
+# %% ../../../nbs/distill/study/compare.ipynb #73cfa4a8
 def _si(v, digits=3):
     "A number with a unit's prefix: 12345 is 12.3k"
     for size,prefix in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -207,11 +219,14 @@ def _si(v, digits=3):
     return f'{v:.{digits}g}'
 
 _three = '{:.3g}'.format
-_costs = dict(params=('parameters', _si), size_mb=('MB on disk', _three), macs=('multiply-adds', _si), latency_ms=('ms', _three),
-              latency_p90_ms=('ms (p90)', _three), throughput=('per second', _si), peak_mb=('MB in memory', _three))
-_to_teacher = dict(agreement=('agrees with {}', '{:.1%}'.format), kl=('KL to {}', _three), rmse_to_teacher=('RMSE to {}', _three))
+_costs = dict(params=('parameters', _si), size_mb=('MB on disk', _three), macs=('multiply-adds', _si),
+              latency_ms=('ms', _three), latency_p90_ms=('ms (p90)', _three), throughput=('per second', _si),
+              peak_mb=('MB in memory', _three))
+_to_teacher = dict(agreement=('agrees with {}', '{:.1%}'.format), kl=('KL to {}', _three),
+                   rmse_to_teacher=('RMSE to {}', _three))
 _columns = {**_to_teacher, 'ece':('calibration error', '{:.3f}'.format), **_costs}
 
+# %% ../../../nbs/distill/study/compare.ipynb #9769259b
 class Comparison(pd.DataFrame):
     "A row for each learner, a column for each number; `readable()` is for people, and what a notebook shows"
     def readable(self)->pd.DataFrame:
@@ -232,11 +247,12 @@ class Comparison(pd.DataFrame):
 
     def _repr_html_(self): return self.readable().T.to_html(border=0)
 
+# %% ../../../nbs/distill/study/compare.ipynb #b551036a
 def _difference(r, m):
-    p = r[f'{m}_p']
-    return f"{r[f'{m}_diff']:+.4f} [{r[f'{m}_diff_lo']:+.4f}, {r[f'{m}_diff_hi']:+.4f}], p {'< 0.001' if p<0.001 else format(p, '.3f')}"
+    diff,low,high,p = (r[f'{m}_{k}'] for k in ('diff', 'diff_lo', 'diff_hi', 'p'))
+    return f"{diff:+.4f} [{low:+.4f}, {high:+.4f}], p {'< 0.001' if p<0.001 else format(p, '.3f')}"
 
-# %% ../../../nbs/distill/study/compare.ipynb #aa6f648d
+# %% ../../../nbs/distill/study/compare.ipynb #d78dfbaf
 def _role(arg, name, default, learners):
     if name is None or name in learners or name==default: return name if name in learners else None
     raise ValueError(f"{arg}: {unknown_name('learner', name, learners)}")
@@ -252,12 +268,14 @@ def _first_inputs(dl):
     "The inputs of a batch, for which no random number is drawn"
     with torch.random.fork_rng([]): return split_batch(dl, tuplify(dl.one_batch()))[0]
 
+# %% ../../../nbs/distill/study/compare.ipynb #adc607a5
 def _cost_of(learners, dls, min_time):
     "What each model costs, on batches of one size, so that throughput and memory compare"
     xbs = {n: _first_inputs(dls[n]) for n in learners}
     bs = min(len(xb[0]) for xb in xbs.values())
     return {n: model_cost(l.model, tuple(x[:bs] for x in xbs[n]), min_time) for n,l in learners.items()}
 
+# %% ../../../nbs/distill/study/compare.ipynb #da9db93a
 def compare(
     learners:dict,            # Name -> Learner (a bare model gets the first Learner's data, loss and metrics)
     teacher:str='teacher',    # Name of the one to which fidelity is measured; there may be none
@@ -269,9 +287,9 @@ def compare(
     min_time:float=0.2,       # Seconds for each timing
     seed:int=0,               # Of the bootstrap
 )->Comparison:
-    """Metrics with intervals and a paired test, fidelity to the teacher, calibration and costs, one row per learner. The columns of a metric `m`
-    are `m`, `m_lo`, `m_hi`, and against the baseline `m_diff`, `m_diff_lo`, `m_diff_hi`, `m_p`. Raises ValueError for no learners, different data
-    or classes, unlike metrics, missing data or labels"""
+    """Metrics with intervals and a paired test, fidelity to the teacher, calibration and costs, one row per learner.
+    The columns of a metric `m` are `m`, `m_lo`, `m_hi`, and against the baseline `m_diff`, `m_diff_lo`, `m_diff_hi`,
+    `m_p`. Raises ValueError for no learners, different data or classes, unlike metrics, missing data or labels"""
     learners = _as_learners(learners)
     teacher = _role('teacher', teacher, 'teacher', learners)
     baseline = _role('baseline', baseline, 'alone', learners)
@@ -284,17 +302,18 @@ def compare(
     rows = {}
     for n,l in learners.items():
         row = rows[n] = {}
-        for m in names: row.update(_metric_columns(m, scores[n][m], scores[baseline][m] if baseline is not None else None))
+        for m in names: row.update(_metric_columns(m, scores[n][m], scores.get(baseline, {}).get(m)))
         row.update(_fidelity(l, *outs[n], learners.get(teacher), outs[teacher][0] if teacher else None))
         row.update(costs.get(n, {}))
     res = Comparison.from_dict(rows, orient='index')
     res.attrs = dict(metrics=names, teacher=teacher, baseline=baseline, n=len(outs[next(iter(outs))][1][0]))
     return res
 
-# %% ../../../nbs/distill/study/compare.ipynb #5a662d22
-_labels = dict(latency_ms='latency of one sample (ms)', size_mb='size on disk (MB)', params='parameters', macs='multiply-adds',
-               peak_mb='memory (MB)', throughput='samples per second')
+# %% ../../../nbs/distill/study/compare.ipynb #d9c6851d
+_labels = dict(latency_ms='latency of one sample (ms)', size_mb='size on disk (MB)', params='parameters',
+               macs='multiply-adds', peak_mb='memory (MB)', throughput='samples per second')
 
+# %% ../../../nbs/distill/study/compare.ipynb #b8420137
 def plot_compare(
     table:Comparison,      # From `compare`, with costs
     metric:str=None,       # Name of a metric; None: the first
@@ -313,6 +332,7 @@ def plot_compare(
     with look(): axs[-1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
     return axs
 
+# %% ../../../nbs/distill/study/compare.ipynb #db37774a
 def _point(ax, r, cost, metric, name, i, is_teacher):
     "A learner with its interval; the teacher grey, with a line"
     color = GREY if is_teacher else COLORS[i%len(COLORS)]

@@ -26,7 +26,7 @@ from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
 from .study import Study
 from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #79ad98d7
+# %% ../../../nbs/distill/study/experiment.ipynb #7e2f691c
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
@@ -36,6 +36,7 @@ class Experiment:
         loss:Callable=SoftTarget,  # Distillation loss, or several: see `KnowledgeDistillationCallback`
         lr:float=1e-3,             # Highest learning rate, for all
         metrics=accuracy,          # fastai metrics; the first is the one that counts
+        loss_func:Callable=None,   # Of the task; None: the data's
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
         store_attr(but='kd')
@@ -50,7 +51,8 @@ class Experiment:
         dls:DataLoaders=None,  # None: the experiment's
     )->Learner:
         "A Learner of `model`, as all of the experiment's are"
-        return Learner(dls or self.dls, self.make_student() if model is None else model, metrics=self.metrics, lr=self.lr)
+        if model is None: model = self.make_student()
+        return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr)
 
     def _metric(self): return self.learner(self.teacher).metrics[0].name
 
@@ -71,7 +73,7 @@ def _check_logits(who, out, shape):
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
     if got!=shape: raise ValueError(f"{who} must give one logit for each of the {shape[1]} classes, {shape}, got {got}")
 
-# %% ../../../nbs/distill/study/experiment.ipynb #a46f496a
+# %% ../../../nbs/distill/study/experiment.ipynb #9d8626c5
 @patch
 def train_teacher(self:Experiment,
     epochs:int,            # Length of the training
@@ -86,6 +88,7 @@ def train_teacher(self:Experiment,
     with quiet(learn): fit_one_cycle(learn, epochs, ticks)
     ticks.close()
 
+# %% ../../../nbs/distill/study/experiment.ipynb #e3f3c499
 @patch
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
@@ -96,24 +99,26 @@ def run(self:Experiment,
     self.study.run(epochs, seeds)
     return self
 
-# %% ../../../nbs/distill/study/experiment.ipynb #0f6f9b51
+# %% ../../../nbs/distill/study/experiment.ipynb #c63513b4
 @patch(as_prop=True)
 def runs(self:Experiment)->pd.DataFrame:
     "A row for each length and seed: the metric of the student alone and distilled"
     if self.study is None: return pd.DataFrame(columns=['epochs', 'seed', 'alone', 'distilled'])
     named = self.study.named().set_index(['epochs', 'seed'])[['arm', self._metric()]]
-    alone,distilled = (named[named.arm==arm].drop(columns='arm').set_axis([arm], axis=1) for arm in ('alone', 'distilled'))
-    return alone.join(distilled, how='inner').reset_index()
+    both = {arm: named[named.arm==arm][self._metric()] for arm in ('alone', 'distilled')}
+    return pd.DataFrame(both, index=both['alone'].index).dropna().reset_index()
 
 @patch(as_prop=True)
 def pairs(self:Experiment)->dict:
     "(epochs, seed) -> the students alone and distilled, of the longest training"
     models = self.study.models if self.study else {}
-    return {(n, s): (m, models['distilled', n, s]) for (arm,n,s),m in models.items() if arm=='alone' and ('distilled', n, s) in models}
+    both = [k[1:] for k in models if k[0]=='distilled']
+    return {k: (models['alone', *k], models['distilled', *k]) for k in both}
 
 @patch
 def _longest(self:Experiment): return self.runs[self.runs.epochs==self.runs.epochs.max()]
 
+# %% ../../../nbs/distill/study/experiment.ipynb #12618e5a
 @patch(as_prop=True)
 def best(self:Experiment)->tuple:
     "Metric of the distilled student that scored best at the greatest length, and that student"
@@ -127,7 +132,7 @@ def typical(self:Experiment)->tuple:
     r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
     return self.pairs[r.epochs, r.seed]
 
-# %% ../../../nbs/distill/study/experiment.ipynb #e88b6282
+# %% ../../../nbs/distill/study/experiment.ipynb #b34868f4
 @patch
 def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
 
@@ -145,9 +150,11 @@ def table(self:Experiment)->pd.DataFrame:
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
+# %% ../../../nbs/distill/study/experiment.ipynb #bb6d7157
 @patch
 def tests(self:Experiment)->dict:
-    "For each length of training the paired test of distilled against alone, p adjusted for their number; empty with fewer than two seeds"
+    """For each length of training the paired test of distilled against alone, p adjusted for their number; empty with
+    fewer than two seeds"""
     found = self.study.tests(self._metric()) if self.study else {}
     return {n:t for (_,n),t in sorted(found.items())}
 
@@ -161,13 +168,14 @@ def verdict(self:Experiment,
     say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)
     return '\n'.join(f'{n} epochs: {in_words(t, seeds[n], **say)}' for n,t in found.items())
 
-# %% ../../../nbs/distill/study/experiment.ipynb #c1aaab20
+# %% ../../../nbs/distill/study/experiment.ipynb #2cf59614
 @patch
 def learners(self:Experiment)->dict:
     "The teacher and the `typical` students as `Learner`s, for `compare` and its plots"
     alone,distilled = self.typical
     return {k:self.learner(m) for k,m in dict(teacher=self.teacher, alone=alone, distilled=distilled).items()}
 
+# %% ../../../nbs/distill/study/experiment.ipynb #da0f9900
 @patch
 def plot(self:Experiment):
     "Each seed's two students joined by a line, for each length of training, and the teacher; returns the axes"
@@ -179,6 +187,7 @@ def plot(self:Experiment):
         ax.plot([0,1], g[['alone', 'distilled']].T, 'o-', color=GREY, alpha=0.6, ms=4)
         ax.plot([0,1], g[['alone', 'distilled']].mean(), 'o-', color=COLORS[1], lw=2.5)
         ax.axhline(teacher, color=COLORS[0], ls='--', lw=1)
-        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone', 'distilled'], xlim=(-0.3, 1.3), ylabel=metric if ax is axs[0] else '')
+        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone', 'distilled'], xlim=(-0.3, 1.3))
+    axs[0].set_ylabel(metric)
     axs[0].annotate('teacher', (-0.25, teacher), va='bottom', color=COLORS[0], fontsize=8)
     return axs

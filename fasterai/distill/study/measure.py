@@ -18,7 +18,7 @@ from ...core.cost import flops
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 
-# %% ../../../nbs/distill/study/measure.ipynb #fb608f4c
+# %% ../../../nbs/distill/study/measure.ipynb #62bf4c38
 def n_params(
     model:nn.Module, # Any module
 )->int:
@@ -33,6 +33,7 @@ class _Count:
         return len(b)
     def flush(self): pass
 
+# %% ../../../nbs/distill/study/measure.ipynb #e4fe3383
 def size_mb(
     model:nn.Module, # Any module
 )->float:
@@ -52,7 +53,7 @@ def macs(
     model = unwrap(model)  # compiled code cannot be counted
     with as_found(model): return flops(lambda: model(*_xs(x)))//2
 
-# %% ../../../nbs/distill/study/measure.ipynb #7f0baea2
+# %% ../../../nbs/distill/study/measure.ipynb #d36f15ac
 class _LiveBytes(TorchDispatchMode):
     "Follows the storages made inside the `with`: bytes alive now, and the `peak`"
     def __init__(self):
@@ -76,6 +77,7 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(t, torch.Tensor): self.add(t)
         return out
 
+# %% ../../../nbs/distill/study/measure.ipynb #5fb76dea
 def peak_mb(
     model:nn.Module,        # Any module
     x:torch.Tensor|tuple,   # A batch; a tuple for a model of several inputs
@@ -88,7 +90,7 @@ def peak_mb(
         with live: model(*_xs(x))
     return live.peak/1e6
 
-# %% ../../../nbs/distill/study/measure.ipynb #5a48401d
+# %% ../../../nbs/distill/study/measure.ipynb #e8148cd4
 def latency_ms(
     model:nn.Module,         # Any module
     x:torch.Tensor|tuple,    # A batch; a tuple for a model of several inputs
@@ -99,29 +101,32 @@ def latency_ms(
     from torch.utils.benchmark import Timer  # loads PyTorch's compiler tools, which nothing else here needs
     xs = _xs(x)
     timer = Timer('model(*xs)', globals=dict(model=model, xs=xs), num_threads=threads or torch.get_num_threads())
-    # as_found is no_grad, not inference_mode: a recurrent model keeps its state, and an inference tensor there would break the next training
+    # as_found is no_grad, not inference_mode: a recurrent model keeps its state, and an inference tensor
+    # there would break the next training
     with as_found(model):
         for _ in range(3): model(*xs)
         times = timer.blocked_autorange(min_run_time=min_time).times
     return float(1e3*np.median(times)),float(1e3*np.quantile(times, 0.9))
 
-# %% ../../../nbs/distill/study/measure.ipynb #addf5020
+# %% ../../../nbs/distill/study/measure.ipynb #1665cc2b
 def model_cost(
     model:nn.Module,         # Any module; measured where it is
     x:torch.Tensor|tuple,    # A batch; a tuple for a model of several inputs
     min_time:float=0.2,      # Seconds for each of the two timings
     threads:int|None=None,   # CPU threads; None: as many as PyTorch uses now
 )->dict:
-    """What `model` costs: `params`, `size_mb`, `macs` (of one sample), `latency_ms`, `latency_p90_ms` (one sample), `batch_size`, `batch_ms`,
-    `throughput` (samples per second at that size) and `peak_mb` (of the batch). Leaves modes and buffers as they were; ValueError without a
-    tensor in `x`"""
+    """What `model` costs: `params`, `size_mb`, `macs` (of one sample), `latency_ms`, `latency_p90_ms` (one sample),
+    `batch_size`, `batch_ms`, `throughput` (samples per second at that size) and `peak_mb` (of the batch). Leaves
+    modes and buffers as they were; ValueError without a tensor in `x`"""
     xs = _as_batch(model, x)
     one,bs = tuple(t[:1] for t in xs),len(xs[0])
     latency,p90 = latency_ms(model, one, min_time, threads)
     batch_ms = latency_ms(model, xs, min_time, threads)[0]
-    return dict(params=n_params(model), size_mb=size_mb(model), macs=macs(model, one), latency_ms=latency, latency_p90_ms=p90,
-                batch_size=bs, batch_ms=batch_ms, throughput=1e3*bs/batch_ms, peak_mb=peak_mb(model, xs))
+    return dict(params=n_params(model), size_mb=size_mb(model), macs=macs(model, one),
+                latency_ms=latency, latency_p90_ms=p90, batch_size=bs, batch_ms=batch_ms,
+                throughput=1e3*bs/batch_ms, peak_mb=peak_mb(model, xs))
 
+# %% ../../../nbs/distill/study/measure.ipynb #77718642
 def _as_batch(model, x):
     "Plain copies of the inputs where the model is: a slice would hold on to its whole batch"
     xs = _xs(x)

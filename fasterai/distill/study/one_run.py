@@ -21,17 +21,18 @@ from fastprogress.fastprogress import progress_bar
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
 
-# %% ../../../nbs/distill/study/one_run.ipynb #c9c7875a
+# %% ../../../nbs/distill/study/one_run.ipynb #93295d38
 def fresh_callback(
     arm, # Arguments of `KnowledgeDistillationCallback` (a dict), a function that makes a callback, a callback, or None
 ):
     "A callback for one run, which shares nothing with other runs but the teacher; None for the task alone"
     if arm is None: return None
-    if isinstance(arm, dict): return KnowledgeDistillationCallback(arm['teacher'], **deepcopy({k:v for k,v in arm.items() if k!='teacher'}))
     if isinstance(arm, Callback): return arm.replace()
-    return arm()
+    if not isinstance(arm, dict): return arm()
+    others = {k:v for k,v in arm.items() if k!='teacher'}
+    return KnowledgeDistillationCallback(arm['teacher'], **deepcopy(others))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #a01fef85
+# %% ../../../nbs/distill/study/one_run.ipynb #f6756f69
 class _SkipValidation(Callback):
     "Leaves out the epochs' validation"
     def before_validate(self): raise CancelValidException
@@ -42,10 +43,11 @@ def fit_one_cycle(
     cbs=None,      # More callbacks
 ):
     "A training at the learner's own rate, validated at its end only"
-    watched = any(isinstance(c, TrackerCallback) for c in learn.cbs) # SaveModelCallback and its like decide by the epochs
+    # SaveModelCallback and its like decide by the epochs' validation
+    watched = any(isinstance(c, TrackerCallback) for c in learn.cbs)
     learn.fit_one_cycle(epochs, cbs=L(cbs) + ([] if watched else [_SkipValidation()]))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #1a7fecc7
+# %% ../../../nbs/distill/study/one_run.ipynb #ada887e9
 def measured(
     learn:Learner, # Trained or not
 )->list[str]:
@@ -59,13 +61,14 @@ def quiet(
     "No bar and no table inside"
     with learn.no_bar(), learn.no_logging(): yield learn
 
+# %% ../../../nbs/distill/study/one_run.ipynb #fb0a71a0
 def measure(
     learn:Learner, # Trained; left as it was
 )->dict:
     "Validation loss and metrics by name"
     with as_found(learn.model), quiet(learn): return dict(zip(measured(learn), map(float, learn.validate())))
 
-# %% ../../../nbs/distill/study/one_run.ipynb #c28bcdeb
+# %% ../../../nbs/distill/study/one_run.ipynb #2a7407c4
 @contextmanager
 def streams_kept():
     "The random streams go on afterwards as if nothing had been drawn"
@@ -73,6 +76,7 @@ def streams_kept():
     try: yield
     finally: set_random_states(**states)
 
+# %% ../../../nbs/distill/study/one_run.ipynb #573a2b15
 class Ticks(Callback):
     "A progress bar that spans several trainings, moved on by an epoch"
     order = Recorder.order+1

@@ -23,7 +23,7 @@ from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import layer_pairs
 from ..teacher.teacher import as_teacher
 
-# %% ../../../nbs/distill/study/pictures.ipynb #1785d0c7
+# %% ../../../nbs/distill/study/pictures.ipynb #370bd4e1
 def _batch(learn, items):
     "Items of the validation set as a batch, through the transforms of validation"
     dl = learn.dls.valid
@@ -37,6 +37,7 @@ def _batch(learn, items):
 
 def _inputs(learn, b): return split_batch(learn.dls, b)[0]
 
+# %% ../../../nbs/distill/study/pictures.ipynb #077d5172
 def _ask_student(learn, xb, layers=()):
     "Predictions and maps of `layers`, without a graph"
     model = learn.model
@@ -49,6 +50,7 @@ def _ask_teacher(teacher, xb, layers=()):
 
 def _plain(t): return t.detach().as_subclass(torch.Tensor).float().cpu()
 
+# %% ../../../nbs/distill/study/pictures.ipynb #04ef8a39
 def _images(learn, b):
     "The batch's images (H, W) or (H, W, 3) from 0 to 1, without normalization; None for other inputs"
     x = b[0]
@@ -67,15 +69,15 @@ def _bare(ax):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-# %% ../../../nbs/distill/study/pictures.ipynb #625444ea
+# %% ../../../nbs/distill/study/pictures.ipynb #bbb80586
 def plot_soft_targets(
     learn:Learner,               # Usually the teacher's
     item:int=0,                  # Place in the validation set
     Ts:Sequence[float]=(1,3,10), # Temperatures
     n:int=10,                    # Show at most so many classes, the likeliest
 ):
-    """The item, and its class probabilities at each temperature; returns the axes. IndexError for an item outside the set,
-    ValueError for `T <= 0` or a model without classes"""
+    """The item, and its class probabilities at each temperature; returns the axes. IndexError for an item outside the
+    set, ValueError for `T <= 0` or a model without classes"""
     if not all(T>0 for T in Ts): raise ValueError(f"Ts must be above 0, got {tuple(Ts)}")
     b = _batch(learn, [item])
     xb,imgs = _inputs(learn, b),_images(learn, b)
@@ -91,6 +93,7 @@ def plot_soft_targets(
     axs[-len(Ts)].set_ylabel('probability')
     return axs
 
+# %% ../../../nbs/distill/study/pictures.ipynb #20838725
 def _bars(ax, logits, T, names, n):
     "The likeliest classes' probabilities at one temperature, in the order of the classes"
     top = logits.topk(min(n, len(logits))).indices.sort().values
@@ -106,11 +109,12 @@ def _class_names(learn, c):
     if v is not None and len(v) and isinstance(v[-1], (list, tuple)) or hasattr(v, 'map') and len(v)!=c: v = v[-1]
     return [str(o) for o in v] if v is not None and len(v)==c else [str(i) for i in range(c)]
 
-# %% ../../../nbs/distill/study/pictures.ipynb #4dc578b0
+# %% ../../../nbs/distill/study/pictures.ipynb #3748517e
 def attention_map(
     fm:torch.Tensor, # Feature map (B, C, H, W) or tokens (B, N, D)
 )->torch.Tensor:
-    "Mean of the squared channels, each map scaled to 0 to 1, (B, H, W); ValueError for tokens that are no square grid"
+    """Mean of the squared channels, each map scaled to 0 to 1, (B, H, W); ValueError for tokens that are no square
+    grid"""
     if fm.ndim==3:
         grid = token_grid(fm.shape[1])
         if grid is None: raise ValueError(f"fm must be (B, C, H, W), or tokens of a square grid, got {tuple(fm.shape)}")
@@ -120,13 +124,15 @@ def attention_map(
     a = a-a.amin((1, 2), keepdim=True)
     return a/a.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
+# %% ../../../nbs/distill/study/pictures.ipynb #f1a7b86f
 def plot_attention(
     student:Learner,                    # Its validation set has the items
     teacher:Learner|nn.Module,          # Sees the same items
-    pairs:dict|Sequence[tuple],         # What `match_feature_layers` returns, a mapping of student to teacher layer, or a list of pairs
+    pairs:dict|Sequence[tuple],         # From `match_feature_layers`, a dict of student to teacher layer, or a list
     items:Sequence[int]=(0,1,2),        # Places in the student's validation set
 ):
-    "Attention maps of student and teacher over each item, two columns per pair; returns the axes. ValueError for unknown layers, or inputs that are no images"
+    """Attention maps of student and teacher over each item, two columns per pair; returns the axes. ValueError for
+    unknown layers, or inputs that are no images"""
     (ls,lt),b = layer_pairs(pairs),_batch(student, items)
     if not ls: raise ValueError("pairs is empty: name at least one pair of layers")
     imgs,xb = _images(student, b),_inputs(student, b)
@@ -141,25 +147,28 @@ def plot_attention(
             for ax,img,a in zip(axs[:, col], imgs, attention_map(fm)): _show_attention(ax, img, a)
     return axs
 
+# %% ../../../nbs/distill/study/pictures.ipynb #cfbf7602
 def _show_attention(ax, img, a):
     "A map over its image, stretched to its size"
     h,w = img.shape[:2]
     _show(ax, img)
     ax.imshow(a.numpy(), cmap='inferno', alpha=0.7, interpolation='bilinear', extent=(-0.5, w-0.5, h-0.5, -0.5))
 
-# %% ../../../nbs/distill/study/pictures.ipynb #dec6d511
+# %% ../../../nbs/distill/study/pictures.ipynb #4a2448aa
 def _similarities(fm):
     "The Gram matrix of features (B, ...), rows of length one (B, B)"
     f = fm.flatten(1)
     return F.normalize(f@f.T, dim=1)
 
+# %% ../../../nbs/distill/study/pictures.ipynb #3ff05091
 def plot_similarity(
     student:Learner,                          # Its validation set has the items
     teacher:Learner|nn.Module,                # Sees the same items
     pairs:dict|Sequence[tuple]|None=None,     # As for `plot_attention`; None: the predictions
     items:int|Sequence[int]=64,               # Places in the student's validation set, or how many from its start
 ):
-    "The student's Gram matrix, the teacher's, and their distance, a row for each pair; returns the axes. ValueError for unknown layers"
+    """The student's Gram matrix, the teacher's, and their distance, a row for each pair; returns the axes. ValueError
+    for unknown layers"""
     b = _batch(student, range(min(items, len(student.dls.valid.dataset))) if isinstance(items, int) else items)
     xb,(ls,lt) = _inputs(student, b),layer_pairs(pairs)
     order = _plain(b[-1]).argsort(stable=True) if b[-1].ndim==1 else torch.arange(len(xb[0]))

@@ -20,13 +20,13 @@ import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-# %% ../../../nbs/distill/study/report.ipynb #36070aed
+# %% ../../../nbs/distill/study/report.ipynb #b5d69ea8
 def versions()->dict:
     "Versions of Python, PyTorch, fastai and fasterai, and the machine's processor"
     import fasterai
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
-    return dict(fasterai=fasterai.__version__, fastai=version('fastai'), torch=torch.__version__, python=platform.python_version(),
-                processor=platform.processor() or platform.machine(), gpu=gpu)
+    return dict(fasterai=fasterai.__version__, fastai=version('fastai'), torch=torch.__version__,
+                python=platform.python_version(), processor=platform.processor() or platform.machine(), gpu=gpu)
 
 # %% ../../../nbs/distill/study/report.ipynb #7d0a9a4d
 _page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
@@ -66,7 +66,7 @@ img { max-width: 100%; height: auto }
 </html>
 """)
 
-# %% ../../../nbs/distill/study/report.ipynb #4386bd42
+# %% ../../../nbs/distill/study/report.ipynb #0e91c6ad
 def _png(fig):
     "The picture of a figure, axes of one, or what a function draws"
     if callable(fig): fig = fig()
@@ -75,6 +75,7 @@ def _png(fig):
     fig.savefig(f, format='png', dpi=120)
     return f.getvalue()
 
+# %% ../../../nbs/distill/study/report.ipynb #54e507ff
 def _file_names(titles):
     "A plain file name for each title, no two alike"
     found = {}
@@ -85,15 +86,17 @@ def _file_names(titles):
         found[title] = unique
     return found
 
+# %% ../../../nbs/distill/study/report.ipynb #a17fc8be
 def _drawn(figures):
     "Title -> PNG of what can be drawn"
     pngs = {}
     for title,fig in figures.items():
         try: pngs[title] = _png(fig)
-        except Exception as e: warnings.warn(f"the figure {title!r} cannot be drawn and is left out: {type(e).__name__}: {e}")
+        except Exception as e:
+            warnings.warn(f"the figure {title!r} cannot be drawn and is left out: {type(e).__name__}: {e}")
     return pngs
 
-# %% ../../../nbs/distill/study/report.ipynb #b677cc71
+# %% ../../../nbs/distill/study/report.ipynb #6a6f1602
 def save_report(
     folder,                # Made if it is not there
     table:pd.DataFrame,    # From `compare`, or any other table
@@ -102,7 +105,8 @@ def save_report(
     title:str='Did it work?',
     summary:str='',        # Lines of text below the title
 )->Path:
-    "Write `report.csv`, a PNG of each figure and `report.html` (self-contained); returns the path of the page. Warns of a figure that cannot be drawn"
+    """Write `report.csv`, a PNG of each figure and `report.html` (self-contained); returns the path of the page.
+    Warns of a figure that cannot be drawn"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder/'report.csv')

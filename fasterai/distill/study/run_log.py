@@ -28,7 +28,7 @@ def cell(
     if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
     return str(v)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #abf250c6
+# %% ../../../nbs/distill/study/run_log.ipynb #2b6dcf1d
 @contextmanager
 def _locked(path, flags):
     "The file, open and for this process alone"
@@ -45,13 +45,14 @@ def _write_all(fd, data):
     while data: data = data[os.write(fd, data):]
     os.fsync(fd)
 
+# %% ../../../nbs/distill/study/run_log.ipynb #dc4e3467
 def _line(vals):
     "A line of the CSV file, without line ends inside"
     f = io.StringIO()
     csv.writer(f, lineterminator='\n').writerow([' '.join(str(v).split('\n')) for v in vals])
     return f.getvalue().encode()
 
-# %% ../../../nbs/distill/study/run_log.ipynb #8351e9fd
+# %% ../../../nbs/distill/study/run_log.ipynb #3092849a
 def _create(path, header):
     "A file with its header, unless there is one; the first of several processes wins"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,7 @@ def _create(path, header):
         os.close(fd)
         os.unlink(tmp)
 
+# %% ../../../nbs/distill/study/run_log.ipynb #8c084f79
 def _link(tmp, path, header):
     try: os.link(tmp, path)
     except FileExistsError: raise
@@ -89,10 +91,10 @@ def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #4f164b4f
+# %% ../../../nbs/distill/study/run_log.ipynb #1bb86bc9
 class RunLog:
-    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no text,
-    which is left as it is; warns of rows that do not fit"""
+    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no
+    text, which is left as it is; warns of rows that do not fit"""
     def __init__(self,
         path:str|Path|None, # The file; None keeps the rows in memory only
         cols:list,          # Its columns

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_of', 'describe', 'learner_text', 'data_text', 'teacher_text', 'setting_text']
 
-# %% ../../../nbs/distill/study/setting.ipynb #a646bc9b
+# %% ../../../nbs/distill/study/setting.ipynb #526be1af
 import hashlib
 import re
 from functools import partial
@@ -14,17 +14,18 @@ from types import CodeType, FunctionType, MethodType
 
 import numpy as np
 import torch
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import CastToTensor, Learner, Recorder
-from fastai.callback.core import TrainEvalCallback
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from ...core.seeds import same_start
 from ..loss.terms import as_terms
 from ..teacher.teacher import as_teacher
 
-# %% ../../../nbs/distill/study/setting.ipynb #31ad9211
+# %% ../../../nbs/distill/study/setting.ipynb #6126f13f
 _atoms = bool,int,float,complex,str,bytes,type(None),type(...)
 _constants = *_atoms,FunctionType,partial,nn.Module,torch.Tensor
 
@@ -45,9 +46,10 @@ def weights_of(
     state = model.state_dict().items()
     return _short_hash(' '.join(f"{k}:{_tensor(v) if isinstance(v, torch.Tensor) else v}" for k,v in state))
 
+# %% ../../../nbs/distill/study/setting.ipynb #7746685c
 def _without_addresses(o): return re.sub(' at 0x[0-9a-fA-F]+', '', str(o))
 
-# %% ../../../nbs/distill/study/setting.ipynb #b5bbc97f
+# %% ../../../nbs/distill/study/setting.ipynb #e0c02dce
 def describe(
     o,          # Anything
     known=None, # What was met on the way, by id
@@ -61,6 +63,7 @@ def describe(
         known[id(o)] = o,text if len(text)<200 else _short_hash(text, 16)
     return known[id(o)][1]
 
+# %% ../../../nbs/distill/study/setting.ipynb #7336328c
 def _parts(o):
     "What makes `o` the object that it is"
     if isinstance(o, torch.Tensor): return [_tensor(o)]
@@ -76,6 +79,7 @@ def _parts(o):
     if isinstance(o, type): return [o.__module__, o.__qualname__]
     return [vars(o)] if hasattr(o, '__dict__') else [_without_addresses(o)]
 
+# %% ../../../nbs/distill/study/setting.ipynb #4c0a0dc6
 def _closure(f):
     cells = [c.cell_contents for c in f.__closure__ or () if c!=type(c)()]
     return [o for o in cells if isinstance(o, _constants)]
@@ -84,9 +88,10 @@ def _settings_of(m): return [type(m).forward, _plain(vars(m), but=('training',))
 
 def _plain(attrs, but=()):
     "Of an object's attributes those that are settings: numbers, names, functions"
-    return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, (*_atoms, FunctionType, partial, type))}
+    kinds = *_atoms,FunctionType,partial,type,Distribution # MixUp's, for one
+    return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, kinds)}
 
-# %% ../../../nbs/distill/study/setting.ipynb #5958c6e3
+# %% ../../../nbs/distill/study/setting.ipynb #ec5f66ac
 _always = TrainEvalCallback,Recorder,CastToTensor,ProgressCallback
 _how = 'loss_func','opt_func','splitter','lr','wd','wd_bn_bias','train_bn','moms'
 
@@ -97,6 +102,7 @@ def learner_text(
     cbs = [(type(c), _plain(vars(c), but=('learn',))) for c in learn.cbs if type(c) not in _always]
     return _short_hash(describe([learn.model, *(getattr(learn, o, None) for o in _how), cbs]))
 
+# %% ../../../nbs/distill/study/setting.ipynb #0cb0c39b
 def data_text(
     dls, # Of which shuffling starts anew
 )->str:
@@ -105,17 +111,19 @@ def data_text(
     sizes = '+'.join(str(len(dl.dataset)) if dl in sized else 'stream' for dl in dls.loaders[:2])
     same_start(dls, 0)
     batches = [dl.one_batch() for dl in sized if len(dl)]
-    changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in ('after_item', 'before_batch', 'after_batch')]
+    events = 'after_item','before_batch','after_batch'
+    changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in events]
     return f"{sizes} {_short_hash(describe([batches, changes]))}"
 
+# %% ../../../nbs/distill/study/setting.ipynb #10ff36dd
 def teacher_text(
     teacher, # As for `KnowledgeDistillationCallback`
 )->str:
     "A fingerprint of a teacher: its kind, networks, weights and settings"
     teacher = as_teacher(teacher)
-    given = [k for k in signature(type(teacher)).parameters if k not in ('axis', 'average')] # which it may take from the task
-    own = _plain({k:v for k,v in vars(teacher).items() if k in given})
-    return _short_hash(describe([type(teacher), own, list(getattr(teacher, 'models', ()))]))
+    given = signature(type(teacher)).parameters
+    own = {k:v for k,v in vars(teacher).items() if k in given and k not in ('axis', 'average')} # from the task
+    return _short_hash(describe([type(teacher), _plain(own), list(getattr(teacher, 'models', ()))]))
 
 # %% ../../../nbs/distill/study/setting.ipynb #c134c2a7
 def _value_text(name, v):

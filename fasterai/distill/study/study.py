@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../../../nbs/distill/study/study.ipynb #f3d6b604
+# %% ../../../nbs/distill/study/study.ipynb #46c3d0da
 import time
 from typing import Callable, Sequence
 
@@ -19,22 +19,22 @@ from ...core.seeds import same_start
 from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet, streams_kept
 from .run_log import RunLog
 from .setting import data_text, learner_text, setting_text, teacher_text, weights_of
-from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share, lower_is_better, plot_gains,
-                                            summary)
+from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
+                                            lower_is_better, plot_gains, summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #606e133d
+# %% ../../../nbs/distill/study/study.ipynb #246060eb
 class Study:
-    """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights and see the same batches.
-    Raises ValueError for arguments that a callback refuses, or a file of other runs"""
+    """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
+    and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
     def __init__(self,
-        make_learner:Callable,  # `make_learner()` gives a fresh Learner of the student: data, loss, metrics, optimizer, learning rate
-        arms:dict,              # Name -> arguments of `KnowledgeDistillationCallback` (a dict), a function that makes a callback, a callback, or None: the task alone
+        make_learner:Callable,  # `make_learner()` gives a fresh Learner of the student, with its learning rate
+        arms:dict,              # Name -> the callback's arguments (a dict), what makes one, or None: the task alone
         path=None,              # CSV file that keeps the runs, and from which a study goes on; None: in memory
-        baseline:str=None,      # The arm with which the others are compared; None: the first of the task alone, if there is one
+        baseline:str=None,      # The arm to compare with; None: the first of the task alone, if there is one
         fit:Callable=fit_one_cycle, # `fit(learn, epochs, cbs)`; may return a dict of numbers to keep
-        measure:Callable=measure,   # `measure(learn)` gives a trained learner's numbers by name; None: validation loss and metrics
+        measure:Callable=measure,   # `measure(learn)` gives a trained learner's numbers by name
         keep:bool=False,        # Keep the students of the longest training, in `models`?
-        rows:dict=None,         # Name -> columns by which the log knows an arm; None: `arm` and what it depends on, `setting`
+        rows:dict=None,         # Name -> columns by which the log knows an arm, beside `setting`; None: `arm`
         cols:list=None,         # Columns of the log, if they are not those
     ):
         if not arms: raise ValueError("arms is empty: name at least one way to train")
@@ -53,7 +53,8 @@ class Study:
         self.log = RunLog(path, cols or self._columns())
 
     def _set_baseline(self, baseline):
-        if baseline is not None and baseline not in self.arms: raise ValueError(unknown_name('arm', baseline, self.arms))
+        if baseline is not None and baseline not in self.arms:
+            raise ValueError(unknown_name('arm', baseline, self.arms))
         self.baseline = baseline or next((k for k,arm in self.arms.items() if arm is None), None)
 
     def _check(self, arm):
@@ -75,7 +76,7 @@ class Study:
             self.metrics = measured(learn)
             self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls))
 
-# %% ../../../nbs/distill/study/study.ipynb #fbaa55de
+# %% ../../../nbs/distill/study/study.ipynb #46a0eaff
 @patch
 def _setting(self:Study, arm):
     "What an arm's runs depend on, as text"
@@ -85,6 +86,7 @@ def _setting(self:Study, arm):
     given = {k:v for k,v in arm.items() if k!='teacher'}
     return setting_text(**given, teacher=teacher_text(arm['teacher']), **own)
 
+# %% ../../../nbs/distill/study/study.ipynb #471c3c4e
 @patch
 def _ask(self:Study, todo):
     "Note the runs of `todo`, and let go of those that a change has made others"
@@ -95,7 +97,7 @@ def _ask(self:Study, todo):
     self.asked.update(new)
     return [k for k in todo if not self.log.find(**new[k])]
 
-# %% ../../../nbs/distill/study/study.ipynb #95c22d7b
+# %% ../../../nbs/distill/study/study.ipynb #335d7bde
 @patch
 def train(self:Study,
     arm:str,    # Name of the arm
@@ -103,13 +105,15 @@ def train(self:Study,
     seed:int,   # Of weights and batches
     cbs=None,   # More callbacks
 )->dict:
-    "Train once and return the run's numbers. Raises ValueError if `make_learner` gives other weights for the same seed"
+    """Train once and return the run's numbers. Raises ValueError if `make_learner` gives other weights for the same
+    seed"""
     with streams_kept():
         set_seed(seed)
         learn = self.make_learner()
         start = weights_of(learn.model)
         if self.starts.setdefault(seed, start)!=start:
-            raise ValueError(f"make_learner must give the same weights for a seed, and gave others for seed {seed}: does it return a model that was trained?")
+            raise ValueError(f"make_learner must give the same weights for a seed, and gave others for seed {seed}: "
+                             "does it return a model that was trained?")
         kd = fresh_callback(self.arms[arm])
         same_start(learn.dls, seed)
         began = time.perf_counter()
@@ -118,6 +122,7 @@ def train(self:Study,
         self._keep(learn, arm, epochs, seed)
         return {**seconds, **(more if isinstance(more, dict) else {}), **self.measure(learn)}
 
+# %% ../../../nbs/distill/study/study.ipynb #4c5f230d
 @patch
 def _keep(self:Study, learn, arm, epochs, seed):
     if self.models is None: return
@@ -125,7 +130,7 @@ def _keep(self:Study, learn, arm, epochs, seed):
     if epochs>longest: self.models.clear()
     if epochs>=longest: self.models[arm, epochs, seed] = learn.model
 
-# %% ../../../nbs/distill/study/study.ipynb #706fead8
+# %% ../../../nbs/distill/study/study.ipynb #505f2202
 def _listed(name, o):
     "A list of whole numbers out of one, or several"
     o = list(listify(o))
@@ -133,6 +138,7 @@ def _listed(name, o):
     if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
     return o
 
+# %% ../../../nbs/distill/study/study.ipynb #a1de4a31
 @patch
 def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
@@ -140,7 +146,8 @@ def run(self:Study,
     arms:Sequence[str]=None,    # Names of the arms to train; None: all
     progress:bool=True,         # Show a bar?
 )->Study:
-    "Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, or no or equal seeds"
+    """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, or no or
+    equal seeds"""
     lengths = _listed('epochs', epochs)
     seeds = _listed('seeds', range(seeds) if isinstance(seeds, int) else seeds)
     for a in arms or ():
@@ -153,6 +160,7 @@ def run(self:Study,
     ticks.close()
     return self
 
+# %% ../../../nbs/distill/study/study.ipynb #52866a9b
 @patch(as_prop=True)
 def runs(self:Study)->pd.DataFrame:
     "The runs that were asked for and are finished, arm by arm, whatever else the log has"
@@ -165,7 +173,7 @@ def finished(self:Study)->dict:
     asked = sorted(self.asked, key=lambda k: order.index(k[0]))
     return {k:row for k in asked if (row := self.log.find(**self.asked[k]))}
 
-# %% ../../../nbs/distill/study/study.ipynb #6aaebaae
+# %% ../../../nbs/distill/study/study.ipynb #38c23451
 @patch
 def named(self:Study)->pd.DataFrame:
     "The runs with the name of their arm"
@@ -177,6 +185,7 @@ def _metric(self:Study, metric):
     if metric not in self.metrics: raise ValueError(unknown_name('metric', metric, self.metrics))
     return metric
 
+# %% ../../../nbs/distill/study/study.ipynb #397d5cd4
 @patch
 def table(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -188,14 +197,16 @@ def table(self:Study,
     baseline = self.baseline if any(k[0]==self.baseline for k in self.asked) else None
     return summary(self.named(), metric, baseline, lowest=lowest)
 
+# %% ../../../nbs/distill/study/study.ipynb #955d51aa
 @patch
 def tests(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
 )->dict:
-    "(arm, epochs) -> the paired test against the baseline, p adjusted for their number; empty with fewer than two seeds"
+    """(arm, epochs) -> the paired test against the baseline, p adjusted for their number; empty with fewer than two
+    seeds"""
     return at_equal_epochs(by_arm(self.named()), self._metric(metric), self.baseline)
 
-# %% ../../../nbs/distill/study/study.ipynb #ce761bca
+# %% ../../../nbs/distill/study/study.ipynb #b52dcef7
 @patch
 def verdict(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -213,6 +224,7 @@ def verdict(self:Study,
             lines.append(f'{arm}, {n} epochs{name}: {words}')
     return '\n'.join(lines) or "One seed is an anecdote: run several to know whether anything helped."
 
+# %% ../../../nbs/distill/study/study.ipynb #bba629b0
 @patch
 def plot(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics

@@ -29,7 +29,7 @@ from .setting import setting_text, teacher_text
 from .study import Study
 from .summary import at_equal_epochs, by_arm, lower_is_better
 
-# %% ../../../nbs/distill/study/sweep.ipynb #4143aa02
+# %% ../../../nbs/distill/study/sweep.ipynb #af6c69d1
 presets = dict(temperature={'T':[1, 2, 3, 5, 10]},       # how soft the targets are
                soft_hard={'weight':[0., 0.5, 1.]})       # labels only, both, teacher only
 
@@ -43,8 +43,10 @@ def _values(grid):
     several = list,tuple,range,np.ndarray,L
     grid = {k: list(v) if isinstance(v, several) else [v] for k,v in grid.items()}
     if grid and all(grid.values()): return grid
-    raise ValueError(f"grid is empty: name at least one hyper-parameter with values, e.g. {{'T': [1, 3, 10]}}, got {grid!r}")
+    raise ValueError("grid is empty: name at least one hyper-parameter with values, e.g. {'T': [1, 3, 10]}, "
+                     f"got {grid!r}")
 
+# %% ../../../nbs/distill/study/sweep.ipynb #99636d9f
 def _points(grid, loss):
     "Every combination, after a check of names and values"
     grid = _values(grid)
@@ -55,6 +57,7 @@ def _points(grid, loss):
         for v in vs: _text(k, v)
     return [dict(zip(grid, vs)) for vs in product(*grid.values())]
 
+# %% ../../../nbs/distill/study/sweep.ipynb #fe228e67
 def _text(name, v):
     "A value as the file has it, the same in every process"
     if isinstance(v, (bool, np.bool_, int, float, np.number)): return cell(name, v)
@@ -63,13 +66,13 @@ def _text(name, v):
     if ' at 0x' not in s: return s
     raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
 
-# %% ../../../nbs/distill/study/sweep.ipynb #c83e4c36
+# %% ../../../nbs/distill/study/sweep.ipynb #2f692816
 def _bind(loss, hypers):
     "One loss with those of `hypers` that it names"
     mine = {k:v for k,v in hypers.items() if k in as_terms(loss)[0].hypers}
     if mine and isinstance(loss, nn.Module):
-        raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in the grid: "
-                         "put the modules themselves there, {'loss': [...]}")
+        raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in "
+                         "the grid: put the modules themselves there, {'loss': [...]}")
     return partial(loss, **mine) if mine else loss
 
 def _with(loss, hypers):
@@ -77,17 +80,18 @@ def _with(loss, hypers):
     if isinstance(loss, dict): return {_bind(l, hypers):w for l,w in loss.items()}
     return [_bind(l, hypers) for l in loss] if isinstance(loss, (list, tuple)) else _bind(loss, hypers)
 
+# %% ../../../nbs/distill/study/sweep.ipynb #f9a89751
 def _arm(teacher, loss, point, kwargs):
     "Arguments of a point's callback"
     of_cb = {k:v for k,v in point.items() if k in _cb_args and k!='loss'}
     hypers = {k:v for k,v in point.items() if k not in _cb_args}
     return dict(teacher=teacher, loss=_with(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #6b633dd0
+# %% ../../../nbs/distill/study/sweep.ipynb #5b27fcf8
 class Sweep:
     "The runs of a sweep: `runs` has a row for each, `table()` sums them up, `plot()` draws them"
     def __init__(self,
-        runs:pd.DataFrame,    # Columns `run` ('distilled', 'alone' or 'teacher'), the grid's, `setting`, `seed`, `epochs`, metrics, `seconds`
+        runs:pd.DataFrame,    # Column `run` ('distilled', 'alone' or 'teacher'), the grid's, and those of a `Study`
         params:list,          # Names of the grid's hyper-parameters
         metrics:list,         # Names of the metrics, `valid_loss` first
     ):
@@ -106,19 +110,20 @@ class Sweep:
 
     def _tests(self, metric):
         "The test of each point, in the order of the points"
-        named = [self._of('alone').assign(arm='alone'), *(g.assign(arm=f'{i}') for i,(_,g) in enumerate(self._points()))]
-        found = at_equal_epochs(by_arm(pd.concat(named)), metric, 'alone')
+        named = [g.assign(arm=f'{i}') for i,(_,g) in enumerate(self._points())]
+        found = at_equal_epochs(by_arm(pd.concat([self._of('alone').assign(arm='alone'), *named])), metric, 'alone')
         return {int(arm):t for (arm,_),t in found.items()}
 
     def table(self,
         metric:str=None, # Name; None: the first of the learner's metrics
     )->pd.DataFrame:
-        """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone (two seeds or more);
-        `p` is adjusted for the number of points"""
+        """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone
+        (two seeds or more); `p` is adjusted for the number of points"""
         metric = self._metric(metric)
         tests,rows = self._tests(metric),[]
         for name in ('teacher', 'alone'):
-            if len(v := self._of(name)[metric]): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
+            v = self._of(name)[metric]
+            if len(v): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
         for i,(vals,g) in enumerate(self._points()):
             row = {'run':'distilled', **dict(zip(self.params, vals)), **_spread(g[metric])}
             if t := tests.get(i): row.update({'vs alone':t.diff, 'low':t.ci[0], 'high':t.ci[1], 'p':t.p})
@@ -139,25 +144,29 @@ class Sweep:
     def _repr_html_(self): return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
     def __repr__(self): return self.table().to_string(index=False, na_rep='')
 
+# %% ../../../nbs/distill/study/sweep.ipynb #a1365edc
 def _spread(v): return {'seeds':len(v), v.name:v.mean(), 'sd':v.std()}
 
-# %% ../../../nbs/distill/study/sweep.ipynb #54b557af
+# %% ../../../nbs/distill/study/sweep.ipynb #9175a821
 @patch
 def plot(self:Sweep,
     metric:str=None, # Name; None: the first of the learner's metrics
 ):
-    "The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as lines; returns the axes"
+    """The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as
+    lines; returns the axes"""
     metric,runs = self._metric(metric),self._of('distilled')
     shown = [p for p in self.params if runs[p].nunique()>1] or self.params[:1]
     axs = new_axes(1, len(shown), size=(4.2, 3), sharey=True)[0]
     for ax,p in zip(axs, shown):
-        for (label,g),color in zip(_lines(runs, [o for o in shown if o!=p]), COLORS): _line(ax, g, p, metric, color, label)
+        lines = _lines(runs, [o for o in shown if o!=p])
+        for (label,g),color in zip(lines, COLORS): _line(ax, g, p, metric, color, label)
         for name,style in (('alone', '--'), ('teacher', ':')): _level(ax, self._of(name)[metric], name, style)
         ax.set(xlabel=plain(p), ylabel=metric if ax is axs[0] else '')
         ax.grid(True, axis='y')
         with look(): ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
     return axs
 
+# %% ../../../nbs/distill/study/sweep.ipynb #7e4d24af
 def _lines(runs, others):
     "A line for each value of one other hyper-parameter; one in all if there are more"
     if len(others)!=1 or runs[others[0]].nunique()>len(COLORS): return [('distilled', runs)]
@@ -171,33 +180,36 @@ def _line(ax, runs, p, metric, color, label):
     else: x = [plain(o) for o in x]
     ax.errorbar(x, mean, by.std().fillna(0), fmt='o-', capsize=3, color=color, label=plain(label))
 
+# %% ../../../nbs/distill/study/sweep.ipynb #c5d9066f
 def _level(ax, vals, name, style):
     if not len(vals): return
     mean,sd = vals.mean(),vals.std()
     ax.axhline(mean, color=GREY, ls=style, label=name)
     if len(vals)>1: ax.axhspan(mean-sd, mean+sd, color=GREY, alpha=0.12, lw=0)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #1bebf63d
+# %% ../../../nbs/distill/study/sweep.ipynb #2e648fb1
 def _check_kwargs(kwargs, point):
     for k,v in kwargs.items():
         if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
         if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
 
+# %% ../../../nbs/distill/study/sweep.ipynb #3255b726
 def sweep(
     make_learner:Callable,         # `make_learner()` gives a fresh Learner of the student
     teacher,                       # As for `KnowledgeDistillationCallback`
-    grid:dict|str='temperature',   # Hyper-parameters of the loss and arguments of the callback, each with its values; or the name of a preset
+    grid:dict|str='temperature',   # Hyper-parameters and arguments of the callback, each with its values; or a preset
     epochs:int=5,                  # Of each run
     seeds:Sequence[int]=(0,1,2),   # Each point is trained with each of them
     loss=SoftTarget,               # As for the callback
     path=None,                     # CSV file that keeps the runs, and from which a sweep goes on; None: in memory
     baseline:bool=True,            # Train the student alone too, and judge the teacher?
-    fit:Callable=None,             # `fit(learn, epochs, cbs)`; None: `fit_one_cycle`, validated at its end only unless a tracker callback watches
+    fit:Callable=None,             # `fit(learn, epochs, cbs)`; None: `fit_one_cycle`, validated at its end
     progress:bool=True,            # Show a bar?
     **kwargs                       # For the callback, the same in every run
 )->Sweep:
-    """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with the same `path` does only what is missing,
-    and gives what an uninterrupted one gives. Raises ValueError for an empty grid, unknown names, no seeds, or a file of another sweep"""
+    """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with
+    the same `path` does only what is missing, and gives what an uninterrupted one gives. Raises ValueError for an
+    empty grid, unknown names, no seeds, or a file of another sweep"""
     points = _points(grid, loss)
     _check_kwargs(kwargs, points[0])
     params = list(points[0])
@@ -212,6 +224,7 @@ def sweep(
     study.run(epochs, list(seeds), progress=progress)
     return Sweep(study.log.frame([*judged, *study.finished().values()]), params, study.metrics)
 
+# %% ../../../nbs/distill/study/sweep.ipynb #2a09a65e
 def _judge(study, teacher):
     "The row of the teacher, judged as the student is; none for several"
     row = dict(run='teacher', setting=setting_text(teacher=teacher_text(teacher), data=study.own['data']))

@@ -1,0 +1,181 @@
+"Studies: what makes a run another run, runs that share nothing, any metric, and files that outlive their writers"
+import csv, os
+from copy import deepcopy
+from functools import partial
+from multiprocessing import get_context
+
+import pytest
+import torch
+from fastai.callback.mixup import MixUp
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.metrics import accuracy, mse
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
+from fasttransform import Transform
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fasterai.distill.loss.learned import VID
+from fasterai.distill.losses import FitNet, Logits, SoftTarget
+from fasterai.distill.study.experiment import Experiment
+from fasterai.distill.study.report import save_report
+from fasterai.distill.study.run_log import RunLog
+from fasterai.distill.study.study import Study
+from fasterai.distill.study.summary import by_arm, summary
+
+
+def _dls(n=32, bs=8, regression=False, **kw):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=g)
+    y = x.sum(1, keepdim=True) if regression else (x[:, 0]>0).long()+(x[:, 1]>0).long()
+    dls = DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs, shuffle=s, num_workers=0, **kw) for s in (True, False)), device='cpu')
+    dls.c = 1 if regression else 3
+    return dls
+
+def _net(width=6, c=3): return nn.Sequential(nn.Sequential(nn.Linear(4, width), nn.Tanh()), nn.Linear(width, c))
+
+class Noise(Transform):
+    "An augmentation"
+    def encodes(self, x:torch.Tensor): return x+0.1*torch.randn_like(x) if x.is_floating_point() else x
+
+@pytest.fixture
+def teacher():
+    set_seed(1)
+    return _net(8)
+
+def make(dls=None, net=_net, **kw): return Learner(dls or _dls(), net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.05), **kw})
+
+def _trained(path, teacher, make_learner=make, **kd):
+    "How many runs were trained"
+    fits = []
+    def fit(learn, epochs, cbs): learn.fit(epochs, cbs=cbs)
+    def count(learn): fits.append(1); return dict(valid_loss=0., accuracy=0.)
+    arms = dict(alone=None, distilled=dict(teacher=teacher, **{**dict(loss=SoftTarget, weight=0.5), **kd}))
+    Study(make_learner, arms, path, fit=fit, measure=count).run(1, 1, progress=False)
+    return len(fits)
+
+
+def test_what_makes_a_run_another_run(teacher, tmp_path):
+    path,other = tmp_path/'r.csv',deepcopy(teacher)
+    with torch.no_grad(): other[1].bias.add_(1e-3)
+    def pretrained():
+        net = _net()
+        with torch.no_grad(): net[1].bias.zero_()
+        return net
+    assert _trained(path, teacher)==2 and _trained(path, teacher)==0 and _trained(path, deepcopy(teacher))==0
+    for change in (partial(make, _dls(bs=16)), partial(make, opt_func=SGD), partial(make, net=pretrained), partial(make, _dls(after_batch=[Noise()])),
+                   partial(make, wd=0.1), partial(make, lr=0.01), lambda: make(cbs=MixUp(0.3)), lambda: make(cbs=MixUp(0.4)), partial(make, loss_func=CrossEntropyLossFlat(label_smoothing=0.1))):
+        assert _trained(path, teacher, change)==2 and _trained(path, teacher, change)==0, change
+    for change in (dict(loss=partial(SoftTarget, T=3)), dict(loss=partial(SoftTarget, T=3.5)), dict(weight=0.4), dict(schedule='cos'), dict(loss={SoftTarget:0.5})):
+        assert _trained(path, teacher, **change)==1 and _trained(path, teacher, **change)==0, change  # the student alone is the same
+    assert _trained(path, other)==1
+    maps = dict(activations_student='0', activations_teacher='0')
+    adapters = [{'0': nn.Linear(6, 8)} for _ in range(2)]
+    assert [_trained(path, teacher, loss=FitNet, adapters=a, **maps) for a in (adapters[0], adapters[1], adapters[0])]==[1, 1, 0]
+
+
+def test_runs_share_nothing_and_arguments_stay(teacher):
+    own,vid = {'0': nn.Linear(6, 8)},VID()
+    maps = dict(teacher=teacher, activations_student='0', activations_teacher='0')
+    arms = dict(alone=None, own=dict(loss=FitNet, adapters=own, **maps), vid=dict(loss=vid, **maps))
+    was,size = deepcopy(own['0'].state_dict()),len(list(vid.parameters()))
+    together = Study(make, arms).run(2, [0, 1], progress=False).runs.set_index(['arm', 'seed']).valid_loss
+    for arm in ('vid', 'own'):
+        lone = Study(make, {arm: arms[arm]}).run(2, [1], progress=False).runs
+        assert lone.valid_loss[0]==together[arm, 1]
+    assert all(torch.equal(v, was[k]) for k,v in own['0'].state_dict().items()) and len(list(vid.parameters()))==size
+
+
+def test_a_factory_makes_each_run_s_callback(teacher):
+    from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
+    made = []
+    def kd(): made.append(KD(teacher, SoftTarget)); return made[-1]
+    study = Study(make, dict(alone=None, kd=kd)).run(1, 2, progress=False)
+    as_dict = Study(make, dict(alone=None, kd=dict(teacher=teacher, loss=SoftTarget))).run(1, 2, progress=False)
+    assert len(made)==2 and study.tests('valid_loss')==as_dict.tests('valid_loss')!={}
+
+
+def test_lengths_and_equal_time(teacher):
+    def fit(learn, epochs, cbs): learn.fit(epochs, cbs=cbs); return dict(seconds=epochs*(2. if cbs else 1.))
+    study = Study(make, dict(alone=None, kd=dict(teacher=teacher, loss=Logits)), fit=fit)
+    study.run([1], 3, progress=False).run([2], 3, ['alone'], progress=False)
+    r = study.table('valid_loss').set_index(['arm', 'epochs']).loc['kd', 1]
+    runs = study.runs.set_index(['arm', 'epochs', 'seed']).valid_loss
+    assert r.time==2 and r.alone_epochs==2
+    assert r.gain==pytest.approx((runs['kd', 1]-runs['alone', 1]).mean()) and r.same_time==pytest.approx((runs['kd', 1]-runs['alone', 2]).mean())
+    assert 'kd, 1 epochs at equal time: ' in study.verdict('valid_loss')
+
+
+def test_an_experiment_of_a_regression():
+    set_seed(0)
+    teacher = _net(16, 1)
+    exp = Experiment(_dls(64, regression=True), teacher, partial(_net, 6, 1), Logits, lr=1e-2, metrics=mse, loss_func=MSELossFlat(), weight=0.5)
+    exp.train_teacher(20)
+    exp.run([1, 2], 3)
+    assert exp.table().columns[2]=='mse' and len(exp.runs)==6 and len(exp.pairs)==3 and exp.best[0]==exp.runs.query('epochs==2').distilled.min()
+    raw = {n:(g.distilled-g.alone) for n,g in exp.runs.groupby('epochs')}
+    assert {n:t.diff for n,t in exp.tests().items()}==pytest.approx({n:d.mean() for n,d in raw.items()})
+    assert exp.verdict().count('adjusted p')==2 and ' mse (95%' in exp.verdict()
+
+
+def test_p_values_of_an_experiment_count_its_lengths(teacher):
+    from scipy import stats
+    exp = Experiment(_dls(), teacher, _net, Logits, lr=0.05, weight=0.9, loss_func=CrossEntropyLossFlat()).run([1, 3, 6], 4)
+    raw = [stats.ttest_rel(g.distilled, g.alone).pvalue for _,g in exp.runs.groupby('epochs')]
+    if not any(p!=p for p in raw): assert [t.p for t in exp.tests().values()]==pytest.approx(stats.false_discovery_control(raw))
+
+
+def test_a_study_that_learned_a_new_teacher_forgets_the_old_runs(teacher, tmp_path):
+    study = Study(make, dict(alone=None, kd=dict(teacher=teacher, loss=Logits)), tmp_path/'r.csv').run([1, 2], 2, progress=False)
+    with torch.no_grad(): teacher[1].bias.add_(1)
+    study.run(1, 2, progress=False)
+    assert study.runs.groupby(['arm', 'epochs']).size().to_dict()=={('alone', 1):2, ('alone', 2):2, ('kd', 1):2} and len(study.log.rows)==10
+
+
+# --- the log
+
+def _add(path, name, n):
+    log = RunLog(path, ['who', 'i'])
+    for i in range(n): log.add(dict(who=name, i=i))
+
+def test_two_processes_share_a_file(tmp_path):
+    jobs = [get_context('spawn').Process(target=_add, args=(tmp_path/'r.csv', name, 40)) for name in 'ab']
+    for j in jobs: j.start()
+    for j in jobs: j.join(120)
+    rows = list(csv.reader((tmp_path/'r.csv').open()))
+    assert rows[0]==['who', 'i'] and len(rows)==81 and sorted(p.name for p in tmp_path.iterdir())==['r.csv']
+    for name in 'ab': assert [r[1] for r in rows if r[0]==name]==[str(i) for i in range(40)]
+
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, 'write', lambda fd, data: write(fd, data[:3]))
+    log = RunLog(tmp_path/'r.csv', ['a', 'b'])
+    log.add(dict(a='a long value, with a comma', b='two\nlines'))
+    monkeypatch.undo()
+    assert RunLog(tmp_path/'r.csv', ['a', 'b']).rows==[dict(a='a long value, with a comma', b='two lines')]
+
+def test_rows_that_do_not_fit_are_said_and_kept(tmp_path):
+    path = tmp_path/'r.csv'
+    for raw,rows in ((b'a,b\n\n1,2\n', 1), (b'a,b\n9\n1,2\n', 1), (b'a,b\r\n1,2\r\n', 1), (b'\xef\xbb\xbfa,b\n1,2\n', 1), (b'a,b\n"1,2\n3,4\n', 1)):
+        path.write_bytes(raw)
+        if b'\n9\n' in raw or b'"' in raw:
+            with pytest.warns(UserWarning, match='1 rows do not have 2 fields'): log = RunLog(path, ['a', 'b'])
+        else: log = RunLog(path, ['a', 'b'])
+        assert len(log.rows)==rows and path.read_bytes()==raw
+    path.write_bytes(raw := 'a,b\nr\xe9,3\n'.encode('latin-1'))
+    with pytest.raises(ValueError, match='r.csv.*no text in UTF-8'): RunLog(path, ['a', 'b'])
+    assert path.read_bytes()==raw
+
+
+# --- report and pictures
+
+def test_a_broken_figure_costs_nothing_else(tmp_path):
+    runs = [dict(arm=a, epochs=1, seed=s, seconds=1., accuracy=v+s/10) for a,v in (('alone', 0.1), ('b', 0.3)) for s in range(2)]
+    import pandas as pd
+    table = summary(pd.DataFrame(runs))
+    def broken(): raise ValueError('$5_$10')
+    with pytest.warns(UserWarning, match="the figure 'Seeds' cannot be drawn"): page = save_report(tmp_path, table, {'Seeds':broken}, dict(a='<b>'))
+    assert '<b>' not in page.read_text() and (tmp_path/'report.csv').exists() and not list(tmp_path.glob('*.png'))
+    assert list(by_arm(pd.DataFrame(runs)))==[('alone', 1), ('b', 1)]
