@@ -115,7 +115,7 @@ def data_text(
     changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in events]
     return f"{sizes} {_short_hash(describe([batches, changes]))}"
 
-# %% ../../../nbs/distill/study/setting.ipynb #10ff36dd
+# %% ../../../nbs/distill/study/setting.ipynb #bb512fe0
 def teacher_text(
     teacher, # As for `KnowledgeDistillationCallback`
 )->str:
@@ -123,7 +123,9 @@ def teacher_text(
     teacher = as_teacher(teacher)
     given = signature(type(teacher)).parameters
     own = {k:v for k,v in vars(teacher).items() if k in given and k not in ('axis', 'average')} # from the task
-    return _short_hash(describe([type(teacher), _plain(own), list(getattr(teacher, 'models', ()))]))
+    nets = [(net.asked, net.tfm) for net in getattr(teacher, 'nets', ())]
+    said = getattr(teacher, 'given', None), getattr(teacher, 'facts', None)
+    return _short_hash(describe([type(teacher), _plain(own), nets, said, list(getattr(teacher, 'models', ()))]))
 
 # %% ../../../nbs/distill/study/setting.ipynb #c134c2a7
 def _value_text(name, v):

@@ -59,7 +59,7 @@ class Session:
         "Context of a forward in which the student's layers are listened to"
         return self.kd.eyes.open()
 
-# %% ../../../nbs/distill/training/session.ipynb #12db49e9
+# %% ../../../nbs/distill/training/session.ipynb #fea39332
 _cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
             CancelStepException, CancelTrainException, CancelValidException)
 
@@ -82,13 +82,18 @@ def _open_log(self:Session):
     kd,learn = self.kd,self.learn
     outer,kd.log = kd.log,LossLog(kd.loss_names, kd.recipe.valid)
     if self.outer: self.stack.callback(partial(setattr, kd, 'log', outer))
-    self.stack.callback(kd.log.close) # what an interrupted epoch has seen; late, since a failed device may fail again
+    self.stack.callback(self._close_log) # late, since a device that failed may fail again
     if self.outer: return
     columns = kd.log.columns(taken=[m.name for m in learn.metrics])
     def remove(): learn.metrics = [o for o in learn.metrics if not any(o is c for c in columns)]
     learn.metrics = learn.metrics + columns
     self.fit.passing += columns
     self.stack.callback(remove)
+
+@patch
+def _close_log(self:Session):
+    "Take what an interrupted epoch has seen"
+    self.kd.log.close()
 
 def _leave_autocast(learn, was_on, kind, error, tb):
     "End the autocast of fastai's `MixedPrecision` after an error, if it was not on before"
