@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['remember']
 
-# %% ../../../nbs/distill/training/learned.ipynb #4a6d415d
+# %% ../../../nbs/distill/training/learned.ipynb #64f300cc
+from copy import copy
 from itertools import chain
 from typing import Callable
 
 import torch
 from torch import nn
 
-# %% ../../../nbs/distill/training/learned.ipynb #5ff229be
-_parts = '_parameters','_buffers','_modules'
+# %% ../../../nbs/distill/training/learned.ipynb #344787c5
+def _kept(attributes):
+    "Attributes of a module, with containers of its own"
+    return {k:copy(v) if isinstance(v, (dict, list, set)) else v for k,v in attributes.items()}
 
 def remember(
     *modules:nn.Module, # Whatever learns
 )->Callable:
     "A function that puts `modules` back as they are now: structure, attributes and values, in the same objects"
     mods = [m for module in modules for m in module.modules()]
-    attributes = [(m, {**vars(m), **{k:dict(vars(m)[k]) for k in _parts}}) for m in mods]
+    attributes = [(m, _kept(vars(m))) for m in mods]
     tensors = [t for m in mods for t in chain(m._parameters.values(), m._buffers.values()) if t is not None]
     values = [(t, t.detach().clone()) for t in tensors]
 
@@ -28,6 +31,6 @@ def remember(
     def restore():
         for m,was in attributes:
             vars(m).clear()
-            vars(m).update({**was, **{k:dict(was[k]) for k in _parts}})
+            vars(m).update(_kept(was))
         for t,was in values: t.copy_(was)
     return restore
