@@ -20,7 +20,8 @@ def net(width=4, c=3, seed=0, head=()):
     "A small network with BatchNorm, the same one for a seed"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(block(3, width), block(width, 2*width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head, nn.Linear(2*width, c))
+        return nn.Sequential(block(3, width), block(width, 2*width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head,
+                             nn.Linear(2*width, c))
 
 
 def data(n=32, bs=8, c=3, y=None, seed=0, **kwargs):
@@ -28,14 +29,16 @@ def data(n=32, bs=8, c=3, y=None, seed=0, **kwargs):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3, 8, 8, generator=g)
     y = torch.randint(c, (n,), generator=g) if y is None else y
-    dls = DataLoaders(*[TfmdDL(TensorDataset(x, y), bs=bs, shuffle=s, num_workers=0, **kwargs) for s in (True,False)], device='cpu')
+    dls = DataLoaders(*[TfmdDL(TensorDataset(x, y), bs=bs, shuffle=s, num_workers=0, **kwargs) for s in (True,False)],
+                      device='cpu')
     dls.c = c
     return dls
 
 
 def learner(model=None, dls=None, cbs=None, loss_func=None, **kwargs):
     "A learner that prints nothing and whose batches come in the same order each time"
-    learn = Learner(data() if dls is None else dls, net() if model is None else model, loss_func=loss_func or CrossEntropyLossFlat(),
+    learn = Learner(data() if dls is None else dls, net() if model is None else model,
+                    loss_func=loss_func or CrossEntropyLossFlat(),
                     cbs=cbs, **{'opt_func': SGD, 'lr': 0.05, **kwargs})
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
@@ -43,7 +46,8 @@ def learner(model=None, dls=None, cbs=None, loss_func=None, **kwargs):
     return learn
 
 
-def n_hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
+def n_hooks(*models):
+    return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
 def state(model): return copy.deepcopy(model.state_dict())
 def flags(model): return [m.training for m in model.modules()],[p.requires_grad for p in model.parameters()]
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -17,14 +17,19 @@ import accuracy, accuracy_table, cifar_nets
 from settings import SETTINGS, ShiftFlip
 
 
-@pytest.mark.parametrize('net,params', [(cifar_nets.resnet(20, 100), 278324), (cifar_nets.resnet(56, 100), 861620), (cifar_nets.resnet(8, 100, 4), 1233540), (cifar_nets.resnet(32, 100, 4), 7433860),
-    (cifar_nets.wrn(16, 2, 100), 703284), (cifar_nets.wrn(40, 2, 100), 2255156), (cifar_nets.vgg13(100), 9462180), (cifar_nets.mobilenetv2(100), 812836)])
+@pytest.mark.parametrize('net,params',
+                         [(cifar_nets.resnet(20, 100), 278324), (cifar_nets.resnet(56, 100), 861620),
+                          (cifar_nets.resnet(8, 100, 4), 1233540), (cifar_nets.resnet(32, 100, 4), 7433860),
+    (cifar_nets.wrn(16, 2, 100), 703284), (cifar_nets.wrn(40, 2, 100), 2255156), (cifar_nets.vgg13(100), 9462180),
+    (cifar_nets.mobilenetv2(100), 812836)])
 def test_networks_have_the_sizes_of_the_literature(net, params):
     assert sum(p.numel() for p in net.parameters())==params
     assert net(torch.randn(2, 3, 32, 32)).shape==(2, 100)
 
 
-@pytest.mark.parametrize('net,sizes', [(cifar_nets.resnet(8), (32, 16, 8)), (cifar_nets.wrn(16, 2), (32, 16, 8)), (cifar_nets.vgg13(), (32, 16, 8, 4, 4)), (cifar_nets.mobilenetv2(), (16, 8, 4, 2))])
+@pytest.mark.parametrize('net,sizes',
+                         [(cifar_nets.resnet(8), (32, 16, 8)), (cifar_nets.wrn(16, 2), (32, 16, 8)),
+                          (cifar_nets.vgg13(), (32, 16, 8, 4, 4)), (cifar_nets.mobilenetv2(), (16, 8, 4, 2))])
 def test_stages_have_the_sizes_of_the_literature(net, sizes):
     x,seen = net.stem(torch.randn(2, 3, 32, 32)),[]
     for stage in net.stages: x = stage(x); seen.append(x.shape[-1])
@@ -38,7 +43,8 @@ def test_shift_and_flip_are_crops_of_the_padded_image():
     assert kept is y and out.shape==x.shape
     padded,seen = torch.nn.functional.pad(x, [2]*4),set()
     for a,p in zip(out, padded):
-        crops = {(i, j, flip): p[:, i:i+6, j:j+6].flip(2) if flip else p[:, i:i+6, j:j+6] for i in range(5) for j in range(5) for flip in (False, True)}
+        crops = {(i, j, flip): p[:, i:i+6, j:j+6].flip(2) if flip else p[:, i:i+6, j:j+6] for i in range(5)
+                 for j in range(5) for flip in (False, True)}
         where = [k for k,c in crops.items() if torch.equal(a, c)]
         assert len(where)==1
         seen.add(where[0])
@@ -52,7 +58,9 @@ def images(tmp_path_factory):
     for i in range(16):
         im = Image.fromarray(rng.integers(0, 255, (40, 48, 3)).astype(np.uint8))
         places = [home/'pets96'/'images'/f"{('Birman', 'beagle')[i%2]}_{i}.jpg"]
-        places += [home/d/side/str(i%2)/f'{i}.png' for d,valid in (('cifar10_small', 'test'), ('cifar100', 'test'), ('imagenette2sq_96', 'val')) for side in ('train', valid)]
+        places += [home/d/side/str(i%2)/f'{i}.png' for d,
+                   valid in (('cifar10_small', 'test'), ('cifar100', 'test'), ('imagenette2sq_96', 'val'))
+                   for side in ('train', valid)]
         for f in places: f.parent.mkdir(parents=True, exist_ok=True); im.save(f)
     return home
 
@@ -82,11 +90,13 @@ def test_all_students_of_a_seed_see_the_same(loss, images, monkeypatch):
         dls,said = s.data(images/s.folder, torch.device('cpu')),[]
         teacher = s.teacher(dls.c)
         class Student(torch.nn.Module):
-            def __init__(self, net): super().__init__(); self.net = net; said.append(sum(p.double().sum().item() for p in net.parameters()))
+            def __init__(self, net):
+                super().__init__(); self.net = net; said.append(sum(p.double().sum().item() for p in net.parameters()))
             def forward(self, x):
                 if self.training: said.append(x.double().sum().item())
                 return self.net(x)
-        inner = replace(s, student=lambda c: Student(s.student(c)), **{o: {f'net.{k}':v for k,v in getattr(s, o).items()} for o in ('stages', 'before')})
+        inner = replace(s, student=lambda c: Student(s.student(c)),
+                        **{o: {f'net.{k}':v for k,v in getattr(s, o).items()} for o in ('stages', 'before')})
         accuracy.run(inner, dls, teacher, accuracy.recipes(inner)[loss], 2, seed)
         return said
     plain = seen('alone', 0)
@@ -94,12 +104,16 @@ def test_all_students_of_a_seed_see_the_same(loss, images, monkeypatch):
     assert seen(loss, 0)==plain and seen(loss, 1)!=plain
 
 
-def _command(tmp_path, out): return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0-1', '--epochs', '8', '--only', 'alone,SoftTarget,Logits', '--out', tmp_path/out, '--models', tmp_path]
+def _command(tmp_path, out):
+    return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0-1', '--epochs', '8', '--only',
+            'alone,SoftTarget,Logits', '--out', tmp_path/out, '--models', tmp_path]
 
 
 def test_what_was_killed_is_resumed(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    def start(out): return subprocess.Popen(_command(tmp_path, out), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
+    def start(out):
+        return subprocess.Popen(_command(tmp_path, out), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                cwd=tmp_path)
     def finish(p):
         _,err = p.communicate(timeout=300)
         assert p.returncode==0, err.decode()
@@ -107,7 +121,8 @@ def test_what_was_killed_is_resumed(tmp_path):
     whole = pd.read_csv(tmp_path/'whole.csv')
     assert len(whole)==2*(3+2) and not whole.duplicated(['loss', 'epochs', 'seed']).any()
     killed = start('part.csv')
-    while not (tmp_path/'part.csv').exists() or (tmp_path/'part.csv').read_text().count('\n')<3: time.sleep(0.05); assert killed.poll() is None
+    while not (tmp_path/'part.csv').exists() or (tmp_path/'part.csv').read_text().count('\n')<3:
+        time.sleep(0.05); assert killed.poll() is None
     killed.send_signal(signal.SIGKILL); killed.wait(); killed.stderr.close()
     with open(tmp_path/'part.csv', 'a') as f: f.write('digits,Log')
     before = (tmp_path/'part.csv').read_text().splitlines()[:-1]
@@ -125,8 +140,11 @@ def test_what_was_killed_is_resumed(tmp_path):
 
 def _runs():
     alone,longer,kd = [60., 61, 62, 63, 64],[61., 63, 63, 64, 66],[62., 62, 65, 64, 67]
-    rows = [dict(loss=loss, epochs=n, seed=i, accuracy=a, best=a+1, task_weight=1, weight=w, seconds=s, teacher_accuracy=80., device='cpu')
-            for loss,n,accs,w,s in (('alone', 10, alone, None, 10.), ('alone', 20, longer, None, 20.), ('SoftTarget', 10, kd, 0.9, 18.), ('Mutual', 10, alone, 1, 10.5)) for i,a in enumerate(accs)]
+    rows = [dict(loss=loss, epochs=n, seed=i, accuracy=a, best=a+1, task_weight=1, weight=w, seconds=s,
+                 teacher_accuracy=80., device='cpu')
+            for loss,n,accs,w,s in (('alone', 10, alone, None, 10.), ('alone', 20, longer, None, 20.),
+                                    ('SoftTarget', 10, kd, 0.9, 18.), ('Mutual', 10, alone, 1, 10.5)) for i,
+                                    a in enumerate(accs)]
     return pd.DataFrame(rows).sample(frac=1, random_state=0),map(np.array, (alone, longer, kd))
 
 
@@ -135,12 +153,14 @@ def test_statistics_against_known_answers():
     df = accuracy_table.table(runs).set_index(['loss', 'epochs'])
     r,m = df.loc['SoftTarget', 10],df.loc['Mutual', 10]
     assert list(df.index[:2])==[('SoftTarget', 10), ('alone', 20)]
-    assert r.accuracy==64 and r.best==65 and r.sd==pytest.approx(np.std(kd, ddof=1)) and r.seeds==5 and r.time==pytest.approx(1.8) and r.alone_epochs==20 and m.alone_epochs==10
+    assert r.accuracy==64 and r.best==65 and r.sd==pytest.approx(np.std(kd,
+                                                                        ddof=1)) and r.seeds==5 and r.time==pytest.approx(1.8) and r.alone_epochs==20 and m.alone_epochs==10
     low,high = stats.t.interval(0.95, 4, kd.mean(), stats.sem(kd))
     assert (r.accuracy-r.ci, r.accuracy+r.ci)==pytest.approx((low, high))
     want = stats.ttest_rel(kd, alone)
     assert r.gain==2 and (r.gain_low, r.gain_high)==pytest.approx(tuple(want.confidence_interval()))
-    assert r.gain_p==pytest.approx(min(1, 2*want.pvalue)) and m.gain==0 and m.gain_p==1  # the better one of two p-values counts twice
+    # the better one of two p-values counts twice
+    assert r.gain_p==pytest.approx(min(1, 2*want.pvalue)) and m.gain==0 and m.gain_p==1
     assert r.same_time==pytest.approx((kd-longer).mean()) and r.same_time_p==pytest.approx(2*stats.ttest_rel(kd, longer).pvalue)
 
 
@@ -148,20 +168,26 @@ def test_seeds_are_paired_by_number_and_lone_ones_left_out():
     a,b = pd.Series([5., 1, 9], index=[2, 0, 7]),pd.Series([0., 4, 3], index=[0, 2, 1])
     assert accuracy_table.differences(a, b)[:2]==(1, 0) and accuracy_table.differences(a, b[:1]) is None
     runs = _runs()[0]
-    with pytest.raises(ValueError, match='two runs of Mutual, 10 epochs, seed 3'): accuracy_table.table(pd.concat([runs, runs.query("loss=='Mutual' and seed==3")]))
+    with pytest.raises(ValueError, match='two runs of Mutual, 10 epochs, seed 3'):
+        accuracy_table.table(pd.concat([runs, runs.query("loss=='Mutual' and seed==3")]))
     with pytest.raises(ValueError, match='two seeds'): accuracy_table.table(runs.query('seed==0'))
     with pytest.raises(ValueError, match='no runs of `alone`'): accuracy_table.table(_runs()[0].query("loss!='alone'"))
 
 
 def test_the_command_prints_and_draws(tmp_path):
     _runs()[0].to_csv(tmp_path/'accuracy-x.csv', index=False)
-    out = subprocess.run([sys.executable, root/'benchmarks'/'accuracy_table.py', tmp_path/'accuracy-x.csv', '--only', 'SoftTarget', '--picture', tmp_path/'x.png'], env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, root/'benchmarks'/'accuracy_table.py', tmp_path/'accuracy-x.csv', '--only',
+                          'SoftTarget', '--picture', tmp_path/'x.png'], env={**os.environ, 'PYTHONPATH': str(root)},
+                          capture_output=True, text=True)
     assert out.returncode==0, out.stderr
     assert '64.0 ± 2.6' in out.stdout and '+2.0 (' in out.stdout and 'teacher 80.0 %' in out.stdout
     assert 'Mutual' not in out.stdout and Image.open(tmp_path/'x.png').size[0]>500
 
 
-@pytest.mark.parametrize('args,what', [(dict(setting='digit'), "no 'digit'"), (dict(setting='digits', seeds='3-1'), "seeds.*'3-1'"), (dict(setting='digits', only='Attentoin'), "no loss 'Attentoin'"),
-                                       (dict(setting='pets96', data=Path('nowhere')), "no folder 'pets96' in 'nowhere'")])
+@pytest.mark.parametrize('args,what',
+                         [(dict(setting='digit'), "no 'digit'"), (dict(setting='digits', seeds='3-1'), "seeds.*'3-1'"),
+                          (dict(setting='digits', only='Attentoin'), "no loss 'Attentoin'"),
+                                       (dict(setting='pets96', data=Path('nowhere')),
+                                        "no folder 'pets96' in 'nowhere'")])
 def test_misspelt_arguments_are_named(args, what):
     with pytest.raises(SystemExit, match=what): accuracy.main(**args)

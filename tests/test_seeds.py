@@ -167,7 +167,8 @@ def test_signatures():
     "The parameters, in their order and with their defaults, that the documents show"
     from inspect import signature
     from fasterai.distill import all as d
-    shown = dict(SoftTarget='pred teacher_pred T=5', Logits='pred teacher_pred', Mutual='pred teacher_pred', Attention='fm_s fm_t p=2',
+    shown = dict(SoftTarget='pred teacher_pred T=5', Logits='pred teacher_pred', Mutual='pred teacher_pred',
+                 Attention='fm_s fm_t p=2',
                  ActivationBoundaries='fm_s fm_t m=2', FitNet='fm_s fm_t', Similarity='fm_s fm_t pred p=2')
     for name,params in shown.items():
         got = list(signature(getattr(d, name)).parameters.values())
@@ -176,5 +177,6 @@ def test_signatures():
             assert p.name==n and (not default or p.default==float(default)), f'{name}: {p} for {want}'
         assert got[-1].kind==got[-1].VAR_KEYWORD, name
     kd = list(signature(d.KnowledgeDistillationCallback).parameters.values())
-    assert [p.name for p in kd[:6]]==['teacher', 'loss', 'activations_student', 'activations_teacher', 'weight', 'schedule']
+    assert [p.name for p in kd[:6]]==['teacher', 'loss', 'activations_student', 'activations_teacher', 'weight',
+                                      'schedule']
     assert kd[1].default is d.SoftTarget and kd[4].default==0.5

@@ -39,7 +39,8 @@ def fast(data, tmp_path, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(data))
     monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])  # which a notebook's shell replaces
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args, **kw: fit(self, kw.get('start_epoch', 0)+1, *args, **kw))
+    monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args,
+                        **kw: fit(self, kw.get('start_epoch', 0)+1, *args, **kw))
     monkeypatch.setattr(Experiment, 'run', lambda self, epochs=1, seeds=1: run(self, 1, 2))
     monkeypatch.setattr(DataLoader, '__init__', lambda self, *args, **kw: init(self, *args, **{**kw, 'num_workers': 0}))
     backend,state = plt.get_backend(),(random.getstate(), np.random.get_state(), torch.get_rng_state())

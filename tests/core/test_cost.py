@@ -30,7 +30,8 @@ def test_recurrent_layers(layer, gates):
 def test_a_transformer_on_its_fast_path():
     d,ff,B,N = 16,32,4,6
     net,x = nn.TransformerEncoderLayer(d, 2, ff, batch_first=True).eval(),torch.randn(B, N, d)
-    macs = B*N*d*3*d + 2*B*N*N*d + B*N*d*d + 2*B*N*d*ff              # to queries, keys, values; attention twice; out; feed-forward
+    # to queries, keys, values; attention twice; out; feed-forward
+    macs = B*N*d*3*d + 2*B*N*N*d + B*N*d*d + 2*B*N*d*ff
     with torch.no_grad(): assert flops(lambda: net(x))==2*macs
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

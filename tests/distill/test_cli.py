@@ -52,12 +52,14 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
 def test_a_teacher_that_is_no_better_is_named_and_vision_learners_weights_are_explained(images, tmp_path, capsys):
     pytest.importorskip('timm')
     good = make_model('timm:resnet10t', 2)
-    torch.nn.init.zeros_(good.get_classifier().weight), torch.nn.init.zeros_(good.get_classifier().bias)  # always the first class: half of the images
+    # always the first class: half of the images
+    torch.nn.init.zeros_(good.get_classifier().weight), torch.nn.init.zeros_(good.get_classifier().bias)
     torch.save(good.state_dict(), tmp_path/'t.pth')
     exp = distill(images, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small | dict(epochs=3))
     assert ('no better than the student alone' in capsys.readouterr().out) == (exp.runs.alone.max()>=0.5)
     torch.save({'0.0.weight': torch.zeros(1)}, tmp_path/'v.pth')
-    with pytest.raises(ValueError, match='vision_learner'): distill(images, teacher_weights=tmp_path/'v.pth', out=tmp_path/'out', **small)
+    with pytest.raises(ValueError, match='vision_learner'):
+        distill(images, teacher_weights=tmp_path/'v.pth', out=tmp_path/'out', **small)
 
 
 @pytest.mark.parametrize('args,what', [
@@ -78,7 +80,8 @@ def test_a_teacher_that_is_no_better_is_named_and_vision_learners_weights_are_ex
     (dict(workers=-1), 'workers'),
 ])
 def test_what_is_wrong_is_said_before_training(images, tmp_path, args, what, capsys):
-    args = {**dict(path=images, out=tmp_path/'out', teacher='resnet18', student='resnet18', epochs=1, size=16, bs=8, workers=0), **args}
+    args = {**dict(path=images, out=tmp_path/'out', teacher='resnet18', student='resnet18', epochs=1, size=16, bs=8,
+                   workers=0), **args}
     with pytest.raises((ValueError, OSError), match=what): distill(**args)
     assert not (tmp_path/'out').exists()
 
@@ -86,7 +89,8 @@ def test_what_is_wrong_is_said_before_training(images, tmp_path, args, what, cap
 def test_weights_of_another_number_of_classes(images, tmp_path):
     torch.save(make_model('resnet18', 10).state_dict(), tmp_path/'t.pth')
     with pytest.raises(ValueError, match=r'fc.weight \(10, 512\) for \(2, 512\)'):
-        distill(images, teacher='resnet18', teacher_weights=tmp_path/'t.pth', size=16, bs=8, workers=0, out=tmp_path/'out')
+        distill(images, teacher='resnet18', teacher_weights=tmp_path/'t.pth', size=16, bs=8, workers=0,
+                out=tmp_path/'out')
 
 
 @pytest.mark.skipif(not command.exists(), reason='the package is not installed')
@@ -94,5 +98,6 @@ def test_the_command_says_errors_in_a_line():
     res = subprocess.run([command, 'nowhere'], capture_output=True, text=True)
     assert res.returncode==1 and res.stderr.strip().splitlines()[-1]=="fasterai_distill: no folder 'nowhere'"
     for way in ('--teacher_weights', '--teacher-weights'):
-        res = subprocess.run([command, '.', way, 'nothing.pth', '--T', '4', '--loss=Attention'], capture_output=True, text=True, cwd=Path(__file__).parent)
+        res = subprocess.run([command, '.', way, 'nothing.pth', '--T', '4', '--loss=Attention'], capture_output=True,
+                             text=True, cwd=Path(__file__).parent)
         assert 'no temperature' in res.stderr

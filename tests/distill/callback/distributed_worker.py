@@ -18,7 +18,8 @@ def model(w, seed):
     "Without BatchNorm, whose statistics are each process's own"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Sequential(nn.Conv2d(3, w, 3, 2, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
+        return nn.Sequential(nn.Sequential(nn.Conv2d(3, w, 3, 2, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(w, 3))
 
 
 class Scale(nn.Module):
@@ -36,7 +37,8 @@ def run(bs, distributed):
     dls.train.shuffle = False
     learn,g,teacher = learner(model(4, 0), dls, wd=0.),GradsAt(),model(8, 1)
     before = state(teacher)
-    kd = KnowledgeDistillationCallback(teacher, {SoftTarget: 1, Attention: 100, FitNet: 1}, '0', '0', adapters={'0': Scale()}, weight=0.7)
+    kd = KnowledgeDistillationCallback(teacher, {SoftTarget: 1, Attention: 100, FitNet: 1}, '0', '0',
+                                       adapters={'0': Scale()}, weight=0.7)
     class Adapter(GradsAt):
         def before_step(self): self.grads.append([p.grad.clone() for p in kd.learned.parameters()])
     a = Adapter()
@@ -44,7 +46,8 @@ def run(bs, distributed):
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, cbs=[kd, g, a])
     else: learn.fit(1, cbs=[kd, g, a])
     after = state(teacher)
-    return dict(student=g.grads, adapter=a.grads, hooks=n_hooks(learn.model, teacher), names=list(learn.model.state_dict()), rows=len(kd.log.history),
+    return dict(student=g.grads, adapter=a.grads, hooks=n_hooks(learn.model, teacher),
+                names=list(learn.model.state_dict()), rows=len(kd.log.history),
                 teacher_same=all(torch.equal(before[k], after[k]) for k in before), weights=state(kd.learned))
 
 

@@ -92,14 +92,17 @@ def test_several_inputs_targets_and_tuple_outputs():
         y_int = True
         def forward(self, pred, y0, y1): return F.cross_entropy(pred[0], y0)
     g = torch.Generator().manual_seed(0)
-    ds = torch.utils.data.TensorDataset(*torch.randn(2, 16, 3, 8, 8, generator=g), *torch.randint(3, (2, 16), generator=g))
+    ds = torch.utils.data.TensorDataset(*torch.randn(2, 16, 3, 8, 8, generator=g),
+                                        *torch.randint(3, (2, 16), generator=g))
     ds.n_inp = 2
     dls = DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0) for _ in range(2)], device='cpu')
     got = []
     def loss(pred, teacher_pred, target, **kw): got.append(target); return (pred-teacher_pred).pow(2).mean()
     learner(Two(4), dls, loss_func=First()).fit(1, cbs=KD(Two(8), loss))
     assert all(isinstance(y, tuple) and len(y)==2 for y in got)
-    learner(Two(4), dls, loss_func=First()).fit(1, cbs=KD(Teacher(Two(8), select=lambda o: o[0]*2), SoftTarget, select=lambda o: o[0]))
+    learner(Two(4), dls, loss_func=First()).fit(1,
+                                                cbs=KD(Teacher(Two(8), select=lambda o: o[0]*2), SoftTarget,
+                                                       select=lambda o: o[0]))
 
 
 def test_bad_outputs_and_bad_losses_say_so():
@@ -112,12 +115,14 @@ def test_bad_outputs_and_bad_losses_say_so():
     with pytest.raises(ValueError, match='same shape'): learner().fit(1, cbs=KD(net(8, c=5)))
 
 
-@pytest.mark.parametrize('lf,f', [(nn.BCEWithLogitsLoss(), torch.sigmoid), (MSELossFlat(), lambda z: z)], ids=['labels','regression'])
+@pytest.mark.parametrize('lf,f', [(nn.BCEWithLogitsLoss(), torch.sigmoid), (MSELossFlat(), lambda z: z)],
+                         ids=['labels','regression'])
 def test_an_ensemble_averages_what_the_task_predicts(lf, f):
     t1,t2,seen = teacher(),net(8, seed=5),[]
     x,y = torch.randn(16, 3, 8, 8),torch.rand(16, 3).round()
     from fastai.data.core import DataLoaders, TfmdDL
-    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=16, num_workers=0) for _ in range(2)], device='cpu')
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=16, num_workers=0) for _ in range(2)],
+                      device='cpu')
     def loss(pred, teacher_pred, **kw): seen.append(teacher_pred); return (pred-teacher_pred).abs().mean()
     learner(dls=dls, loss_func=lf).fit(1, cbs=KD([t1, t2], loss))
     torch.testing.assert_close(f(seen[0]), (f(t1.eval()(x))+f(t2.eval()(x)))/2, rtol=1e-4, atol=1e-5)

@@ -43,12 +43,14 @@ def distils(student, teacher, loss, distance, epochs=8, lr=5e-3, **kw):
 
 def gap(student, teacher, f=lambda z: z.softmax(-1)):
     "Mean absolute difference of what the two predict on the validation set"
-    preds = [torch.cat([o if isinstance(o := m(*b[:student.dls.n_inp]), torch.Tensor) else o[0] for b in student.dls.valid])
+    preds = [torch.cat([o if isinstance(o := m(*b[:student.dls.n_inp]), torch.Tensor) else o[0]
+                        for b in student.dls.valid])
              for m in (student.model.eval(), teacher.eval()) for _ in [getattr(m, 'reset', noop)()]]
     return (f(preds[0])-f(preds[1])).abs().mean().item()
 
 
-def dls_of(*ts, bs=16): return DataLoaders(*[TfmdDL(TensorDataset(*ts), bs=bs, num_workers=0) for _ in range(2)], device='cpu')
+def dls_of(*ts, bs=16):
+    return DataLoaders(*[TfmdDL(TensorDataset(*ts), bs=bs, num_workers=0) for _ in range(2)], device='cpu')
 
 
 def test_text_awd_lstm_to_a_small_one():
@@ -72,17 +74,21 @@ def table():
     return df.assign(y=np.where(df.a+(df.k=='x')>0.3, 'yes', 'no'), v=(df.a-df.b).astype('float32'))
 
 
-@pytest.mark.parametrize('y,loss,f', [('y', SoftTarget, lambda z: z.softmax(-1)), ('v', Logits, lambda z: z)], ids=['classes','regression'])
+@pytest.mark.parametrize('y,loss,f', [('y', SoftTarget, lambda z: z.softmax(-1)), ('v', Logits, lambda z: z)],
+                         ids=['classes','regression'])
 def test_tabular(table, y, loss, f):
     set_seed(0)
-    to = TabularPandas(table, [Categorify, FillMissing, Normalize], ['k'], ['a','b'], y, splits=RandomSplitter(seed=0)(range_of(table)))
+    to = TabularPandas(table, [Categorify, FillMissing, Normalize], ['k'], ['a','b'], y,
+                       splits=RandomSplitter(seed=0)(range_of(table)))
     dls = to.dataloaders(bs=32, device='cpu')
     teacher = quiet(tabular_learner(dls, layers=[64,32]))
     teacher.fit(8, 1e-2)
     distils(tabular_learner(dls, layers=[8]), teacher.model, loss, partial(gap, f=f), lr=1e-2)
 
 
-def net(w): return torch.nn.Sequential(torch.nn.Conv2d(3, w, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(4*w, 4))
+def net(w):
+    return torch.nn.Sequential(torch.nn.Conv2d(3, w, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2),
+                               torch.nn.Flatten(), torch.nn.Linear(4*w, 4))
 
 def test_several_labels():
     set_seed(0)
@@ -90,7 +96,8 @@ def test_several_labels():
     dls = dls_of(x, (x.mean((2,3))[:,[0,1,2,0]]>0).float())
     teacher = Learner(dls, net(32), BCEWithLogitsLossFlat(), opt_func=Adam)
     quiet(teacher).fit(8, 1e-2)
-    distils(Learner(dls, net(4), BCEWithLogitsLossFlat()), teacher.model, BinaryKD, partial(gap, f=torch.sigmoid), lr=1e-2)
+    distils(Learner(dls, net(4), BCEWithLogitsLossFlat()), teacher.model, BinaryKD, partial(gap, f=torch.sigmoid),
+            lr=1e-2)
 
 
 def test_segmentation_with_a_void_class():
@@ -104,6 +111,7 @@ def test_segmentation_with_a_void_class():
     lf = CrossEntropyLossFlat(axis=1, ignore_index=255)
     dist = partial(gap, f=lambda z: z.softmax(1))
     distils(Learner(dls, unets[0], lf), unets[1], SoftTarget, dist, epochs=3, lr=2e-3)
-    kd = KnowledgeDistillationCallback(unets[1], {CWD: 3, Attention: 1000}, 'layers.0.6', 'layers.0.6', weight=1, task_weight=1)
+    kd = KnowledgeDistillationCallback(unets[1], {CWD: 3, Attention: 1000}, 'layers.0.6', 'layers.0.6', weight=1,
+                                       task_weight=1)
     quiet(Learner(dls, unets[0], lf)).fit(1, 1e-3, cbs=kd)
     assert np.isfinite(kd.log.history.values).all()

@@ -60,7 +60,8 @@ def test_valid_true_fills_a_column_and_leaves_valid_loss():
 
 def test_trackers_follow_the_task_loss(tmp_path):
     learn = learner(path=tmp_path)
-    learn.fit(3, cbs=[KD(teacher(), FitNet, **layers, weight=0.9), SaveModelCallback(with_opt=True, fname='best'), EarlyStoppingCallback(patience=2)])
+    learn.fit(3, cbs=[KD(teacher(), FitNet, **layers, weight=0.9), SaveModelCallback(with_opt=True, fname='best'),
+                      EarlyStoppingCallback(patience=2)])
     fresh = learner(path=tmp_path)
     fresh.create_opt()
     with warnings.catch_warnings():

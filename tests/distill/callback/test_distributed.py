@@ -10,8 +10,10 @@ pytest.importorskip('accelerate')
 
 def test_two_processes_get_the_gradients_of_one(tmp_path):
     here = Path(__file__).parent
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', PYTHONPATH=os.pathsep.join([*map(str, (here, *here.parents[1:4])), os.environ.get('PYTHONPATH', '')]))
-    res = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(here/'distributed_worker.py'), str(tmp_path)],
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
+               PYTHONPATH=os.pathsep.join([*map(str, (here, *here.parents[1:4])), os.environ.get('PYTHONPATH', '')]))
+    res = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+                          str(here/'distributed_worker.py'), str(tmp_path)],
                          env=env, capture_output=True, text=True, timeout=300)
     assert res.returncode==0, res.stderr[-3000:]
     from distributed_worker import run

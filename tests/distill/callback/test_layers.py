@@ -38,13 +38,16 @@ def test_refused_at_construction():
 def test_misfits_are_refused_before_any_step():
     learn = learner()
     before = state(learn.model)
-    with pytest.raises(ValueError, match='adapt|channel'): learn.fit(1, cbs=KD(teacher(), FitNet, **layers, adapters=None))
+    with pytest.raises(ValueError, match='adapt|channel'):
+        learn.fit(1, cbs=KD(teacher(), FitNet, **layers, adapters=None))
     assert same(before, state(learn.model)) and not n_hooks(learn.model)
 
 
 def test_layers_with_the_names_of_learner_attributes():
     class Odd(nn.Module):
-        def __init__(self, w): super().__init__(); self.opt,self.path,self.loss = block(3, w),block(w, w),nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
+        def __init__(self, w):
+            super().__init__(); self.opt,self.path,self.loss = block(3, w),block(w,
+                                                                                 w),nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
         def forward(self, x): return self.loss(self.path(self.opt(x)))
     learner(Odd(4)).fit(1, cbs=KD(Odd(8), Attention, ['opt','path'], ['opt','path']))
 
@@ -52,7 +55,8 @@ def test_layers_with_the_names_of_learner_attributes():
 def test_an_inplace_relu_after_the_layer_does_not_spoil_the_map():
     def m(w, inplace): 
         torch.manual_seed(w)
-        return nn.Sequential(nn.Conv2d(3, w, 3), nn.ReLU(inplace=inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
+        return nn.Sequential(nn.Conv2d(3, w, 3), nn.ReLU(inplace=inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(w, 3))
     def run(inplace):
         learn = learner(m(4, inplace))
         kd = KD(m(8, inplace), Attention, '0', '0')
@@ -62,7 +66,8 @@ def test_an_inplace_relu_after_the_layer_does_not_spoil_the_map():
 
 
 def test_weights_and_adapters_are_checked_at_construction():
-    with pytest.raises(ValueError, match='task_weight=1'): KD(teacher(), schedule=Schedule(lambda s,e,p: s+(e-s)*p, end_val=4))
+    with pytest.raises(ValueError, match='task_weight=1'):
+        KD(teacher(), schedule=Schedule(lambda s,e,p: s+(e-s)*p, end_val=4))
     with pytest.raises(ValueError, match='weight'): KD(teacher(), weight=float('nan'))
     with pytest.raises(ValueError, match='task_weight'): KD(teacher(), task_weight=-1)
     with pytest.raises(ValueError, match='weight of a loss'): KD(teacher(), {SoftTarget: -1})
@@ -72,7 +77,9 @@ def test_weights_and_adapters_are_checked_at_construction():
 
 def test_maps_and_tokens_are_compared_by_position():
     class Tokens(nn.Module):
-        def __init__(self, d): super().__init__(); self.patch,self.blocks,self.head = nn.Conv2d(3, d, 4, 4),nn.Sequential(nn.Linear(d, d), nn.GELU()),nn.Linear(d, 3)
+        def __init__(self, d):
+            super().__init__(); self.patch,self.blocks,self.head = nn.Conv2d(3, d, 4,
+                                                                             4),nn.Sequential(nn.Linear(d, d), nn.GELU()),nn.Linear(d, 3)
         def forward(self, x):
             z = self.patch(x).flatten(2).transpose(1, 2)
             return self.head(self.blocks(torch.cat([z.mean(1, keepdim=True), z], 1))[:,0])

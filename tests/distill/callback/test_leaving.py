@@ -41,7 +41,8 @@ def clean(learn, t, before, kd):
 excs = [KeyboardInterrupt(), RuntimeError('out of memory'), CancelFitException()]
 
 
-events = ['before_epoch','before_train','before_batch','after_pred','after_loss','before_backward','before_step','after_step',
+events = ['before_epoch','before_train','before_batch','after_pred','after_loss','before_backward','before_step',
+          'after_step',
           'after_batch','after_train','before_validate','after_validate','after_epoch']
 
 
@@ -51,7 +52,9 @@ events = ['before_epoch','before_train','before_batch','after_pred','after_loss'
 def test_clean_after_an_exception_at_any_event(event, exc, order):
     for inside in (True, False):
         t = teacher().train()
-        before,kd,boom = (state(t),flags(t)),KD(t, FitNet, **layers),Boom(event, exc, at=0 if 'epoch' in event or 'train' in event or 'valid' in event else 1, order=order)
+        before,kd,boom = (state(t),flags(t)),KD(t, FitNet, **layers),Boom(event, exc,
+                                                                          at=0 if 'epoch' in event or 'train' in event
+                                                                          or 'valid' in event else 1, order=order)
         learn = learner(cbs=kd if inside else None)
         try: learn.fit(2, cbs=[boom] if inside else [kd, boom])
         except (KeyboardInterrupt, RuntimeError): pass
@@ -119,20 +122,24 @@ def test_terms_on_a_batch_leave_the_learner_as_it_was():
     task,parts = kd.terms_on(learn, (x,), (y,))
     torch.testing.assert_close(task, F.cross_entropy(learn.model(x), y))
     torch.testing.assert_close(parts['SoftTarget'], SoftTarget(learn.model(x), teacher().eval()(x)))
-    assert parts['FitNet'].requires_grad and same(before, state(learn.model)) and not n_hooks(learn.model) and kd.learn is None
+    assert parts['FitNet'].requires_grad and same(before,
+                                                  state(learn.model)) and not n_hooks(learn.model) and kd.learn is None
     assert not any(isinstance(o, KD) for o in learn.cbs) and learn.opt is None
 
 
 def test_an_error_before_the_fit_begins_leaves_nothing():
     learn = learner()
-    with pytest.raises(Exception, match='acuracy|monitor|index|not in'): learn.fit(1, cbs=[KD(teacher()), EarlyStoppingCallback(monitor='acuracy')])
+    with pytest.raises(Exception, match='acuracy|monitor|index|not in'):
+        learn.fit(1, cbs=[KD(teacher()), EarlyStoppingCallback(monitor='acuracy')])
     assert len(learn.metrics)==0 and unwatched(learn)
-    with pytest.raises(RuntimeError, match='real'): learn.fit(1, cbs=[KD(teacher()), Boom('after_batch', RuntimeError('real'))])
+    with pytest.raises(RuntimeError, match='real'):
+        learn.fit(1, cbs=[KD(teacher()), Boom('after_batch', RuntimeError('real'))])
 
 
 def test_a_batch_cancelled_after_the_hooks_are_on_leaves_none():
     learn,counts = learner(),[]
-    learn.model.register_forward_hook(lambda m,i,o: counts.append(n_hooks(m)-1) if learn.dl is learn.dls.valid else None)
+    learn.model.register_forward_hook(lambda m,i,
+                                      o: counts.append(n_hooks(m)-1) if learn.dl is learn.dls.valid else None)
     class Once(GradsAt):
         order = 20
         def before_fit(self): pass

@@ -37,7 +37,8 @@ def by_hand(weight, T=5., epochs=1, task_weight=None):
 def test_trains_as_a_loop_by_hand(kw):
     learn = learner(wd=0.)
     learn.fit(2, cbs=KD(teacher(), **kw))
-    for a,b in zip(learn.model.parameters(), by_hand(epochs=2, **kw).parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a,b in zip(learn.model.parameters(), by_hand(epochs=2, **kw).parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('loss', [SoftTarget, lambda pred, teacher_pred, **kw: pred.sum()*float('nan')])
@@ -115,7 +116,8 @@ def test_train_loss_is_the_mix():
         order = 50
         def __init__(self): pass
         def __call__(self, name):
-            if name=='after_batch' and self.learn.training: seen.append((self.learn.loss.item(), self.learn.loss.data_ptr()==self.learn.loss_grad.data_ptr()))
+            if name=='after_batch' and self.learn.training:
+                seen.append((self.learn.loss.item(), self.learn.loss.data_ptr()==self.learn.loss_grad.data_ptr()))
     kd = KD(teacher(), weight=0.3)
     learn.fit(1, cbs=[kd, See()])
     h = kd.log.history

@@ -47,8 +47,10 @@ class At(Callback):
 # --- other callbacks that use the Learner in the middle of a fit --------------
 
 @pytest.mark.parametrize('act,event', [
-    (lambda l: l.validate(), 'after_epoch'), (lambda l: l.get_preds(), 'after_epoch'), (lambda l: l.get_preds(), 'after_train'),
-    (lambda l: l.lr_find(num_it=6, show_plot=False), 'after_epoch'), (lambda l: l.summary(), 'after_epoch')], ids=['validate', 'get_preds', 'get_preds in training', 'lr_find', 'summary'])
+    (lambda l: l.validate(), 'after_epoch'), (lambda l: l.get_preds(), 'after_epoch'),
+    (lambda l: l.get_preds(), 'after_train'),
+    (lambda l: l.lr_find(num_it=6, show_plot=False), 'after_epoch'), (lambda l: l.summary(), 'after_epoch')],
+    ids=['validate', 'get_preds', 'get_preds in training', 'lr_find', 'summary'])
 @pytest.mark.parametrize('inside', [True, False], ids=['in Learner', 'in fit'])
 def test_what_others_do_in_the_middle_does_not_end_the_distillation(act, event, inside, tmp_path):
     import fastai.callback.hook  # noqa: F401  `summary`
@@ -160,7 +162,8 @@ def test_a_copied_learner_distils_with_the_same_teacher_and_its_own_adapters():
 def test_two_callbacks_with_adapters_train_as_the_sum_of_both():
     t1,t2,model = teacher().eval(),net(8, seed=9).eval(),net()
     a1,a2 = (nn.Conv2d(4, 8, 1) for _ in range(2))
-    kds = [KD(t, FitNet, '0', '0', weight=0.2, task_weight=1., adapters={'0': copy.deepcopy(a)}) for t,a in ((t1, a1), (t2, a2))]
+    kds = [KD(t, FitNet, '0', '0', weight=0.2, task_weight=1., adapters={'0': copy.deepcopy(a)}) for t,
+           a in ((t1, a1), (t2, a2))]
     learn = learner(copy.deepcopy(model), wd=0.)
     learn.fit(2, cbs=kds)
     hand = copy.deepcopy(model).train()
@@ -169,7 +172,8 @@ def test_two_callbacks_with_adapters_train_as_the_sum_of_both():
     for _ in range(2):
         for x,y in dls.train:
             h = hand[0](x)
-            loss = F.cross_entropy(hand[1:](h), y) + sum(0.2*F.mse_loss(a(h), t[0](x).detach()) for a,t in ((a1, t1), (a2, t2)))
+            loss = F.cross_entropy(hand[1:](h), y) + sum(0.2*F.mse_loss(a(h), t[0](x).detach()) for a,
+                                                         t in ((a1, t1), (a2, t2)))
             opt.zero_grad(); loss.backward(); opt.step()
     assert close(learn.model, hand)
     for kd,a in zip(kds, (a1, a2)): assert close(kd.learned, a)
@@ -200,7 +204,8 @@ def test_a_callback_that_went_over_to_another_learner_is_refused_in_the_first():
 # --- fits that end badly ------------------------------------------------------
 
 @pytest.mark.parametrize('event,error,order,at', [
-    ('before_fit', RuntimeError('typo'), 60, 0), ('after_fit', RuntimeError('disk'), -20, 0), ('after_epoch', CancelBatchException(), 20, 0)])
+    ('before_fit', RuntimeError('typo'), 60, 0), ('after_fit', RuntimeError('disk'), -20, 0),
+    ('after_epoch', CancelBatchException(), 20, 0)])
 def test_a_fit_that_ends_by_an_error_outside_of_the_epochs_is_undone(event, error, order, at):
     kd = KD(teacher(), FitNet, **layers)
     learn = learner(cbs=kd, metrics=accuracy)

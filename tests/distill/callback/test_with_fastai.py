@@ -46,7 +46,8 @@ def test_under_autocast(loss):
     learn = learner(cbs=CPUMixedPrecision('bf16'))
     t,seen = teacher(),[]
     def spy(pred=None, teacher_pred=None, fm_s=None, fm_t=None, target=None, **kw):
-        seen.append((pred.dtype, torch.is_autocast_enabled('cpu'), *[o.dtype for o in (*fm_s.values(), *fm_t.values())]))
+        seen.append((pred.dtype, torch.is_autocast_enabled('cpu'),
+                     *[o.dtype for o in (*fm_s.values(), *fm_t.values())]))
         return loss(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     spy.same_shape = getattr(loss, 'same_shape', False)
     learn.fit(1, cbs=KD(t, spy, **layers))
@@ -59,7 +60,8 @@ def test_channels_last():
     learn.fit(1, cbs=KD(teacher(), [Similarity, Attention], **layers))
     ref = learner()
     ref.fit(1, cbs=KD(teacher(), [Similarity, Attention], **layers))
-    for a,b in zip(learn.model.parameters(), ref.model.parameters()): torch.testing.assert_close(a.contiguous(), b, rtol=1e-3, atol=1e-5)
+    for a,b in zip(learn.model.parameters(), ref.model.parameters()):
+        torch.testing.assert_close(a.contiguous(), b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
@@ -71,7 +73,8 @@ def test_mixed_labels_reach_a_loss_that_takes_them_and_others_refuse(mix):
     assert all(y.shape==(8, 3) for y in seen)
     torch.testing.assert_close(torch.cat(seen).sum(1), torch.ones(32))
     assert any(((y>0).sum(1)==2).any() for y in seen)
-    with pytest.raises(TypeError, match='DecoupledKD.*class indices'): learner().fit(1, cbs=[KD(teacher(), DecoupledKD), mix()])
+    with pytest.raises(TypeError, match='DecoupledKD.*class indices'):
+        learner().fit(1, cbs=[KD(teacher(), DecoupledKD), mix()])
 
 
 @pytest.mark.parametrize('lf', [LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), nn.CrossEntropyLoss()])
@@ -141,7 +144,8 @@ def test_segmentation_ignores_what_the_task_ignores():
     learn = learner(seg(4), dls, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255))
     learn.fit(1, cbs=KD(seg(8), loss))
     assert set(got)=={(1, 255)}
-    learner(seg(4), dls, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255)).fit(1, cbs=KD(seg(8), [SoftTarget, DecoupledKD]))
+    learner(seg(4), dls, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255)).fit(1,
+                                                                                       cbs=KD(seg(8), [SoftTarget, DecoupledKD]))
 
 
 def test_compiled_student_and_teacher():
@@ -150,7 +154,8 @@ def test_compiled_student_and_teacher():
     learn.fit(1, cbs=KD(t, [SoftTarget, Attention], **layers))
     ref = learner()
     ref.fit(1, cbs=KD(teacher(), [SoftTarget, Attention], **layers))
-    for a,b in zip(learn.model.parameters(), ref.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    for a,b in zip(learn.model.parameters(), ref.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_a_compiled_student_whose_distillation_starts_late():
@@ -172,7 +177,8 @@ def test_predict_show_results_and_the_other_ways_to_fit(tmp_path):
     from fastai.callback.progress import CSVLogger
     from fasterai.data.digits import digits_dls, digits_net
     dls = digits_dls(n_train=40, bs=20, n_valid=20)
-    learn = learner(digits_net(4), dls, opt_func=Adam, path=tmp_path, cbs=KD(digits_net(8), [SoftTarget, Attention], {'0': '0'}))
+    learn = learner(digits_net(4), dls, opt_func=Adam, path=tmp_path,
+                    cbs=KD(digits_net(8), [SoftTarget, Attention], {'0': '0'}))
     learn.fit_flat_cos(1, 1e-3)
     learn.fit(2, cbs=CSVLogger())
     head,*rows = (tmp_path/'history.csv').read_text().splitlines()
@@ -207,7 +213,8 @@ def test_data_parallel_is_refused_by_name():
 
 
 def test_a_callback_pickles_whatever_it_was_given():
-    kd = KD(teacher(), FitNet, **layers, adapters={'0': nn.Conv2d(4, 8, 1)}, select=lambda o: o, schedule=lambda s,e,p: e)
+    kd = KD(teacher(), FitNet, **layers, adapters={'0': nn.Conv2d(4, 8, 1)}, select=lambda o: o, schedule=lambda s,e,
+            p: e)
     learner(opt_func=Adam).fit(1, cbs=kd)
     assert len(pickle.dumps(kd))<2000
 
@@ -217,7 +224,8 @@ def test_a_callback_pickles_whatever_it_was_given():
 def test_no_hidden_synchronisation():
     x,y = torch.randn(32, 3, 8, 8, device='cuda'),torch.randint(3, (32,), device='cuda')
     from fastai.data.core import DataLoaders, TfmdDL
-    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=8, num_workers=0) for _ in range(2)], device='cuda')
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=8, num_workers=0) for _ in range(2)],
+                      device='cuda')
     learn = learner(dls=dls)
     kd = KD(teacher(), [SoftTarget, Attention, FitNet], **layers)
     learn.fit(1, cbs=kd)

@@ -122,12 +122,14 @@ def similarity(xs, xt, p=2):
     return mean([(a-b)**2 for s, t in zip(rows(xs), rows(xt)) for a, b in zip(s, t)])
 
 
-def cwd(xs, xt, T=4.): return T*T*mean([kl(softmax(ct, T), softmax(cs, T)) for s, t in zip(xs, xt) for cs, ct in zip(s, t)])
+def cwd(xs, xt, T=4.):
+    return T*T*mean([kl(softmax(ct, T), softmax(cs, T)) for s, t in zip(xs, xt) for cs, ct in zip(s, t)])
 
 
 def channel_stats(xs, xt, ratio=1., eps=1e-5):
     def std(c): return (sum((x-mean(c))**2 for x in c)/(len(c)-1)+eps)**0.5
-    return mean([sum(ratio*(mean(cs)-mean(ct))**2 + (std(cs)-std(ct))**2 for cs, ct in zip(s, t)) for s, t in zip(xs, xt)])
+    return mean([sum(ratio*(mean(cs)-mean(ct))**2 + (std(cs)-std(ct))**2 for cs, ct in zip(s, t)) for s,
+                 t in zip(xs, xt)])
 
 
 def nst(xs, xt):
@@ -164,12 +166,14 @@ def pkt(xs, xt, eps=1e-7):
     def neighbours(e):
         c = [[(1+dot(scaled(a), scaled(b)))/2 for b in e] for a in e]
         return [[x/sum(r) for x in r] for r in c]
-    return mean([p*math.log((p+eps)/(q+eps)) for s, t in zip(neighbours(embed(xs)), neighbours(embed(xt))) for q, p in zip(s, t)])
+    return mean([p*math.log((p+eps)/(q+eps)) for s, t in zip(neighbours(embed(xs)), neighbours(embed(xt))) for q,
+                 p in zip(s, t)])
 
 
 def cc(xs, xt, gamma=0.4, P=2):
     def kernel(e):
-        return [sum(math.exp(-2*gamma)*(2*gamma)**p/math.factorial(p)*dot(scaled(a), scaled(b))**p for p in range(P+1)) for a in e for b in e]
+        return [sum(math.exp(-2*gamma)*(2*gamma)**p/math.factorial(p)*dot(scaled(a), scaled(b))**p for p in range(P+1))
+                for a in e for b in e]
     return mean([(a-b)**2 for a, b in zip(kernel(embed(xs)), kernel(embed(xt)))])
 
 
@@ -182,4 +186,5 @@ def edges(x):
 def irg(layers_s, layers_t, zs, zt, vertex=0.1, edge=5., transform=5.):
     gaps = [minus(edges(s), edges(t)) for s, t in zip(layers_s, layers_t)]
     square = lambda g: mean([x*x for x in g])
-    return vertex*logits(zs, zt) + edge*sum(map(square, gaps)) + transform*sum(square(minus(b, a)) for a, b in zip(gaps, gaps[1:]))
+    return vertex*logits(zs, zt) + edge*sum(map(square, gaps)) + transform*sum(square(minus(b, a)) for a,
+                                                                               b in zip(gaps, gaps[1:]))

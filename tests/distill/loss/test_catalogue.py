@@ -32,7 +32,8 @@ def test_entries(info):
     assert info.weight>0 and info.task_weight>0 and info.kind in KINDS
     assert set(info.needs)=={p for p in Term(info.make()).required}
     recipe = recipe_of(info.name)
-    assert set(recipe)=={'loss', 'weight', 'task_weight'} and (recipe['weight'], recipe['task_weight'])==(info.weight, info.task_weight)
+    assert set(recipe)=={'loss', 'weight', 'task_weight'} and (recipe['weight'],
+                                                               recipe['task_weight'])==(info.weight, info.task_weight)
     assert isinstance(recipe['loss'], nn.Module)==(info.kind=='learned')
     if info.kind!='learned':
         term = Term(recipe['loss'])   # refuses misspelt hyper-parameters
@@ -47,9 +48,12 @@ def test_what_was_measured(setting):
 
 def test_published_recipes():
     "As the benchmark ran them, where that does not depend on the networks"
-    want = dict(SoftTarget=(0.9, 0.1, dict(T=4)), Logits=(1, 1, {}), Mutual=(1, 1, {}), Attention=(1000, 1, {}), FitNet=(100, 1, {}), Similarity=(3000, 1, {}),
-                HardTarget=(0.5, 0.5, {}), DIST=(2, 1, dict(T=4)), TTM=(45, 1, dict(gamma=0.1)), BinaryKD=(10, 1, {}), Ranking=(0.1, 1, {}), ChannelStats=(0.08, 1, {}),
-                NST=(50, 1, {}), RKDDistance=(25, 1, {}), RKDAngle=(50, 1, {}), PKT=(30000, 1, {}), CC=(100, 1, dict(gamma=0.4, P=2)))
+    want = dict(SoftTarget=(0.9, 0.1, dict(T=4)), Logits=(1, 1, {}), Mutual=(1, 1, {}), Attention=(1000, 1, {}),
+                FitNet=(100, 1, {}), Similarity=(3000, 1, {}),
+                HardTarget=(0.5, 0.5, {}), DIST=(2, 1, dict(T=4)), TTM=(45, 1, dict(gamma=0.1)), BinaryKD=(10, 1, {}),
+                Ranking=(0.1, 1, {}), ChannelStats=(0.08, 1, {}),
+                NST=(50, 1, {}), RKDDistance=(25, 1, {}), RKDAngle=(50, 1, {}), PKT=(30000, 1, {}),
+                CC=(100, 1, dict(gamma=0.4, P=2)))
     for name, (weight, task_weight, hypers) in want.items():
         o = catalogue[name]
         assert (o.weight, o.task_weight, o.hypers)==(weight, task_weight, hypers), name

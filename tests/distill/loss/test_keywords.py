@@ -26,7 +26,8 @@ def offered():
     "All that a batch offers, for every loss"
     torch.manual_seed(0)
     maps = [{'a': torch.randn(4, 3, 4, 4), 'b': torch.randn(4, 5, 2, 2)} for _ in range(2)]
-    return dict(pred=torch.randn(4, 5), teacher_pred=torch.randn(4, 5), fm_s=maps[0], fm_t=maps[1], target=torch.arange(4))
+    return dict(pred=torch.randn(4, 5), teacher_pred=torch.randn(4, 5), fm_s=maps[0], fm_t=maps[1],
+                target=torch.arange(4))
 
 
 @pytest.mark.parametrize('name', available_losses())
@@ -37,16 +38,20 @@ def test_functions(name, offered):
     params = inspect.signature(loss).parameters
     hyper = [k for k in params if k not in (*OUTPUTS, 'kwargs')][0]
     for call in (lambda: loss(**needed, **{hyper+'z': 1}), lambda: partial(loss, **{hyper+'z': 1})(**offered)):
-        with pytest.raises(TypeError, match=f"^{name}: unknown keyword '{hyper}z'; (did you mean|there is).*{hyper}"): call()
-    with pytest.raises(TypeError, match=rf"^{name} is a function that compares .* not a class: .*partial\({name}, {hyper}=3\)"): loss(**{hyper: 3})
+        with pytest.raises(TypeError, match=f"^{name}: unknown keyword '{hyper}z'; (did you mean|there is).*{hyper}"):
+            call()
+    with pytest.raises(TypeError, match=rf"^{name} is a function that compares .* not a class: .*partial\({name}, {hyper}=3\)"):
+        loss(**{hyper: 3})
     with pytest.raises(TypeError, match=f"hand over {name} itself"): loss()
 
 
 def test_the_case_that_was_silent():
     s, t = torch.randn(3, 4), torch.randn(3, 4)
-    with pytest.raises(TypeError, match="SoftTarget: unknown keyword 'temperature'; there is T, axis, ignore_index"): SoftTarget(s, t, temperature=1.)
+    with pytest.raises(TypeError, match="SoftTarget: unknown keyword 'temperature'; there is T, axis, ignore_index"):
+        SoftTarget(s, t, temperature=1.)
     with pytest.raises(TypeError, match=r"SoftTarget is a function .*partial\(SoftTarget, T=4\)"): SoftTarget(T=4)
-    with pytest.raises(TypeError, match="SoftTarget: unknown keyword 'temprature'"): standardize(SoftTarget)(s, t, temprature=1.)
+    with pytest.raises(TypeError, match="SoftTarget: unknown keyword 'temprature'"):
+        standardize(SoftTarget)(s, t, temprature=1.)
 
 
 @pytest.mark.parametrize('name', LEARNED)
@@ -54,7 +59,8 @@ def test_learned(name, offered):
     loss = getattr(learned, name)().build(**offered)
     want = loss(offered['fm_s'], offered['fm_t'], **({'target': offered['target']} if name=='CRD' else {}))
     torch.testing.assert_close(loss(**offered), want)
-    with pytest.raises(TypeError, match=f"^{name}: unknown keyword 'taget'"): loss(offered['fm_s'], offered['fm_t'], taget=None)
+    with pytest.raises(TypeError, match=f"^{name}: unknown keyword 'taget'"):
+        loss(offered['fm_s'], offered['fm_t'], taget=None)
     with pytest.raises(TypeError, match=f"^{name}: unknown keyword 'scael'"): loss.build(**offered, scael=1)
 
 
@@ -87,7 +93,9 @@ def test_a_wrong_call_is_python_s_own_error():
 
 # A switch brings its own defaults
 
-@pytest.mark.parametrize('given,T,gamma,alpha', [({}, 1, 1.5, 1), (dict(T=4), 4, 1.5, 1), (dict(T=4, beta=8.), 4, 8, 1), (dict(beta=3), 1, 3, 1),
+@pytest.mark.parametrize('given,T,gamma,alpha',
+                         [({}, 1, 1.5, 1), (dict(T=4), 4, 1.5, 1), (dict(T=4, beta=8.), 4, 8, 1),
+                          (dict(beta=3), 1, 3, 1),
                                                  (dict(alpha=0.5), 1, 1.5, 0.5)])
 def test_normalize_has_the_defaults_of_nkd(given, T, gamma, alpha):
     g = torch.Generator().manual_seed(1)

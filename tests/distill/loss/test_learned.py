@@ -29,7 +29,8 @@ def maps(*shapes, names='abcd'): return {names[i]: rnd(*s) for i,s in enumerate(
 
 def stages(): return dict(fm_s=maps((3, 4, 4, 6), (3, 6, 2, 3)), fm_t=maps((3, 5, 4, 6), (3, 7, 4, 6), names='xyzw'))
 
-losses = {'VID': VID, 'CRD': lambda: CRD(dim=4), 'CRD bank': lambda: CRD(dim=4, bank=10, k=7), 'ReviewKD': ReviewKD, 'OFD': OFD}
+losses = {'VID': VID, 'CRD': lambda: CRD(dim=4), 'CRD bank': lambda: CRD(dim=4, bank=10, k=7), 'ReviewKD': ReviewKD,
+          'OFD': OFD}
 
 @pytest.fixture(params=losses)
 def make(request): return losses[request.param]
@@ -68,7 +69,8 @@ def test_vid_is_the_gaussian_likelihood():
         for c in range(5):
             v = math.log(1+math.exp(loss.alphas[0][c].item()))+1e-5
             for i in range(2):
-                for j in range(2): total += -norm.logpdf(t[b,c,i,j].item(), mu[b,c,i,j].item(), v**.5) - .5*math.log(2*math.pi)
+                for j in range(2):
+                    total += -norm.logpdf(t[b,c,i,j].item(), mu[b,c,i,j].item(), v**.5) - .5*math.log(2*math.pi)
     assert loss(**d).item()==pytest.approx(total/(3*5*4), rel=1e-10)
 
 def test_vid_starts_at_the_given_variance_and_sums_over_pairs():
@@ -95,7 +97,9 @@ def test_vid_variance_is_a_parameter_that_settles_at_the_error():
     want = ((loss.means[0](d['fm_s']['a'])-d['fm_t']['a'])**2).mean((0, 2, 3))
     torch.testing.assert_close(loss.variances()[0], want, rtol=1e-2, atol=0)
 
-@pytest.mark.parametrize('s,t', [((2, 17, 6), (2, 5, 4)), ((2, 6), (2, 4)), ((2, 6, 4, 4), (2, 17, 4)), ((2, 7, 7, 48), (2, 7, 7, 64)), ((2, 17, 6), (2, 4, 4, 4))])
+@pytest.mark.parametrize('s,t',
+                         [((2, 17, 6), (2, 5, 4)), ((2, 6), (2, 4)), ((2, 6, 4, 4), (2, 17, 4)),
+                          ((2, 7, 7, 48), (2, 7, 7, 64)), ((2, 17, 6), (2, 4, 4, 4))])
 @pytest.mark.parametrize('make', [VID, OFD])
 def test_vid_and_ofd_take_tokens_vectors_and_channels_last(make, s, t):
     d = dict(fm_s=maps(s), fm_t=maps(t))
@@ -121,7 +125,8 @@ def slow_crd(scores_s, scores_t, y, T, M=1000):
 def test_crd_in_batch(y):
     d = dict(fm_s=maps((5, 6, 2, 2)), fm_t=maps((5, 7)))
     loss = CRD(dim=3, T=.3).build(**d)
-    z = [e(fm['a'])/e(fm['a']).norm(dim=1, keepdim=True) for e,fm in ((loss.embed_s, d['fm_s']), (loss.embed_t, d['fm_t']))]
+    z = [e(fm['a'])/e(fm['a']).norm(dim=1, keepdim=True) for e,
+         fm in ((loss.embed_s, d['fm_s']), (loss.embed_t, d['fm_t']))]
     dots = [[sum(a*b for a,b in zip(z[0][i].tolist(), z[1][j].tolist())) for j in range(5)] for i in range(5)]
     want = slow_crd(dots, [list(r) for r in zip(*dots)], y or list(range(5)), .3)
     assert loss(**d, target=None if y is None else torch.tensor(y)).item()==pytest.approx(want, rel=1e-9)
@@ -138,7 +143,8 @@ def test_crd_takes_labels_in_any_usual_form():
     d,y = dict(fm_s=maps((4, 6)), fm_t=maps((4, 7))),torch.tensor([0, 2, 0, 1])
     loss = CRD(dim=3).build(**d)
     want = loss(**d, target=y)
-    for same in (y[:,None], F.one_hot(y), .8*F.one_hot(y)+.2/3): torch.testing.assert_close(loss(**d, target=same), want)
+    for same in (y[:,None], F.one_hot(y), .8*F.one_hot(y)+.2/3):
+        torch.testing.assert_close(loss(**d, target=same), want)
     assert loss(**d)!=want
     with pytest.raises(ValueError, match='one label per sample'): loss(**d, target=torch.zeros(4, 5, 5))
 
@@ -150,7 +156,8 @@ def test_crd_with_a_bank():
     labels = [-1]*n
     c,start = [None, None],0
     for index,y in [([4, 0, 7], [1, 0, 1]), ([0, 8, 2], [0, 1, 2]), ([4, 1, 3], [1, 1, 0])]:
-        z_s,z_t = ((e(fm['a'])/e(fm['a']).norm(dim=1, keepdim=True)).tolist() for e,fm in ((loss.embed_s, d['fm_s']), (loss.embed_t, d['fm_t'])))
+        z_s,z_t = ((e(fm['a'])/e(fm['a']).norm(dim=1, keepdim=True)).tolist() for e,
+                   fm in ((loss.embed_s, d['fm_s']), (loss.embed_t, d['fm_t'])))
         window,want = [order[(start+j)%n] for j in range(k)],0.
         for side,(z,bank) in enumerate([(z_s, bank_t), (z_t, bank_s)]):
             score = lambda i,j: math.exp(sum(a*b for a,b in zip(z[i], bank[j]))/T)
@@ -208,7 +215,8 @@ def test_hcl():
 
 def slow_nearest(x, size):
     H,W = x.shape[2:]
-    return torch.stack([torch.stack([x[:,:,i*H//size[0],j*W//size[1]] for j in range(size[1])], -1) for i in range(size[0])], -2)
+    return torch.stack([torch.stack([x[:,:,i*H//size[0],j*W//size[1]] for j in range(size[1])], -1)
+                        for i in range(size[0])], -2)
 
 def slow_conv3x3(w, x):
     B,C,H,W = x.shape
@@ -277,7 +285,8 @@ def test_ofd(given):
     bns = [nn.BatchNorm2d(5), nn.BatchNorm2d(7)] if given else None
     for bn in bns or []: bn.weight.data.uniform_(.5, 2); bn.bias.data.normal_()
     loss = OFD(bns, scale=.01).build(**d)
-    margins = [[(lambda neg: sum(neg)/len(neg))([v for v in t[:,c].flatten().tolist() if v<0]) for c in range(t.shape[1])] for t in d['fm_t'].values()]
+    margins = [[(lambda neg: sum(neg)/len(neg))([v for v in t[:,c].flatten().tolist() if v<0])
+                for c in range(t.shape[1])] for t in d['fm_t'].values()]
     if given: margins = [bn_margin(bn).tolist() for bn in bns]
     else: torch.testing.assert_close(batch_margin(d['fm_t']['x']), torch.tensor(margins[0], dtype=torch.float64))
     assert loss(**d).item()==pytest.approx(slow_ofd(loss, d, margins, .01), rel=1e-6)
@@ -379,7 +388,8 @@ def test_build_at_another_image_size_keeps_what_was_learned(make):
     loss = make().build(**stages())
     for p in loss.parameters(): p.data += 1
     state = {k: v.clone() for k,v in loss.state_dict().items()}
-    big = dict(fm_s=maps((3, 4, 8, 12), (3, 6, 4, 6)), fm_t=maps((3, 5, 8, 12), (3, 7, 4, 6), names='xyzw'))  # the second pair needs no resizing any more
+    # the second pair needs no resizing any more
+    big = dict(fm_s=maps((3, 4, 8, 12), (3, 6, 4, 6)), fm_t=maps((3, 5, 8, 12), (3, 7, 4, 6), names='xyzw'))
     loss.build(**big)
     torch.testing.assert_close(dict(loss.state_dict()), state, equal_nan=True)
     assert loss(**big, **extra(loss)).isfinite()
@@ -488,18 +498,24 @@ def test_refusals(name):
     with pytest.raises(ValueError, match='no feature maps'): loss.build(pred=rnd(3, 4), teacher_pred=rnd(3, 4))
     with pytest.raises(ValueError, match='paired by position'): loss.build(fm_s=d['fm_s'], fm_t={})
     loss.build(**d)
-    with pytest.raises(ValueError, match='was built for 2 pairs'): loss(**{k: {n: fm[n] for n in list(fm)[:1]} for k,fm in d.items()})
+    with pytest.raises(ValueError, match='was built for 2 pairs'):
+        loss(**{k: {n: fm[n] for n in list(fm)[:1]} for k,fm in d.items()})
 
 def test_refusals_name_the_layers():
     bad = dict(fm_s=maps((2, 6)), fm_t=maps((2, 8, 4, 4), names='x'))
     for make in (VID, OFD):
-        with pytest.raises(ValueError, match=r"student a \(2, 6\), teacher x \(2, 8, 4, 4\): a vector has no positions"): make().build(**bad)
+        with pytest.raises(ValueError,
+                           match=r"student a \(2, 6\), teacher x \(2, 8, 4, 4\): a vector has no positions"):
+            make().build(**bad)
     post = dict(fm_s=maps((2, 6, 4, 4)), fm_t={'x': rnd(2, 8, 4, 4).relu()})
     with pytest.raises(ValueError, match=r"teacher x.*before the ReLU"): OFD([nn.BatchNorm2d(8)]).build(**post)
-    with pytest.raises(ValueError, match=r"bns\[0\] has 5 channels, the teacher's map 8"): OFD([nn.BatchNorm2d(5)]).build(fm_s=maps((2, 6, 4, 4)), fm_t=maps((2, 8, 4, 4)))
+    with pytest.raises(ValueError, match=r"bns\[0\] has 5 channels, the teacher's map 8"):
+        OFD([nn.BatchNorm2d(5)]).build(fm_s=maps((2, 6, 4, 4)), fm_t=maps((2, 8, 4, 4)))
     with pytest.raises(ValueError, match='1 bns for 2 pairs'): OFD([nn.BatchNorm2d(5)]).build(**stages())
-    with pytest.raises(ValueError, match='shallow to deep'): ReviewKD().build(fm_s=maps((2, 6, 2, 2), (2, 6, 4, 4)), fm_t=maps((2, 6, 2, 2), (2, 6, 4, 4)))
-    with pytest.raises(ValueError, match='student a.*square grids'): ReviewKD().build(fm_s=maps((2, 7, 6)), fm_t=maps((2, 6, 4, 4)))
+    with pytest.raises(ValueError, match='shallow to deep'):
+        ReviewKD().build(fm_s=maps((2, 6, 2, 2), (2, 6, 4, 4)), fm_t=maps((2, 6, 2, 2), (2, 6, 4, 4)))
+    with pytest.raises(ValueError, match='student a.*square grids'):
+        ReviewKD().build(fm_s=maps((2, 7, 6)), fm_t=maps((2, 6, 4, 4)))
     with pytest.raises(ValueError, match='init_var > eps'): VID(init_var=0)
 
 def test_other_sizes_than_built_on_are_refused_not_broadcast():
@@ -556,7 +572,8 @@ def test_crd_bank_under_the_callback():
     x = torch.randn(12, 3, 8, 8)
     x[:,0,0,0] = torch.arange(12.)
     items = list(zip(x, torch.arange(12)%4))
-    learn = Learner(DataLoaders(IndexedDL(items, bs=4, shuffle=True), DataLoader(items, bs=4), device='cpu'), Net(4), CrossEntropyLossFlat())
+    learn = Learner(DataLoaders(IndexedDL(items, bs=4, shuffle=True), DataLoader(items, bs=4), device='cpu'), Net(4),
+                    CrossEntropyLossFlat())
     loss = CRD(dim=4, bank=12, k=6)
     give = GiveIndex(loss)
     with learn.no_bar(), learn.no_logging():

@@ -18,30 +18,41 @@ from fasterai.distill.losses import *
 few_examples = settings(deadline=None, derandomize=True, max_examples=25)
 
 LOGITS = {  # name: loss, slow reference
-    'SoftTarget': (SoftTarget, ref.soft_target), 'Logits': (Logits, ref.logits), 'Mutual': (Mutual, ref.mutual), 'HardTarget': (HardTarget, ref.hard_target),
-    'DIST': (partial(DIST, T=2, beta=3, gamma=0.5), partial(ref.dist, T=2, beta=3, gamma=0.5)), 'TTM': (TTM, ref.ttm), 'WTTM': (WTTM, ref.wttm),
+    'SoftTarget': (SoftTarget, ref.soft_target), 'Logits': (Logits, ref.logits), 'Mutual': (Mutual, ref.mutual),
+    'HardTarget': (HardTarget, ref.hard_target),
+    'DIST': (partial(DIST, T=2, beta=3, gamma=0.5), partial(ref.dist, T=2, beta=3, gamma=0.5)), 'TTM': (TTM, ref.ttm),
+    'WTTM': (WTTM, ref.wttm),
     'BinaryKD': (partial(BinaryKD, T=3), partial(ref.binary_kd, T=3)), 'Ranking': (Ranking, ref.ranking),
-    'standardize': (standardize(SoftTarget), ref.standardized), 'standardize_batch': (standardize(SoftTarget, over='batch'), ref.standardized_over_batch)}
+    'standardize': (standardize(SoftTarget), ref.standardized),
+    'standardize_batch': (standardize(SoftTarget, over='batch'), ref.standardized_over_batch)}
 LABELLED = {'DecoupledKD': (DecoupledKD, ref.dkd), 'NKD': (partial(NKD, T=2), partial(ref.nkd, T=2)),
             'DecoupledKD_normalize': (partial(DecoupledKD, normalize=True, T=4, beta=8, alpha=0.5),
                                       partial(ref.nkd, T=4, gamma=8, alpha=0.5)),
             'DecoupledKD_normalize_defaults': (partial(DecoupledKD, normalize=True), partial(ref.nkd, T=1, gamma=1.5))}
-FEATURES = {'Attention': (Attention, ref.attention), 'Attention_p3': (partial(Attention, p=3), partial(ref.attention, p=3)), 'FitNet': (FitNet, ref.fitnet),
-            'ActivationBoundaries': (ActivationBoundaries, ref.boundaries), 'Similarity': (Similarity, ref.similarity), 'CWD': (CWD, ref.cwd),
-            'ChannelStats': (partial(ChannelStats, ratio=3), partial(ref.channel_stats, ratio=3)), 'NST': (NST, ref.nst)}
-RELATIONS = {'RKDDistance': (RKDDistance, ref.rkd_distance), 'RKDAngle': (RKDAngle, ref.rkd_angle), 'RKD': (RKD, ref.rkd), 'PKT': (PKT, ref.pkt), 'CC': (CC, ref.cc)}
+FEATURES = {'Attention': (Attention, ref.attention),
+            'Attention_p3': (partial(Attention, p=3), partial(ref.attention, p=3)), 'FitNet': (FitNet, ref.fitnet),
+            'ActivationBoundaries': (ActivationBoundaries, ref.boundaries), 'Similarity': (Similarity, ref.similarity),
+            'CWD': (CWD, ref.cwd),
+            'ChannelStats': (partial(ChannelStats, ratio=3), partial(ref.channel_stats, ratio=3)),
+            'NST': (NST, ref.nst)}
+RELATIONS = {'RKDDistance': (RKDDistance, ref.rkd_distance), 'RKDAngle': (RKDAngle, ref.rkd_angle),
+             'RKD': (RKD, ref.rkd), 'PKT': (PKT, ref.pkt), 'CC': (CC, ref.cc)}
 ON_LOGITS, ON_MAPS = {**LOGITS, **LABELLED}, {**FEATURES, **RELATIONS}
-SHAPES = {'classes': ((5, 7), 1), 'dense': ((2, 4, 3, 2), 1), 'sequence': ((2, 3, 5), -1)}  # logits and their class axis
+# logits and their class axis
+SHAPES = {'classes': ((5, 7), 1), 'dense': ((2, 4, 3, 2), 1), 'sequence': ((2, 3, 5), -1)}
 MAPS = {'maps': ((4, 3, 3, 2), (4, 3, 3, 2)), 'tokens': ((4, 6, 3), (4, 6, 3)), 'vectors': ((4, 3), (4, 3)),
         'wide': ((3, 2, 3, 2), (3, 5, 3, 2)), 'narrow': ((3, 7, 2, 2), (3, 6, 2, 2))}       # student's and teacher's
 SAME_WIDTH = ('FitNet', 'ActivationBoundaries', 'CWD', 'ChannelStats')
 NO_VECTORS = ('Attention', 'Attention_p3', 'CWD', 'ChannelStats', 'NST')
-DTYPES = {'f64': (torch.float64, 1e-9), 'f32': (torch.float32, 2e-5), 'f16': (torch.float16, 2e-5), 'bf16': (torch.bfloat16, 2e-5)}  # inputs, error against their exact value
+DTYPES = {'f64': (torch.float64, 1e-9), 'f32': (torch.float32, 2e-5), 'f16': (torch.float16, 2e-5),
+          'bf16': (torch.bfloat16, 2e-5)}  # inputs, error against their exact value
 
 
-def randn(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 def rows(z, axis): return z.double().movedim(axis, -1).flatten(0, -2).tolist()
-def channels(x): return (x.double().unsqueeze(2) if x.ndim==2 else x.double().mT if x.ndim==3 else x.double().flatten(2)).tolist()
+def channels(x):
+    return (x.double().unsqueeze(2) if x.ndim==2 else x.double().mT if x.ndim==3 else x.double().flatten(2)).tolist()
 
 
 def logit_case(name, shape, axis, dtype=torch.float64):
@@ -64,7 +75,8 @@ def map_case(name, shapes, dtype=torch.float64):
 
 def cases():
     for name in ON_LOGITS:
-        for shape, (size, axis) in SHAPES.items(): yield pytest.param(logit_case, (name, size, axis), id=f'{name}-{shape}')
+        for shape, (size, axis) in SHAPES.items():
+            yield pytest.param(logit_case, (name, size, axis), id=f'{name}-{shape}')
     for name in ON_MAPS:
         for shape, sizes in MAPS.items():
             if shape in ('wide', 'narrow') and name in SAME_WIDTH or shape=='vectors' and name in NO_VECTORS: continue
@@ -119,7 +131,8 @@ def test_order_of_the_batch_is_free(case, args):
 
 @every_case
 def test_equal_inputs_cost_nothing(case, args):
-    if args[0].startswith(('NKD', 'DecoupledKD_normalize', 'HardTarget', 'TTM', 'WTTM', 'Ranking', 'ActivationBoundaries')):
+    if args[0].startswith(('NKD', 'DecoupledKD_normalize', 'HardTarget', 'TTM', 'WTTM', 'Ranking',
+                           'ActivationBoundaries')):
         pytest.skip('by its formula not 0')
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         loss, _, s, _ = case(*args, dtype=dtype)
@@ -132,14 +145,16 @@ def test_equal_inputs_cost_nothing(case, args):
 class NoSync(TorchDispatchMode):
     "Refuses what would wait for the device"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.__name__.split('.')[0] not in ('_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'equal', 'is_nonzero', '_unique2'), func
+        assert func.__name__.split('.')[0] not in ('_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'equal',
+                                                   'is_nonzero', '_unique2'), func
         return func(*args, **(kwargs or {}))
 
 
 @every_case
 def test_never_waits_for_the_device(case, args):
     loss, _, s, t = case(*args)
-    ignore = dict(ignore_index=0, target=torch.ones([n for i, n in enumerate(s.shape) if i!=args[2]%s.ndim]).long()) if case is logit_case and args[0]!='BinaryKD' else {}
+    ignore = dict(ignore_index=0, target=torch.ones([n for i,
+                                                     n in enumerate(s.shape) if i!=args[2]%s.ndim]).long()) if case is logit_case and args[0]!='BinaryKD' else {}
     with NoSync():
         loss(s.requires_grad_(), t).backward()
         loss(s, t, **ignore).backward()
@@ -164,16 +179,20 @@ def test_other_sizes(name):
 
 @pytest.mark.parametrize('name', [*ON_MAPS, 'IRG'])
 def test_pairs_and_their_weights(name):
-    loss = partial(IRG, pred=randn(3, 5), teacher_pred=randn(3, 5, seed=9), vertex=0, transform=0) if name=='IRG' else ON_MAPS[name][0]
+    loss = partial(IRG, pred=randn(3, 5), teacher_pred=randn(3, 5, seed=9), vertex=0,
+                   transform=0) if name=='IRG' else ON_MAPS[name][0]
     a, b = [randn(3, 4, 2, 3, seed=i) for i in (0, 1)], [randn(3, 4, 2, 3, seed=i) for i in (2, 3)]
     one, two = loss(a[:1], b[:1]), loss(a[1:], b[1:])
-    torch.testing.assert_close(loss({'x': a[0], 'y': a[1]}, {'y': b[0], 'x': b[1]}), one+two)      # by position, not by name
+    # by position, not by name
+    torch.testing.assert_close(loss({'x': a[0], 'y': a[1]}, {'y': b[0], 'x': b[1]}), one+two)
     torch.testing.assert_close(loss(a, tuple(b), layer_weights=[2, 0.5]), 2*one+two/2)
     with pytest.raises(ValueError, match='1 for 2 pairs'): loss(a, b, layer_weights=[1])
-    with pytest.raises(ValueError, match=r'2 of the student \(0, 1\) and 1 of the teacher \(layer1\)'): loss(a, {'layer1': b[0]})
+    with pytest.raises(ValueError, match=r'2 of the student \(0, 1\) and 1 of the teacher \(layer1\)'):
+        loss(a, {'layer1': b[0]})
     with pytest.raises(ValueError, match='no feature maps'): loss({}, {})
     with pytest.raises(TypeError, match='fm_s must be a dict or a list of feature maps, got Tensor'): loss(a[0], b[0])
-    with pytest.raises(ValueError, match=r'student layer1 \(3, 4, 2, 3\) and teacher 0.4 \(2, 4, 2, 3\)'): loss({'layer1': a[0]}, {'0.4': b[0][:2]})
+    with pytest.raises(ValueError, match=r'student layer1 \(3, 4, 2, 3\) and teacher 0.4 \(2, 4, 2, 3\)'):
+        loss({'layer1': a[0]}, {'0.4': b[0][:2]})
     with pytest.raises(TypeError, match='student 0 must be a tensor, got tuple'): loss([(a[0],)], b[:1])
 
 
@@ -182,7 +201,8 @@ def test_irg():
     want = ref.irg(*([channels(x) for x in m] for m in maps), *(rows(x, 1) for x in z))
     assert math.isclose(IRG(*maps, *z).item(), want, rel_tol=1e-9)
     assert IRG(maps[0], maps[0], z[0], z[0])==0
-    assert torch.autograd.gradcheck(lambda a, b, p: IRG([a, b], maps[1], p, z[1]), [x.requires_grad_() for x in (*maps[0], z[0])])
+    assert torch.autograd.gradcheck(lambda a, b, p: IRG([a, b], maps[1], p, z[1]),
+                                    [x.requires_grad_() for x in (*maps[0], z[0])])
 
 
 def test_angles_in_chunks(monkeypatch):
@@ -213,7 +233,9 @@ def test_huge_logits(name, dtype):
     finite(loss, torch.zeros_like(s), s, **kw)
 
 
-@pytest.mark.parametrize('name', [n for n in ON_LOGITS if n not in ('Logits', 'DIST', 'standardize', 'standardize_batch', 'BinaryKD')])
+@pytest.mark.parametrize('name',
+                         [n for n in ON_LOGITS if n not in ('Logits', 'DIST', 'standardize', 'standardize_batch',
+                                                            'BinaryKD')])
 def test_masked_classes(name):
     "As if the classes were not there"
     loss, (s, t) = ON_LOGITS[name][0], (randn(3, 6), randn(3, 6, seed=1))
@@ -245,7 +267,8 @@ def test_a_certain_target_hides_nothing():
     torch.testing.assert_close(DecoupledKD(s, t, y, T=1, alpha=0, beta=1), SoftTarget(s[:, 1:], t[:, 1:], T=1))
 
 
-@pytest.mark.parametrize('loss', (SoftTarget, partial(DecoupledKD, target=torch.tensor([0, 1, 2])), BinaryKD), ids=('SoftTarget', 'DecoupledKD', 'BinaryKD'))
+@pytest.mark.parametrize('loss', (SoftTarget, partial(DecoupledKD, target=torch.tensor([0, 1, 2])), BinaryKD),
+                         ids=('SoftTarget', 'DecoupledKD', 'BinaryKD'))
 def test_gradient_keeps_its_size_as_T_grows(loss):
     s, t = randn(3, 5), randn(3, 5, seed=1)
     a, b = (finite(loss, s, t, T=T)[1] for T in (50, 500))
@@ -254,8 +277,11 @@ def test_gradient_keeps_its_size_as_T_grows(loss):
 
 @pytest.mark.parametrize('name', [*ON_LOGITS, *ON_MAPS])
 def test_batch_of_one(name):
-    if name in ON_MAPS: value, _ = finite(lambda s: ON_MAPS[name][0]([s], [randn(1, 4, 2, 3, seed=1)]), randn(1, 4, 2, 3))
-    else: value, _ = finite(ON_LOGITS[name][0], randn(1, 4), randn(1, 4, seed=1), **(dict(target=torch.tensor([2])) if name in LABELLED else {}))
+    if name in ON_MAPS:
+        value, _ = finite(lambda s: ON_MAPS[name][0]([s], [randn(1, 4, 2, 3, seed=1)]), randn(1, 4, 2, 3))
+    else:
+        value, _ = finite(ON_LOGITS[name][0], randn(1, 4), randn(1, 4, seed=1),
+                          **(dict(target=torch.tensor([2])) if name in LABELLED else {}))
     if name in ('Similarity', 'standardize_batch', *RELATIONS): assert value==0
 
 
@@ -263,23 +289,27 @@ def test_batch_of_one(name):
 @pytest.mark.parametrize('name', [*ON_MAPS, 'Attention_p1', 'IRG'])
 def test_dead_and_equal_samples(name, dtype):
     "All-zero maps and duplicates on either side: no NaN, and no gradient of 1e10"
-    loss = partial(Attention, p=1) if name=='Attention_p1' else partial(IRG, pred=torch.zeros(5, 2), teacher_pred=torch.zeros(5, 2)) if name=='IRG' else ON_MAPS[name][0]
+    loss = partial(Attention, p=1) if name=='Attention_p1' else partial(IRG, pred=torch.zeros(5, 2),
+                                                                        teacher_pred=torch.zeros(5, 2)) if name=='IRG' else ON_MAPS[name][0]
     s, t = (randn(5, 3, 4, 4, seed=i, dtype=DTYPES[dtype][0]) for i in (0, 1))
     s[0], t[1], s[2], t[2], s[4] = 0, 0, 0, 0, s[3]
-    for a, b in ((s, t), (torch.zeros_like(s), t), (s, torch.zeros_like(t)), (torch.zeros_like(s), torch.zeros_like(t)), (s[3:4].expand_as(s), t)):
+    for a, b in ((s, t), (torch.zeros_like(s), t), (s, torch.zeros_like(t)), (torch.zeros_like(s), torch.zeros_like(t)),
+                 (s[3:4].expand_as(s), t)):
         _, g = finite(lambda x: loss([x], [b]), a)
         assert g.abs().max() < 1e3
 
 
 @pytest.mark.parametrize('scale', (1e-6, 1e-3, 1, 1e4))
-@pytest.mark.parametrize('name', ('Attention', 'Attention_p3', 'Similarity', 'NST', 'RKDDistance', 'RKDAngle', 'PKT', 'CC'))
+@pytest.mark.parametrize('name',
+                         ('Attention', 'Attention_p3', 'Similarity', 'NST', 'RKDDistance', 'RKDAngle', 'PKT', 'CC'))
 def test_half_precision_maps_of_any_scale(name, scale):
     "Losses that do not see the scale give one value at every scale that float16 can hold"
     loss = ON_MAPS[name][0]
     s, t = (randn(4, 64, 14, 7, seed=i).relu() for i in (0, 1))
     half = [(scale*x).half() for x in (s, t)]
     got, grad = finite(lambda x: loss([x], half[1:]), half[0].float())
-    assert math.isclose(got.item(), loss([s], [t]).item(), rel_tol=0.02 if scale>=1e-3 else 0.3)   # 1e-6 leaves float16 four bits
+    # 1e-6 leaves float16 four bits
+    assert math.isclose(got.item(), loss([s], [t]).item(), rel_tol=0.02 if scale>=1e-3 else 0.3)
     assert grad.any()
     finite(lambda x: loss([x], half[1:]), half[0])
 
@@ -309,7 +339,8 @@ def test_ignored_positions(name):
         value, grad = finite(loss, s, t, target=torch.full_like(y, ignore), ignore_index=ignore)
         assert value==0 and not grad.any()
     if name not in LABELLED:
-        torch.testing.assert_close(loss(s, t, target=torch.rand(2, 5, 3, 4), ignore_index=-100), loss(s, t))   # soft labels have nothing to ignore
+        # soft labels have nothing to ignore
+        torch.testing.assert_close(loss(s, t, target=torch.rand(2, 5, 3, 4), ignore_index=-100), loss(s, t))
         torch.testing.assert_close(loss(s, t, target=None, ignore_index=-100), loss(s, t))
     with pytest.raises(ValueError, match=r'\(2, 3, 4\), got \(2, 3\)'): loss(s, t, target=y[..., 0], ignore_index=0)
 
@@ -364,7 +395,8 @@ def test_one_output():
 @pytest.mark.parametrize('name', ('SoftTarget', 'DecoupledKD', 'NKD', 'DIST', 'BinaryKD', 'CWD'))
 def test_bad_temperature(name, T):
     x = randn(2, 4, 2, 2)
-    with pytest.raises(ValueError, match='T must be positive'): getattr(L, name)(pred=x, teacher_pred=x, fm_s=[x], fm_t=[x], target=torch.zeros(2, 2, 2).long(), T=T)
+    with pytest.raises(ValueError, match='T must be positive'):
+        getattr(L, name)(pred=x, teacher_pred=x, fm_s=[x], fm_t=[x], target=torch.zeros(2, 2, 2).long(), T=T)
 
 
 @pytest.mark.parametrize('name', SAME_WIDTH)
@@ -375,7 +407,8 @@ def test_same_shape(name):
     if name in ('FitNet', 'ActivationBoundaries'): bad += [(4, 8, 1, 1), (4, 8, 3, 3)]
     for shape in bad:
         with pytest.raises(ValueError) as e: loss({'layer1': randn(4, 8, 6, 6)}, {'0.4': randn(*shape)})
-        assert all(x in str(e.value) for x in ('layer1 (4, 8, 6, 6)', f'0.4 {shape}', "adapters='auto'", 'Attention', 'Similarity'))
+        assert all(x in str(e.value) for x in ('layer1 (4, 8, 6, 6)', f'0.4 {shape}', "adapters='auto'", 'Attention',
+                                               'Similarity'))
 
 
 @pytest.mark.parametrize('name', NO_VECTORS)
@@ -384,7 +417,8 @@ def test_losses_on_positions(name):
     if name!='ChannelStats':
         with pytest.raises(ValueError, match='class token'): ON_MAPS[name][0]([randn(4, 16, 8)], [randn(4, 17, 8)])
     if name in ('CWD', 'ChannelStats'):
-        with pytest.raises(ValueError, match='several positions'): ON_MAPS[name][0]([randn(4, 8, 1, 1)], [randn(4, 8, 1, 1)])
+        with pytest.raises(ValueError, match='several positions'):
+            ON_MAPS[name][0]([randn(4, 8, 1, 1)], [randn(4, 8, 1, 1)])
 
 
 def test_a_convolution_and_a_transformer():
@@ -403,24 +437,29 @@ def test_attention_power():
 
 def test_signatures():
     prefix = {SoftTarget: 'pred, teacher_pred, T=5', Logits: 'pred, teacher_pred', Mutual: 'pred, teacher_pred',
-              DecoupledKD: 'pred, teacher_pred, target, T=4, alpha=1.0, beta=8.0, normalize=False', Attention: 'fm_s, fm_t, p=2',
+              DecoupledKD: 'pred, teacher_pred, target, T=4, alpha=1.0, beta=8.0, normalize=False',
+              Attention: 'fm_s, fm_t, p=2',
               ActivationBoundaries: 'fm_s, fm_t, m=2', FitNet: 'fm_s, fm_t', Similarity: 'fm_s, fm_t, pred=None, p=2'}
     for loss, want in prefix.items():
-        ps = [p.replace(annotation=p.empty) for p in inspect.signature(loss).parameters.values() if p.kind==p.POSITIONAL_OR_KEYWORD]
+        ps = [p.replace(annotation=p.empty) for p in inspect.signature(loss).parameters.values()
+              if p.kind==p.POSITIONAL_OR_KEYWORD]
         assert ', '.join(map(str, ps))==want
     for name in available_losses():
         ps = inspect.signature(getattr(L, name)).parameters
         assert [p.kind for p in ps.values()][-1]==inspect.Parameter.VAR_KEYWORD
         assert set(ps) >= {'pred', 'teacher_pred'} or set(ps) >= {'fm_s', 'fm_t', 'layer_weights'}
-        assert all(p.default is not p.empty for n, p in ps.items() if n not in ('pred', 'teacher_pred', 'target', 'fm_s', 'fm_t', 'kwargs'))
+        assert all(p.default is not p.empty for n,
+                   p in ps.items() if n not in ('pred', 'teacher_pred', 'target', 'fm_s', 'fm_t', 'kwargs'))
         assert ('axis' in ps)==('ignore_index' in ps) and ('target' in ps or 'ignore_index' not in ps)
     assert set(available_losses()) <= set(L.__all__) and {'standardize', 'available_losses'} <= set(L.__all__)
 
 
 @pytest.mark.parametrize('name', available_losses())
 def test_a_callback_may_pass_everything(name):
-    loss, fm = getattr(L, name), lambda i: {'a': TensorImage(randn(4, 3, 2, 2, seed=i)), 'b': TensorImage(randn(4, 3, 2, 2, seed=i+9))}
-    got = loss(pred=TensorImage(randn(4, 5)).requires_grad_(), teacher_pred=randn(4, 5, seed=1), fm_s=fm(0), fm_t=fm(1), target=TensorCategory(torch.tensor([0, 1, 2, 3])), learn=None)
+    loss, fm = getattr(L, name), lambda i: {'a': TensorImage(randn(4, 3, 2, 2, seed=i)),
+                                            'b': TensorImage(randn(4, 3, 2, 2, seed=i+9))}
+    got = loss(pred=TensorImage(randn(4, 5)).requires_grad_(), teacher_pred=randn(4, 5, seed=1), fm_s=fm(0), fm_t=fm(1),
+               target=TensorCategory(torch.tensor([0, 1, 2, 3])), learn=None)
     assert type(got) is torch.Tensor and got.ndim==0
     assert pickle.loads(pickle.dumps(partial(loss))).func is loss
 

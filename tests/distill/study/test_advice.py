@@ -18,7 +18,9 @@ from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import Attention, FitNet, Logits, SoftTarget
 
-def _dls(x, y, bs=None): return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs or len(x), shuffle=s, num_workers=0) for s in (True, False)), device='cpu')
+def _dls(x, y, bs=None):
+    return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs or len(x), shuffle=s, num_workers=0) for s in (True, False)),
+                       device='cpu')
 
 @pytest.fixture
 def small():
@@ -28,7 +30,8 @@ def small():
     y = (x[:, 0]>0).long()+(x[:, 1]>0).long()
     teacher = nn.Linear(4, 3)
     with torch.no_grad(): teacher.weight.copy_(torch.tensor([[-4., -4, 0, 0], [0, 0, 0, 0], [4., 4, 0, 0]]))
-    return Learner(_dls(x, y), nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), loss_func=CrossEntropyLossFlat(), metrics=accuracy),teacher,x,y
+    return Learner(_dls(x, y), nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+                   loss_func=CrossEntropyLossFlat(), metrics=accuracy),teacher,x,y
 
 def test_gradients_by_hand(small):
     learn,teacher,x,y = small
@@ -40,12 +43,15 @@ def test_gradients_by_hand(small):
         return torch.cat([p.grad.flatten() for p in m.parameters()])
     z = teacher(x).detach()
     task = grad(lambda p: F.cross_entropy(p, y))
-    for name,loss in dict(SoftTarget=lambda p: 4*F.kl_div((p/2).log_softmax(1), (z/2).softmax(1), reduction='batchmean'), Logits=lambda p: F.mse_loss(p, z)).items():
+    for name,loss in dict(SoftTarget=lambda p: 4*F.kl_div((p/2).log_softmax(1), (z/2).softmax(1),
+                                                          reduction='batchmean'), Logits=lambda p: F.mse_loss(p, z)).items():
         g = grad(loss)
         r = a.table.loc[name]
-        assert r.gradient==pytest.approx(g.norm().item(), rel=1e-4) and r.value==pytest.approx(loss(m(x)).item(), rel=1e-4)
+        assert r.gradient==pytest.approx(g.norm().item(),
+                                         rel=1e-4) and r.value==pytest.approx(loss(m(x)).item(), rel=1e-4)
         assert r.cosine==pytest.approx(F.cosine_similarity(g, task, 0).item(), abs=1e-4)
-        assert r.suggested==pytest.approx((task.norm()/g.norm()).item(), rel=1e-4) and r.weight==0.5 and r.pull==pytest.approx((g.norm()/task.norm()).item(), rel=1e-4)
+        assert r.suggested==pytest.approx((task.norm()/g.norm()).item(),
+                                          rel=1e-4) and r.weight==0.5 and r.pull==pytest.approx((g.norm()/task.norm()).item(), rel=1e-4)
     assert a.table.gradient.task==pytest.approx(task.norm().item(), rel=1e-4)
 
 def test_the_suggestion_balances(small):
@@ -59,11 +65,13 @@ def test_everything_else_of_the_callback_is_kept():
     learn = Learner(digits_dls(64, n_valid=30, device='cpu'), digits_net(4), metrics=accuracy)
     kd = KD(digits_net(8), FitNet, '1', '2', schedule='cos', start_pct=0.2, valid=True)
     new = KD(digits_net(8), **suggest_weights(learn, kd, n_batches=1))
-    assert (new.layers_s, new.layers_t, new.schedule, new.window, new.valid, new.adapters)==(kd.layers_s, kd.layers_t, kd.schedule, kd.window, True, 'auto')
+    assert (new.layers_s, new.layers_t, new.schedule, new.window, new.valid,
+            new.adapters)==(kd.layers_s, kd.layers_t, kd.schedule, kd.window, True, 'auto')
     assert new.weight==new.task_weight==1
 
 def test_nothing_is_left_behind():
-    learn = Learner(digits_dls(128, n_valid=64, device='cpu'), nn.Sequential(digits_net(4), nn.Dropout(0.5)), metrics=accuracy)
+    learn = Learner(digits_dls(128, n_valid=64, device='cpu'), nn.Sequential(digits_net(4), nn.Dropout(0.5)),
+                    metrics=accuracy)
     learn.model[0][1].eval()
     teacher = digits_net(8)
     kd = KD(teacher, [SoftTarget, Attention], ['0.1'], ['1'])
@@ -72,7 +80,8 @@ def test_nothing_is_left_behind():
     a = suggest_weights(learn, kd)
     for m,b in zip((learn.model, teacher), before): assert all(torch.equal(v, b[k]) for k,v in m.state_dict().items())
     assert all(p.grad is None for m in (learn.model, teacher) for p in m.parameters())
-    assert modes==[m.training for m in learn.model.modules()] and torch.equal(rng, torch.get_rng_state()) and order==learn.dls.train.rng.getstate()
+    assert modes==[m.training for m in learn.model.modules()] and torch.equal(rng,
+                                                                              torch.get_rng_state()) and order==learn.dls.train.rng.getstate()
     assert learn.opt is None and not any(len(m._forward_hooks) for m in learn.model.modules())
     assert a.table.equals(suggest_weights(learn, kd).table)
 
@@ -82,7 +91,8 @@ def test_modes_and_buffers_return_after_an_error():
     def broken(pred, teacher_pred): raise RuntimeError('no')
     before,modes = deepcopy(learn.model.state_dict()),[m.training for m in learn.model.modules()]
     with pytest.raises(RuntimeError, match='broken'): suggest_weights(learn, KD(digits_net(4), broken))
-    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and modes==[m.training for m in learn.model.modules()]
+    assert all(torch.equal(v, before[k]) for k,
+               v in learn.model.state_dict().items()) and modes==[m.training for m in learn.model.modules()]
 
 def _notes(learn, teacher, loss, **kw): return ' | '.join(suggest_weights(learn, KD(teacher, loss, **kw)).notes)
 
@@ -95,7 +105,8 @@ def test_warnings_where_they_are_due(small):
     assert 'asleep' in _notes(learn, teacher, tiny) and 'asleep' not in _notes(learn, teacher, Logits)
     assert 'fights the task' in _notes(learn, teacher, against) and 'fights' not in _notes(learn, teacher, Logits)
     assert 'no gradient at all' in _notes(learn, teacher, deaf)
-    assert 'drowns' in _notes(learn, teacher, Logits, weight=1e4, task_weight=1) and 'drowns' not in _notes(learn, teacher, Logits)
+    assert 'drowns' in _notes(learn, teacher, Logits, weight=1e4,
+                              task_weight=1) and 'drowns' not in _notes(learn, teacher, Logits)
 
 def test_a_deaf_term_keeps_its_weight(small):
     learn,teacher,*_ = small
@@ -108,7 +119,8 @@ def test_one_hot_teacher_raise_the_temperature(small):
     assert 'near one-hot' in notes
     T = float(notes.split('raise T to about ')[1].split()[0])
     assert 1-(teacher(x)/T).softmax(1).amax(1).mean().item()==pytest.approx(0.1, abs=0.02)
-    assert 'one-hot' not in _notes(learn, teacher, partial(SoftTarget, T=T)) and 'one-hot' not in _notes(learn, teacher, Logits)
+    assert 'one-hot' not in _notes(learn, teacher,
+                                   partial(SoftTarget, T=T)) and 'one-hot' not in _notes(learn, teacher, Logits)
 
 class Smoothed(nn.Module):
     "Sure of the label, and indifferent among the rest"
@@ -119,7 +131,8 @@ class Smoothed(nn.Module):
 def test_label_smoothed_teacher_lower_the_temperature(small):
     learn,teacher,*_ = small
     assert 'label smoothing' in _notes(learn, Smoothed(), partial(SoftTarget, T=8))
-    assert 'label smoothing' not in _notes(learn, Smoothed(), partial(SoftTarget, T=1)) and 'label smoothing' not in _notes(learn, teacher, partial(SoftTarget, T=8))
+    assert 'label smoothing' not in _notes(learn, Smoothed(),
+                                           partial(SoftTarget, T=1)) and 'label smoothing' not in _notes(learn, teacher, partial(SoftTarget, T=8))
 
 def test_a_teacher_that_is_no_better(small):
     learn,teacher,*_ = small
@@ -146,10 +159,13 @@ def test_a_large_last_batch_counts_more():
 
 def test_bad_input(small):
     learn,teacher,x,y = small
-    with pytest.raises(ValueError, match="did you mean 'Logits'"): suggest_weights(learn, KD(teacher, Logits), ratio={'Logit':1.})
-    with pytest.raises(ValueError, match='ratio must be positive'): suggest_weights(learn, KD(teacher, Logits), ratio=-1)
+    with pytest.raises(ValueError, match="did you mean 'Logits'"):
+        suggest_weights(learn, KD(teacher, Logits), ratio={'Logit':1.})
+    with pytest.raises(ValueError, match='ratio must be positive'):
+        suggest_weights(learn, KD(teacher, Logits), ratio=-1)
     bare = TfmdDL(TensorDataset(x), bs=8, num_workers=0, n_inp=1)
-    with pytest.raises(ValueError, match='no labels'): suggest_weights(Learner(DataLoaders(bare, bare), learn.model, loss_func=learn.loss_func), KD(teacher, Logits))
+    with pytest.raises(ValueError, match='no labels'):
+        suggest_weights(Learner(DataLoaders(bare, bare), learn.model, loss_func=learn.loss_func), KD(teacher, Logits))
     for p in learn.model.parameters(): p.requires_grad_(False)
     with pytest.raises(ValueError, match='unfreeze'): suggest_weights(learn, KD(teacher, Logits))
 

@@ -36,7 +36,8 @@ def _dls(y, bs=16, **kw):
     ds = TensorDataset(torch.arange(len(y)).float(), y)
     return DataLoaders(*(TfmdDL(ds, bs=bs, shuffle=s, num_workers=0, **kw) for s in (True, False)), device='cpu')
 
-def _given(out, y, loss_func=None, metrics=accuracy, dls=None): return Learner(dls or _dls(y), Given(out), loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics)
+def _given(out, y, loss_func=None, metrics=accuracy, dls=None):
+    return Learner(dls or _dls(y), Given(out), loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics)
 
 def _logits_with(right, y, c=4, sure=3.):
     "Logits that name the label where `right`, the next class elsewhere"
@@ -69,7 +70,8 @@ def test_interval_is_the_binomial_one(y):
     assert t.accuracy_lo==pytest.approx(0.75-1.96*sd, abs=0.02) and t.accuracy_hi==pytest.approx(0.75+1.96*sd, abs=0.02)
 
 def test_value_is_fastais_for_uneven_batches():
-    learn = Learner(digits_dls(100, n_valid=70, device='cpu'), digits_net(4), metrics=[accuracy, error_rate, F1Score(average='macro')])
+    learn = Learner(digits_dls(100, n_valid=70, device='cpu'), digits_net(4),
+                    metrics=[accuracy, error_rate, F1Score(average='macro')])
     with learn.no_bar(), learn.no_logging(): _,acc,err,f1 = learn.validate()
     t = compare(dict(a=learn), cost=False, n_boot=20).loc['a']
     assert (t.accuracy, t.error_rate, t.f1_score)==pytest.approx((acc, err, f1))
@@ -87,7 +89,8 @@ def test_agreement_kl_and_calibration_by_hand(y):
 
 def test_same_draws_for_every_learner(y):
     z = torch.randn(N, 4)
-    t = compare(dict(alone=_given(z, y, metrics=[accuracy, F1Score(average='macro')]), same=_given(2*z, y, metrics=[accuracy, F1Score(average='macro')])), cost=False, n_boot=50)
+    t = compare(dict(alone=_given(z, y, metrics=[accuracy, F1Score(average='macro')]),
+                     same=_given(2*z, y, metrics=[accuracy, F1Score(average='macro')])), cost=False, n_boot=50)
     assert t.f1_score_diff_lo['same']==t.f1_score_diff_hi['same']==0
 
 def test_metrics_that_fail_on_some_draws(y):
@@ -108,7 +111,8 @@ def test_regression():
 
 def test_several_labels():
     y = (torch.rand(N, 5)>0.5).float()
-    t = _two(_given(4*y-2, y, BCEWithLogitsLossFlat(), accuracy_multi), _given(2-4*y, y, BCEWithLogitsLossFlat(), accuracy_multi))
+    t = _two(_given(4*y-2, y, BCEWithLogitsLossFlat(), accuracy_multi),
+             _given(2-4*y, y, BCEWithLogitsLossFlat(), accuracy_multi))
     assert t.accuracy_multi.tolist()==[1, 0] and t.agreement['alone']==0
     p = torch.sigmoid(torch.tensor(2.)).item()
     assert t.kl['alone']==pytest.approx((2*p-1)*np.log(p/(1-p)), rel=1e-4)
@@ -121,7 +125,9 @@ def test_segmentation():
     x,y = torch.randn(12, 3, 8, 8),torch.randint(0, 3, (12, 8, 8))
     y[:, 0] = 255
     dls = DataLoaders(*[TfmdDL(TensorDataset(x, y), bs=5, num_workers=0)]*2, device='cpu')
-    def learn(): return Learner(dls, nn.Conv2d(3, 3, 3, padding=1), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255), metrics=[DiceMulti(), _pixel_acc, _foreground])
+    def learn():
+        return Learner(dls, nn.Conv2d(3, 3, 3, padding=1), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255),
+                       metrics=[DiceMulti(), _pixel_acc, _foreground])
     a,b = learn(),learn()
     t = _two(a, b)
     same = (a.model(x).argmax(1)==b.model(x).argmax(1))[y!=255].float().mean()
@@ -133,16 +139,21 @@ def test_tabular():
     from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=rng.choice(list('xyz'), 80), b=rng.normal(size=80), y=rng.choice(['no', 'yes'], 80)))
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names='a', cont_names='b', y_names='y', bs=16, valid_idx=list(range(50, 80)), device='cpu')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names='a', cont_names='b', y_names='y', bs=16,
+                                     valid_idx=list(range(50, 80)), device='cpu')
     t = _two(*(tabular_learner(dls, layers=[n], metrics=accuracy) for n in (16, 4)))
     assert t.params['alone']<t.params['teacher'] and t.throughput.gt(0).all() and 0<=t.ece['alone']<=1
 
 def test_text_of_different_lengths():
     from fastai.text.all import AWD_LSTM, BaseTokenizer, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock, awd_lstm_clas_config, text_classifier_learner
-    df = pd.DataFrame(dict(text=[' '.join(['good' if i%2 else 'bad']*(1+i%7)) for i in range(48)], y=[i%2 for i in range(48)], is_valid=[i>=24 for i in range(48)]))
-    block = DataBlock((TextBlock.from_df('text', tok=BaseTokenizer(), n_workers=1, min_freq=1), CategoryBlock), get_x=ColReader('text'), get_y=ColReader('y'), splitter=ColSplitter())
+    df = pd.DataFrame(dict(text=[' '.join(['good' if i%2 else 'bad']*(1+i%7)) for i in range(48)],
+                           y=[i%2 for i in range(48)], is_valid=[i>=24 for i in range(48)]))
+    block = DataBlock((TextBlock.from_df('text', tok=BaseTokenizer(), n_workers=1, min_freq=1), CategoryBlock),
+                      get_x=ColReader('text'), get_y=ColReader('y'), splitter=ColSplitter())
     dls = block.dataloaders(df, bs=8, device='cpu', num_workers=0)
-    def learn(n): return text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy, config={**awd_lstm_clas_config, 'n_hid':n, 'emb_sz':8, 'n_layers':2})
+    def learn(n):
+        return text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy,
+                                       config={**awd_lstm_clas_config, 'n_hid':n, 'emb_sz':8, 'n_layers':2})
     big,small = learn(24),learn(12)
     t = _two(big, small)
     with small.no_bar(), small.no_logging(): assert t.accuracy['alone']==pytest.approx(small.validate()[1])
@@ -162,7 +173,8 @@ def test_two_inputs():
         def forward(self, a, b): return self.l(a+b)
     ds = TensorDataset(torch.randn(20, 2), torch.randn(20, 2), torch.arange(20)%3)
     dls = DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0, n_inp=2)]*2, device='cpu')
-    assert _two(*(Learner(dls, Two(), loss_func=CrossEntropyLossFlat(), metrics=accuracy) for _ in range(2))).macs['alone']==6
+    assert _two(*(Learner(dls, Two(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+                  for _ in range(2))).macs['alone']==6
 
 def test_costs_are_of_one_batch_size(y):
     t = _two(*(_given(torch.randn(N, 4), y, dls=_dls(y, bs=bs)) for bs in (40, 8)))
@@ -184,19 +196,25 @@ def test_learners_are_untouched():
     weights,opt = deepcopy(learn.model.state_dict()),deepcopy(learn.opt.state_dict())
     modes,rng,metric = [m.training for m in learn.model.modules()],torch.get_rng_state(),learn.metrics[0]
     compare(dict(a=learn), n_boot=10, min_time=0.01)
-    plot_soft_targets(learn, 0); plot_attention(learn, deepcopy(learn.model), [('0', '1')], [0]); plot_similarity(learn, deepcopy(learn.model), items=8)
+    plot_soft_targets(learn, 0); plot_attention(learn, deepcopy(learn.model), [('0', '1')],
+                                                [0]); plot_similarity(learn, deepcopy(learn.model), items=8)
     assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items())
     now = learn.opt.state_dict()
-    assert all(torch.equal(a[k], b[k]) if isinstance(b[k], torch.Tensor) else a[k]==b[k] for a,b in zip(now['state'], opt['state']) for k in b)
-    assert modes==[m.training for m in learn.model.modules()] and torch.equal(rng, torch.get_rng_state()) and learn.metrics[0] is metric
+    assert all(torch.equal(a[k], b[k]) if isinstance(b[k], torch.Tensor) else a[k]==b[k] for a,
+               b in zip(now['state'], opt['state']) for k in b)
+    assert modes==[m.training for m in learn.model.modules()] and torch.equal(rng,
+                                                                              torch.get_rng_state()) and learn.metrics[0] is metric
     assert not any(m._forward_hooks for m in learn.model.modules())
 
 # --- bad input
 
 def test_unlike_learners_are_refused(y):
     a = _given(torch.randn(N, 4), y)
-    for other,match in ((_given(torch.randn(N, 4), (y+1)%4), 'different validation sets'), (_given(torch.randn(40, 4), y[:40]), 'different validation sets'),
-                        (_given(torch.randn(N, 5), y), 'different shapes'), (_given(torch.randn(N, 4), y, metrics=error_rate), "lacks the metric 'error_rate'|lacks the metric 'accuracy'"),
+    for other,match in ((_given(torch.randn(N, 4), (y+1)%4), 'different validation sets'),
+                        (_given(torch.randn(40, 4), y[:40]), 'different validation sets'),
+                        (_given(torch.randn(N, 5), y), 'different shapes'),
+                        (_given(torch.randn(N, 4), y, metrics=error_rate),
+                         "lacks the metric 'error_rate'|lacks the metric 'accuracy'"),
                         (_given(torch.randn(N, 4), y, metrics=None), "'b' lacks the metric 'accuracy', it has none")):
         with pytest.raises(ValueError, match=match): compare(dict(a=a, b=other), cost=False)
 
@@ -208,14 +226,16 @@ def test_different_classes_are_refused():
         compare({n:Learner(d, digits_net(4), metrics=accuracy) for n,d in dict(a=a, b=b).items()}, cost=False)
 
 def test_learners_without_data_or_metrics(y):
-    train_only = Learner(DataLoaders(_dls(y).train), Given(torch.randn(N, 4)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    train_only = Learner(DataLoaders(_dls(y).train), Given(torch.randn(N, 4)), loss_func=CrossEntropyLossFlat(),
+                         metrics=accuracy)
     with pytest.raises(ValueError, match="learner 'a' has no validation data"): compare(dict(a=train_only))
     with pytest.raises(ValueError, match='give `metrics`'): compare(dict(a=_given(torch.randn(N, 4), y, metrics=None)))
     unlabelled = TfmdDL(TensorDataset(torch.arange(4.)), bs=2, num_workers=0, n_inp=1)
     with pytest.raises(ValueError, match='no labels'): compare(dict(a=_given(torch.randn(N, 4), y)), dl=unlabelled)
     with pytest.raises(ValueError, match='learners is empty'): compare({})
     with pytest.raises(TypeError, match="got str for 'b'"): compare(dict(a=_given(torch.randn(N, 4), y), b='model.pt'))
-    with pytest.raises(ValueError, match='must be a single number'): compare(dict(a=_given(torch.randn(N, 4), y, metrics=AvgMetric(_per_class))), cost=False)
+    with pytest.raises(ValueError, match='must be a single number'):
+        compare(dict(a=_given(torch.randn(N, 4), y, metrics=AvgMetric(_per_class))), cost=False)
 
 def _per_class(inp, targ): return torch.stack([(inp.argmax(1)==c).float().mean() for c in range(4)])
 
@@ -224,7 +244,8 @@ def _per_class(inp, targ): return torch.stack([(inp.argmax(1)==c).float().mean()
 def test_soft_targets_flatten_with_the_temperature(y):
     z = torch.randn(N, 4)
     axs = plot_soft_targets(_given(z, y), 7, Ts=(1, 5))
-    for ax,T in zip(axs, (1, 5)): assert [b.get_height() for b in ax.patches]==pytest.approx((z[7]/T).softmax(0).tolist(), abs=1e-6)
+    for ax,T in zip(axs, (1, 5)):
+        assert [b.get_height() for b in ax.patches]==pytest.approx((z[7]/T).softmax(0).tolist(), abs=1e-6)
 
 def test_only_the_likeliest_classes_are_drawn(y):
     z = torch.randn(N, 40)
@@ -240,7 +261,8 @@ def test_attention_map_by_loops():
 
 def test_vit_tokens_in_plot_attention():
     class ToTokens(nn.Module):
-        def __init__(self): super().__init__(); self.tok,self.head = nn.Conv2d(1, 6, 2, 2),nn.Linear(6, 10); self.out = nn.Identity()
+        def __init__(self):
+            super().__init__(); self.tok,self.head = nn.Conv2d(1, 6, 2, 2),nn.Linear(6, 10); self.out = nn.Identity()
         def forward(self, x):
             t = self.tok(x).flatten(2).mT
             return self.head(self.out(torch.cat([t.mean(1, keepdim=True), t], 1))[:, 0])
@@ -253,7 +275,8 @@ def test_similarity_rows_are_sorted_by_label_and_have_length_one():
     axs = plot_similarity(learn, digits_net(8), items=20)
     g = np.asarray(axs[0, 0].images[0].get_array())
     assert g.shape==(20, 20) and np.allclose((g**2).sum(1), 1, atol=1e-4)
-    assert np.allclose(axs[0, 2].images[0].get_array(), np.abs(g-np.asarray(axs[0, 1].images[0].get_array())), atol=1e-6)
+    assert np.allclose(axs[0, 2].images[0].get_array(), np.abs(g-np.asarray(axs[0, 1].images[0].get_array())),
+                       atol=1e-6)
 
 def test_figures_suit_light_and_dark_pages(y):
     axs = plot_soft_targets(_given(torch.randn(N, 4), y), 0)
@@ -269,10 +292,12 @@ def test_plot_compare_needs_costs(y):
     with pytest.raises(ValueError, match='unknown cost'): plot_compare(t)
 
 def test_the_page_is_self_contained(tmp_path, y):
-    t = compare({'teacher':_given(torch.randn(N, 4), y), 'a <b>':_given(torch.randn(N, 4), y)}, min_time=0.01, n_boot=20)
+    t = compare({'teacher':_given(torch.randn(N, 4), y), 'a <b>':_given(torch.randn(N, 4), y)}, min_time=0.01,
+                n_boot=20)
     page = save_report(tmp_path/'out', t, {'Cost & gain':plot_compare(t)}, dict(seed=3, note='<script>'))
     text = page.read_text()
-    assert '<script' not in text and not re.search(r'(?:src|href)="(?!data:)', text) and 'a &lt;b&gt;' in text and 'Cost &amp; gain' in text
+    assert '<script' not in text and not re.search(r'(?:src|href)="(?!data:)',
+                                                   text) and 'a &lt;b&gt;' in text and 'Cost &amp; gain' in text
     back = pd.read_csv(tmp_path/'out'/'report.csv', index_col=0)
     assert back.accuracy.tolist()==t.accuracy.tolist() and (tmp_path/'out'/'cost___gain.png').read_bytes()[1:4]==b'PNG'
     for k in ('torch', 'fastai', 'fasterai', 'python'): assert f'<th>{k}</th>' in text

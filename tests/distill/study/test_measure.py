@@ -66,7 +66,8 @@ def test_peak_memory_by_hand(inplace):
 
 def test_peak_memory_sees_freed_tensors():
     chain = nn.Sequential(*[nn.Linear(10, 10, bias=False) for _ in range(6)])
-    assert round(1e6*peak_mb(chain, torch.randn(10, 10)))==4*(600 + 100 + 2*100)  # the input, and never more than two activations
+    # the input, and never more than two activations
+    assert round(1e6*peak_mb(chain, torch.randn(10, 10)))==4*(600 + 100 + 2*100)
 
 def test_leaves_the_model_as_it_was():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -87,7 +88,8 @@ def test_modes_return_after_an_interrupt():
 def test_a_recurrent_model_can_train_after_being_timed():
     class Stateful(nn.Module):
         def __init__(self): super().__init__(); self.rnn,self.h = nn.GRU(3, 4, batch_first=True),None
-        def forward(self, x): out,self.h = self.rnn(x, self.h if self.h is not None and self.h.shape[1]==len(x) else None); return out
+        def forward(self, x):
+            out,self.h = self.rnn(x, self.h if self.h is not None and self.h.shape[1]==len(x) else None); return out
     net,x = Stateful(),torch.randn(2, 5, 3)
     latency_ms(net, x, min_time=0.01)
     net(x).sum().backward()

@@ -30,7 +30,8 @@ def _dls(n=32, bs=8, regression=False, **kw):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 4, generator=g)
     y = x.sum(1, keepdim=True) if regression else (x[:, 0]>0).long()+(x[:, 1]>0).long()
-    dls = DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs, shuffle=s, num_workers=0, **kw) for s in (True, False)), device='cpu')
+    dls = DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs, shuffle=s, num_workers=0, **kw) for s in (True, False)),
+                      device='cpu')
     dls.c = 1 if regression else 3
     return dls
 
@@ -45,7 +46,8 @@ def teacher():
     set_seed(1)
     return _net(8)
 
-def make(dls=None, net=_net, **kw): return Learner(dls or _dls(), net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.05), **kw})
+def make(dls=None, net=_net, **kw):
+    return Learner(dls or _dls(), net(), **{**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=0.05), **kw})
 
 def _trained(path, teacher, make_learner=make, **kd):
     "How many runs were trained"
@@ -65,15 +67,20 @@ def test_what_makes_a_run_another_run(teacher, tmp_path):
         with torch.no_grad(): net[1].bias.zero_()
         return net
     assert _trained(path, teacher)==2 and _trained(path, teacher)==0 and _trained(path, deepcopy(teacher))==0
-    for change in (partial(make, _dls(bs=16)), partial(make, opt_func=SGD), partial(make, net=pretrained), partial(make, _dls(after_batch=[Noise()])),
-                   partial(make, wd=0.1), partial(make, lr=0.01), lambda: make(cbs=MixUp(0.3)), lambda: make(cbs=MixUp(0.4)), partial(make, loss_func=CrossEntropyLossFlat(label_smoothing=0.1))):
+    for change in (partial(make, _dls(bs=16)), partial(make, opt_func=SGD), partial(make, net=pretrained),
+                   partial(make, _dls(after_batch=[Noise()])),
+                   partial(make, wd=0.1), partial(make, lr=0.01), lambda: make(cbs=MixUp(0.3)),
+                   lambda: make(cbs=MixUp(0.4)), partial(make, loss_func=CrossEntropyLossFlat(label_smoothing=0.1))):
         assert _trained(path, teacher, change)==2 and _trained(path, teacher, change)==0, change
-    for change in (dict(loss=partial(SoftTarget, T=3)), dict(loss=partial(SoftTarget, T=3.5)), dict(weight=0.4), dict(schedule='cos'), dict(loss={SoftTarget:0.5})):
-        assert _trained(path, teacher, **change)==1 and _trained(path, teacher, **change)==0, change  # the student alone is the same
+    for change in (dict(loss=partial(SoftTarget, T=3)), dict(loss=partial(SoftTarget, T=3.5)), dict(weight=0.4),
+                   dict(schedule='cos'), dict(loss={SoftTarget:0.5})):
+        # the student alone is the same
+        assert _trained(path, teacher, **change)==1 and _trained(path, teacher, **change)==0, change
     assert _trained(path, other)==1
     maps = dict(activations_student='0', activations_teacher='0')
     adapters = [{'0': nn.Linear(6, 8)} for _ in range(2)]
-    assert [_trained(path, teacher, loss=FitNet, adapters=a, **maps) for a in (adapters[0], adapters[1], adapters[0])]==[1, 1, 0]
+    assert [_trained(path, teacher, loss=FitNet, adapters=a, **maps)
+            for a in (adapters[0], adapters[1], adapters[0])]==[1, 1, 0]
 
 
 def test_runs_share_nothing_and_arguments_stay(teacher):
@@ -111,7 +118,8 @@ def test_lengths_and_equal_time(teacher):
 def test_an_experiment_of_a_regression():
     set_seed(0)
     teacher = _net(16, 1)
-    exp = Experiment(_dls(64, regression=True), teacher, partial(_net, 6, 1), Logits, lr=1e-2, metrics=mse, loss_func=MSELossFlat(), weight=0.5)
+    exp = Experiment(_dls(64, regression=True), teacher, partial(_net, 6, 1), Logits, lr=1e-2, metrics=mse,
+                     loss_func=MSELossFlat(), weight=0.5)
     exp.train_teacher(20)
     exp.run([1, 2], 3)
     assert exp.table().columns[2]=='mse' and len(exp.runs)==6 and len(exp.pairs)==3 and exp.best[0]==exp.runs.query('epochs==2').distilled.min()
@@ -122,16 +130,20 @@ def test_an_experiment_of_a_regression():
 
 def test_p_values_of_an_experiment_count_its_lengths(teacher):
     from scipy import stats
-    exp = Experiment(_dls(), teacher, _net, Logits, lr=0.05, weight=0.9, loss_func=CrossEntropyLossFlat()).run([1, 3, 6], 4)
+    exp = Experiment(_dls(), teacher, _net, Logits, lr=0.05, weight=0.9,
+                     loss_func=CrossEntropyLossFlat()).run([1, 3, 6], 4)
     raw = [stats.ttest_rel(g.distilled, g.alone).pvalue for _,g in exp.runs.groupby('epochs')]
-    if not any(p!=p for p in raw): assert [t.p for t in exp.tests().values()]==pytest.approx(stats.false_discovery_control(raw))
+    if not any(p!=p for p in raw):
+        assert [t.p for t in exp.tests().values()]==pytest.approx(stats.false_discovery_control(raw))
 
 
 def test_a_study_that_learned_a_new_teacher_forgets_the_old_runs(teacher, tmp_path):
-    study = Study(make, dict(alone=None, kd=dict(teacher=teacher, loss=Logits)), tmp_path/'r.csv').run([1, 2], 2, progress=False)
+    study = Study(make, dict(alone=None, kd=dict(teacher=teacher, loss=Logits)),
+                  tmp_path/'r.csv').run([1, 2], 2, progress=False)
     with torch.no_grad(): teacher[1].bias.add_(1)
     study.run(1, 2, progress=False)
-    assert study.runs.groupby(['arm', 'epochs']).size().to_dict()=={('alone', 1):2, ('alone', 2):2, ('kd', 1):2} and len(study.log.rows)==10
+    assert study.runs.groupby(['arm', 'epochs']).size().to_dict()=={('alone', 1):2, ('alone', 2):2,
+                                                                    ('kd', 1):2} and len(study.log.rows)==10
 
 
 # --- the log
@@ -158,7 +170,8 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
 
 def test_rows_that_do_not_fit_are_said_and_kept(tmp_path):
     path = tmp_path/'r.csv'
-    for raw,rows in ((b'a,b\n\n1,2\n', 1), (b'a,b\n9\n1,2\n', 1), (b'a,b\r\n1,2\r\n', 1), (b'\xef\xbb\xbfa,b\n1,2\n', 1), (b'a,b\n"1,2\n3,4\n', 1)):
+    for raw,rows in ((b'a,b\n\n1,2\n', 1), (b'a,b\n9\n1,2\n', 1), (b'a,b\r\n1,2\r\n', 1),
+                     (b'\xef\xbb\xbfa,b\n1,2\n', 1), (b'a,b\n"1,2\n3,4\n', 1)):
         path.write_bytes(raw)
         if b'\n9\n' in raw or b'"' in raw:
             with pytest.warns(UserWarning, match='1 rows do not have 2 fields'): log = RunLog(path, ['a', 'b'])
@@ -172,10 +185,12 @@ def test_rows_that_do_not_fit_are_said_and_kept(tmp_path):
 # --- report and pictures
 
 def test_a_broken_figure_costs_nothing_else(tmp_path):
-    runs = [dict(arm=a, epochs=1, seed=s, seconds=1., accuracy=v+s/10) for a,v in (('alone', 0.1), ('b', 0.3)) for s in range(2)]
+    runs = [dict(arm=a, epochs=1, seed=s, seconds=1., accuracy=v+s/10) for a,
+            v in (('alone', 0.1), ('b', 0.3)) for s in range(2)]
     import pandas as pd
     table = summary(pd.DataFrame(runs))
     def broken(): raise ValueError('$5_$10')
-    with pytest.warns(UserWarning, match="the figure 'Seeds' cannot be drawn"): page = save_report(tmp_path, table, {'Seeds':broken}, dict(a='<b>'))
+    with pytest.warns(UserWarning, match="the figure 'Seeds' cannot be drawn"):
+        page = save_report(tmp_path, table, {'Seeds':broken}, dict(a='<b>'))
     assert '<b>' not in page.read_text() and (tmp_path/'report.csv').exists() and not list(tmp_path.glob('*.png'))
     assert list(by_arm(pd.DataFrame(runs)))==[('alone', 1), ('b', 1)]

@@ -22,18 +22,22 @@ def _dls(n=48):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 4, generator=g)
     y = (x[:, 0]>0).long()+(x[:, 1]>0).long()
-    return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=8, shuffle=s, num_workers=0) for s in (True, False)), device='cpu')
+    return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=8, shuffle=s, num_workers=0) for s in (True, False)),
+                       device='cpu')
 
 SHARED = _dls()  # one for all learners: its random state must not travel from run to run
 
-def student(): return Learner(SHARED, nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.ReLU(), nn.Linear(6, 3)), loss_func=CrossEntropyLossFlat(), metrics=[accuracy, error_rate], lr=0.05)
+def student():
+    return Learner(SHARED, nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2), nn.ReLU(), nn.Linear(6, 3)),
+                   loss_func=CrossEntropyLossFlat(), metrics=[accuracy, error_rate], lr=0.05)
 
 @pytest.fixture(scope='module')
 def teacher():
     set_seed(0)
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
 
-def _sweep(teacher, grid={'T':[1, 4], 'weight':[0.5, 0.9]}, seeds=(0, 1), **kw): return sweep(student, teacher, grid, epochs=1, seeds=seeds, progress=False, **kw)
+def _sweep(teacher, grid={'T':[1, 4], 'weight':[0.5, 0.9]}, seeds=(0, 1), **kw):
+    return sweep(student, teacher, grid, epochs=1, seeds=seeds, progress=False, **kw)
 
 def _numbers(res): return res.runs.drop(columns='seconds')
 
@@ -41,7 +45,8 @@ def test_every_point_and_seed_once(teacher):
     runs = _sweep(teacher).runs
     assert (runs.run=='teacher').sum()==1 and (runs.run=='alone').sum()==2
     d = runs[runs.run=='distilled']
-    assert sorted(map(tuple, d[['T', 'weight', 'seed']].values.tolist()))==[(T, w, s) for T in (1, 4) for w in (0.5, 0.9) for s in (0, 1)]
+    assert sorted(map(tuple, d[['T', 'weight', 'seed']].values.tolist()))==[(T, w, s) for T in (1, 4)
+                                                                            for w in (0.5, 0.9) for s in (0, 1)]
 
 class StopAt(Callback):
     "A power cut in the n-th training"
@@ -91,7 +96,8 @@ def test_another_way_of_training_is_another_run(teacher, tmp_path):
 def _apart(path, teacher, make, **kw):
     "Runs of `make` and `teacher` in the file of other ones, having asserted that they are those of a file of their own; and the number of fits"
     (fit,fits),(plain,_) = _counting(),_counting()
-    shared,own = (sweep(make, teacher, {'T':[4]}, epochs=1, seeds=(0, 1), path=p, fit=f, progress=False, **kw) for p,f in ((path, fit), (None, plain)))
+    shared,own = (sweep(make, teacher, {'T':[4]}, epochs=1, seeds=(0, 1), path=p, fit=f, progress=False, **kw) for p,
+                  f in ((path, fit), (None, plain)))
     assert _numbers(shared).equals(_numbers(own))
     return shared.runs.set_index(['run', 'seed']).valid_loss,len(fits)
 
@@ -101,16 +107,20 @@ def test_rows_of_another_teacher_are_not_taken(teacher, tmp_path):
     (a,n),(b,m) = _apart(tmp_path/'r.csv', teacher, student),_apart(tmp_path/'r.csv', other, student)
     assert n==4 and m==2                                              # the student alone has no teacher
     assert a.loc['alone'].equals(b.loc['alone']) and (a.loc['distilled']!=b.loc['distilled']).all()
-    by_hand = CrossEntropyLossFlat()(other.eval()(SHARED.valid.dataset.tensors[0]), SHARED.valid.dataset.tensors[1]).item()
+    by_hand = CrossEntropyLossFlat()(other.eval()(SHARED.valid.dataset.tensors[0]),
+                                     SHARED.valid.dataset.tensors[1]).item()
     assert b.loc['teacher'].item()==pytest.approx(by_hand, rel=1e-5)!=a.loc['teacher'].item()
-    assert _apart(tmp_path/'r.csv', Learner(SHARED, teacher, loss_func=CrossEntropyLossFlat()), student)[1]==0 # the same weights
+    # the same weights
+    assert _apart(tmp_path/'r.csv', Learner(SHARED, teacher, loss_func=CrossEntropyLossFlat()), student)[1]==0
 
 def test_rows_of_another_head_are_not_taken(teacher, tmp_path):
     (a,n),(b,m) = (_apart(tmp_path/'r.csv', Teacher(teacher, select=f), student) for f in (lambda o: o, lambda o: -o))
     assert (n, m)==(4, 2) and (a.loc['distilled']!=b.loc['distilled']).all()
 
 def test_rows_of_another_learner_are_not_taken(teacher, tmp_path):
-    def wider(): return Learner(SHARED, nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)), loss_func=CrossEntropyLossFlat(), metrics=[accuracy, error_rate], lr=0.05)
+    def wider():
+        return Learner(SHARED, nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3)),
+                       loss_func=CrossEntropyLossFlat(), metrics=[accuracy, error_rate], lr=0.05)
     def slower(): learn = student(); learn.lr = 1e-3; return learn
     assert [_apart(tmp_path/'r.csv', teacher, make)[1] for make in (student, wider, slower, student)]==[4, 4, 4, 0]
     assert (tmp_path/'r.csv').read_text().count('teacher,')==1
@@ -127,7 +137,8 @@ def test_other_settings_are_other_runs(teacher, tmp_path):
     assert (tmp_path/'r.csv').read_text().count('alone')==2
 
 def test_order_of_the_grid_does_not_matter(teacher):
-    a,b = (_sweep(teacher, {'T':Ts}, baseline=False).runs.set_index(['T', 'seed']).drop(columns='seconds').sort_index() for Ts in ([1, 4], [4, 1]))
+    a,b = (_sweep(teacher, {'T':Ts}, baseline=False).runs.set_index(['T', 'seed']).drop(columns='seconds').sort_index()
+           for Ts in ([1, 4], [4, 1]))
     assert a.equals(b)
 
 def test_weight_zero_is_the_student_alone(teacher):
@@ -147,14 +158,16 @@ def test_table_by_hand(teacher):
     res = _sweep(teacher, {'T':[1, 4]}, seeds=(0, 1, 2))
     t = res.table('error_rate').set_index(['run', 'T'])
     acc = res.runs.set_index(['run', 'T', 'seed']).error_rate
-    d = [acc['distilled', 4., s]-res.runs[(res.runs.run=='alone')&(res.runs.seed==s)].error_rate.item() for s in (0, 1, 2)]
+    d = [acc['distilled', 4., s]-res.runs[(res.runs.run=='alone')&(res.runs.seed==s)].error_rate.item()
+         for s in (0, 1, 2)]
     assert t.loc[('distilled', 4.), 'vs alone']==pytest.approx(sum(d)/3) and t.loc[('distilled', 4.), 'seeds']==3
     best = res.best('error_rate')['T']
     assert t.loc[('distilled', best), 'error_rate']==t.loc['distilled'].error_rate.min() and res.best('accuracy')['T']==best
 
 def test_losses_schedules_and_names_as_values(teacher):
     runs = _sweep(teacher, {'loss':[SoftTarget, Logits], 'schedule':['cos', 'lin']}, seeds=(0,), baseline=False).runs
-    assert set(runs.loss)=={'SoftTarget(T=5)', 'Logits'} and set(runs.schedule)=={'cos', 'lin'} and runs.valid_loss.nunique()==4
+    assert set(runs.loss)=={'SoftTarget(T=5)',
+                            'Logits'} and set(runs.schedule)=={'cos', 'lin'} and runs.valid_loss.nunique()==4
 
 def test_hyper_parameters_reach_the_loss_that_has_them(teacher):
     seen = []
@@ -171,7 +184,8 @@ def test_two_parameters_make_two_plots(teacher):
     plt.close('all')
 
 def test_bad_input(teacher, tmp_path):
-    for grid,match in (({}, 'grid is empty'), ({'T':[]}, 'grid is empty'), ({'TT':[1]}, 'unknown hyper-parameter'), ('temperatur', "did you mean 'temperature'"),
+    for grid,match in (({}, 'grid is empty'), ({'T':[]}, 'grid is empty'), ({'TT':[1]}, 'unknown hyper-parameter'),
+                       ('temperatur', "did you mean 'temperature'"),
                        ({'schedule':[lambda s,e,p: e, object()]}, 'without a name of its own')):
         with pytest.raises(ValueError, match=match): _sweep(teacher, grid)
     with pytest.raises(ValueError, match='seeds is empty'): _sweep(teacher, seeds=())

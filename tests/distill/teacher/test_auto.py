@@ -14,7 +14,9 @@ def fake_clock(monkeypatch, fast):
     def time(f, device): return 0.5 if (f.args[2].dtype, f.args[2].channels_last) in fast else 1.
     monkeypatch.setattr(auto, 'best_time', time)
 
-@pytest.mark.parametrize('dtype,cl', [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize('dtype,cl',
+                         [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False),
+                          (torch.bfloat16, True)])
 def test_auto_takes_the_fastest(net, x, monkeypatch, capsys, dtype, cl):
     fake_clock(monkeypatch, [(dtype, cl)])
     teacher = Teacher(net, dtype='auto')
@@ -56,4 +58,5 @@ class NoHalf(nn.Module):
 
 def test_a_dtype_that_the_device_lacks(net, x):
     net[8] = NoHalf()
-    with pytest.raises(ValueError, match="dtype=bfloat16: cpu cannot run the teacher Sequential.*dtype='auto'"): Teacher(net, dtype='bf16')(x)
+    with pytest.raises(ValueError, match="dtype=bfloat16: cpu cannot run the teacher Sequential.*dtype='auto'"):
+        Teacher(net, dtype='bf16')(x)

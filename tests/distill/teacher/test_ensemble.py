@@ -15,7 +15,9 @@ def test_ensemble_is_the_log_of_the_average_of_probabilities(x):
     pred,fm = Teacher(nets, weights=w)(x, layers=['3'])
     probs = [plain(n, x).double().softmax(1) for n in nets]
     for i in range(len(x)):
-        for c in range(5): assert pred[i,c].item()==pytest.approx(torch.log(sum(wk*p[i,c] for wk,p in zip(w, probs))/sum(w)).item(), abs=1e-5)
+        for c in range(5):
+            assert pred[i,c].item()==pytest.approx(torch.log(sum(wk*p[i,c] for wk,p in zip(w, probs))/sum(w)).item(),
+                                                   abs=1e-5)
     assert torch.equal(fm['3'], plain_maps(nets[0], x, ['3'])['3'])
 
 def test_ensemble_stays_finite_where_probabilities_vanish():
@@ -27,8 +29,10 @@ def test_ensemble_over_pixels_and_of_one_column():
     a,b = torch.randn(2, 3, 4, 4),torch.randn(2, 3, 4, 4)
     assert torch.allclose(ensemble_logits([a, b]).exp(), (a.softmax(1)+b.softmax(1))/2)
     assert torch.allclose(ensemble_logits([a, b], axis=-1).exp(), (a.softmax(-1)+b.softmax(-1))/2)
-    assert torch.equal(ensemble_logits([torch.tensor([[1.], [2.]]), torch.tensor([[3.], [6.]])]), torch.tensor([[2.], [4.]]))
-    assert torch.equal(ensemble_logits([torch.tensor([1., 2.]), torch.tensor([3., 6.])], [3, 1]), torch.tensor([1.5, 3.]))
+    assert torch.equal(ensemble_logits([torch.tensor([[1.], [2.]]), torch.tensor([[3.], [6.]])]),
+                       torch.tensor([[2.], [4.]]))
+    assert torch.equal(ensemble_logits([torch.tensor([1., 2.]), torch.tensor([3., 6.])], [3, 1]),
+                       torch.tensor([1.5, 3.]))
 
 def test_only_the_first_of_an_ensemble_runs_for_maps(net, x):
     ran,off = count_calls(other := make_net())
@@ -37,7 +41,8 @@ def test_only_the_first_of_an_ensemble_runs_for_maps(net, x):
 
 def test_an_ensemble_that_disagrees_is_refused_and_leaves_nothing(net, x):
     other,before = make_net(7),state(net)
-    with pytest.raises(ValueError, match=r'agree in output shape, got \(16, 5\) and \(16, 7\)'): Teacher([net, other])(x)
+    with pytest.raises(ValueError, match=r'agree in output shape, got \(16, 5\) and \(16, 7\)'):
+        Teacher([net, other])(x)
     assert_same_state(state(net), before)
 
 # In a fit
@@ -48,7 +53,8 @@ def softmax(zs, axis): return (sum(z.softmax(axis) for z in zs)/len(zs)).log()
 def sigmoid(zs): return (sum(z.sigmoid() for z in zs)/len(zs)).logit()
 def plain_mean(zs): return sum(zs)/len(zs)
 
-tasks = [(CrossEntropyLossFlat(), lambda z: softmax(z, 1)), (nn.CrossEntropyLoss(), lambda z: softmax(z, 1)), (BCEWithLogitsLossFlat(), sigmoid),
+tasks = [(CrossEntropyLossFlat(), lambda z: softmax(z, 1)), (nn.CrossEntropyLoss(), lambda z: softmax(z, 1)),
+         (BCEWithLogitsLossFlat(), sigmoid),
          (MSELossFlat(), plain_mean), (nn.L1Loss(), plain_mean)]
 
 @pytest.mark.parametrize('loss_func,combined', tasks)
@@ -65,7 +71,8 @@ def test_the_task_says_where_the_classes_are():
     nets,ids = [Tokens(), Tokens()],torch.randint(0, 7, (3, 5))
     zs = [n(ids).detach() for n in nets]
     teacher = Teacher(nets)
-    assert torch.allclose(teacher(ids)[0], softmax(zs, 1), atol=1e-5)          # outside of a fit: the classes are on axis 1
+    # outside of a fit: the classes are on axis 1
+    assert torch.allclose(teacher(ids)[0], softmax(zs, 1), atol=1e-5)
     teacher.begin(learner(CrossEntropyLossFlat()))                             # whose axis is -1
     assert torch.allclose(teacher(ids)[0], softmax(zs, -1), atol=1e-5)
     teacher.begin(learner(CrossEntropyLossFlat(axis=1)))                       # each fit asks its own task
@@ -81,7 +88,8 @@ def test_what_the_user_says_goes_before_the_task(x):
 
 def test_a_task_that_does_not_say_is_asked_back_only_where_it_matters(x):
     def own_loss(pred, y): return pred.mean()
-    with pytest.raises(ValueError, match=r"average: the task's loss function does not say.*2 teachers are.*average='softmax'"):
+    with pytest.raises(ValueError,
+                       match=r"average: the task's loss function does not say.*2 teachers are.*average='softmax'"):
         Teacher([make_net(), make_net()]).begin(learner(own_loss))
     Teacher(make_net()).begin(learner(own_loss))
     Teacher([make_net(), make_net()]).begin(learner(own_loss), layers=['3'], logits=False)

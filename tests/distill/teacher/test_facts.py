@@ -18,7 +18,8 @@ def images(vocab, mean=None, names=None, n=12):
     g = torch.Generator().manual_seed(0)
     names = names or vocab
     items = [(torch.randn(3, 4, 4, generator=g), names[i%len(names)]) for i in range(n)]
-    ds = Datasets(range(n), tfms=[[lambda i: TensorImage(items[i][0])], [lambda i: items[i][1], Categorize(vocab=vocab, sort=False)]],
+    ds = Datasets(range(n), tfms=[[lambda i: TensorImage(items[i][0])],
+                                  [lambda i: items[i][1], Categorize(vocab=vocab, sort=False)]],
                   splits=[list(range(n))]*2)
     tfms = None if mean is None else [Normalize.from_stats([mean]*3, [0.5]*3, cuda=False)]
     return ds.dataloaders(bs=4, shuffle=False, num_workers=0, after_batch=tfms, device='cpu')
@@ -33,7 +34,8 @@ def model(c, seed=0):
 def heard(teacher, dls, c=3, **kw):
     "What the loss hears of `teacher`, and the batches that the student saw"
     seen = []
-    def loss(pred, teacher_pred): seen.append((learn.xb[0].as_subclass(torch.Tensor), teacher_pred)); return F.mse_loss(pred, teacher_pred)
+    def loss(pred, teacher_pred):
+        seen.append((learn.xb[0].as_subclass(torch.Tensor), teacher_pred)); return F.mse_loss(pred, teacher_pred)
     learn = learner(model(c), dls)
     learn.fit(1, cbs=KD(teacher, loss, **kw))
     return seen
@@ -61,8 +63,10 @@ def test_the_same_classes_are_left_alone_and_nothing_is_said(capsys):
 def test_a_select_or_facts_by_hand_decide():
     net = model(3, 1)
     teacher = learner(net, images(list('cab'), names='abc'))
-    for x,z in heard(Teacher(teacher, select=lambda z: z.flip(1)), images(list('abc'))): torch.testing.assert_close(z, net(x).flip(1))
-    for x,z in heard(Teacher(net, classes='cab'), images(list('abc'))): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
+    for x,z in heard(Teacher(teacher, select=lambda z: z.flip(1)), images(list('abc'))):
+        torch.testing.assert_close(z, net(x).flip(1))
+    for x,z in heard(Teacher(net, classes='cab'), images(list('abc'))):
+        torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
 
 
 def test_a_class_that_the_teacher_does_not_know_is_refused():
@@ -77,14 +81,16 @@ def test_another_normalisation_is_undone(by_hand):
     if by_hand: teacher = Teacher(net, normalize=([0.2]*3, [0.5]*3))
     for x,z in heard(teacher, images(list('abc'), mean=0.9)):
         torch.testing.assert_close(z, net((x*0.5+0.9-0.2)/0.5), rtol=1e-4, atol=1e-4)
-    for x,z in heard(Teacher(teacher.models[0] if by_hand else teacher, tfms=lambda x: x), images(list('abc'), mean=0.9)):
+    for x,z in heard(Teacher(teacher.models[0] if by_hand else teacher, tfms=lambda x: x),
+                     images(list('abc'), mean=0.9)):
         torch.testing.assert_close(z, net(x))
 
 
 def test_a_teacher_of_other_channels_says_so():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     x,y = torch.randn(8, 1, 4, 4),torch.arange(8)%3
-    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=4, num_workers=0) for _ in range(2)], device='cpu')
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=4, num_workers=0) for _ in range(2)],
+                      device='cpu')
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     with pytest.raises(ValueError, match='1 channels.*expects 3.*tfms='): learner(student, dls).fit(1, cbs=KD(net))
     learner(student, dls).fit(1, cbs=KD(Teacher(net, tfms=lambda x: x.expand(-1, 3, -1, -1))))

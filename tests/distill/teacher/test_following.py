@@ -11,7 +11,8 @@ from fasterai.distill.teacher.weights import WeightWatch
 from helpers import learner
 from teacher_nets import make_net, net, plain, rel_err, seed, x
 
-copies = {'bf16': (dict(dtype='bf16'), 0.02), 'fused': (dict(fuse=True), 1e-5), 'channels_last': (dict(channels_last=True), 1e-5),
+copies = {'bf16': (dict(dtype='bf16'), 0.02), 'fused': (dict(fuse=True), 1e-5),
+          'channels_last': (dict(channels_last=True), 1e-5),
           'auto': (dict(dtype='auto'), 0.03), 'compiled': (dict(compile=dict(backend='eager')), 1e-6),
           'all': (dict(dtype='bf16', fuse=True, channels_last=True, compile=dict(backend='eager')), 0.02)}
 
@@ -155,7 +156,8 @@ def test_inference_tensors_and_tied_weights_are_watched():
     with torch.inference_mode(): net.weight.add_(1)
     assert watch.look()==first+1
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool])
+@pytest.mark.parametrize('dtype',
+                         [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool])
 def test_every_kind_of_number_has_a_sum(dtype):
     net = nn.Module()
     net.register_buffer('b', torch.ones(40, 5).to(dtype))

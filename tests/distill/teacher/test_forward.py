@@ -25,7 +25,8 @@ def test_answers_are_those_of_the_plain_forward(net, x, opts, tol):
 @each_mode
 def test_early_answers_are_those_of_the_plain_forward(net, x, opts, tol):
     before,teacher = state(net),Teacher(net, **opts)
-    with pytest.warns(UserWarning, match='compiled teacher does not stop early') if 'compile' in opts else pytest.MonkeyPatch.context():
+    with pytest.warns(UserWarning,
+                      match='compiled teacher does not stop early') if 'compile' in opts else pytest.MonkeyPatch.context():
         pred,fm = teacher(x, layers=['3', '1'], logits=False)
     want = plain_maps(net, x, ['3', '1'])
     assert pred is None or 'compile' in opts
@@ -45,7 +46,8 @@ def test_the_early_stop_runs_no_module_after_the_last_layer(net, x):
 
 def test_a_layer_that_runs_twice_is_read_at_the_end_and_said_so(net, x):
     teacher = Teacher(net)
-    with pytest.warns(UserWarning, match="runs to its end.*exactly once: 3.relu"): fm = teacher(x, layers=['3.relu'], logits=False)[1]
+    with pytest.warns(UserWarning, match="runs to its end.*exactly once: 3.relu"):
+        fm = teacher(x, layers=['3.relu'], logits=False)[1]
     assert torch.equal(fm['3.relu'], plain_maps(net, x, ['3.relu'])['3.relu'])
 
 def test_the_stop_passes_a_model_that_catches_exceptions(x):
@@ -132,7 +134,8 @@ def dicts():
     ids = torch.randint(1, 20, (8, 10))
     return {'ids': ids, 'mask': (ids>4).float()}
 
-@pytest.mark.parametrize('opts,tol', [({}, 0), (dict(dtype='bf16'), 0.03), (dict(dtype='auto'), 0.03), (dict(fuse=True), 1e-6)])
+@pytest.mark.parametrize('opts,tol',
+                         [({}, 0), (dict(dtype='bf16'), 0.03), (dict(dtype='auto'), 0.03), (dict(fuse=True), 1e-6)])
 def test_a_batch_that_is_a_dict(dicts, opts, tol):
     net = OfDict()
     teacher = Teacher(net, **opts)
@@ -162,7 +165,8 @@ class Remembers(nn.Module):
         self.last = {'maps': [self.conv(x)]}
         return self.last['maps'][0].mean((2, 3))
 
-@pytest.mark.parametrize('opts', [dict(dtype='bf16'), dict(fuse=True), dict(dtype='auto'), dict(compile=dict(backend='eager'))])
+@pytest.mark.parametrize('opts',
+                         [dict(dtype='bf16'), dict(fuse=True), dict(dtype='auto'), dict(compile=dict(backend='eager'))])
 def test_a_model_that_holds_its_graph_is_copied(x, opts):
     net = Remembers().eval()
     want = net(x).detach()
@@ -173,7 +177,8 @@ def test_a_model_that_holds_its_graph_is_copied(x, opts):
         teacher = Teacher(net, **opts)
         pred,maps = teacher(x, **kwargs)
         assert rel_err(maps['conv'], kept)<0.03 if kwargs else rel_err(pred, want)<0.03
-        if teacher.nets[0].net is not net or 'compile' in opts: assert net.last['maps'][0] is kept and kept.requires_grad
+        if teacher.nets[0].net is not net or 'compile' in opts:
+            assert net.last['maps'][0] is kept and kept.requires_grad
 
 
 # The random stream

@@ -12,14 +12,16 @@ from teacher_nets import make_net, net, plain, seed, x
 
 def test_each_network_gets_its_own_transform(net, x):
     other = make_net()
-    a,b = Teacher([net, other], tfms=[None, partial(resize_batch, size=(24, 18))]),Teacher([net, other], tfms=lambda x: x+1)
+    a,b = Teacher([net, other], tfms=[None,
+                                      partial(resize_batch, size=(24, 18))]),Teacher([net, other], tfms=lambda x: x+1)
     want = lambda u,v: torch.log((plain(net, u).softmax(1)+plain(other, v).softmax(1))/2)
     small = F.interpolate(x, (24, 18), mode='bilinear', antialias=True)
     assert torch.allclose(a(x)[0], want(x, small), atol=1e-5) and torch.allclose(b(x)[0], want(x+1, x+1), atol=1e-5)
 
 def test_renormalize_reads_the_dataloaders(x):
     def dls(m, s):
-        dl = TfmdDL(list(torch.zeros(4, 3, 2, 2)), bs=2, num_workers=0, after_batch=[Normalize.from_stats(m, s, cuda=False)])
+        dl = TfmdDL(list(torch.zeros(4, 3, 2, 2)), bs=2, num_workers=0,
+                    after_batch=[Normalize.from_stats(m, s, cuda=False)])
         return DataLoaders(dl, dl, device=torch.device('cpu'))
     ms,ss,mt,st = [.1, .2, .3],[.5, .6, .7],[.4, .5, .6],[.2, .3, .9]
     got = Renormalize(dls(ms, ss), dls(mt, st))(x)

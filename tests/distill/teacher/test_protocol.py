@@ -38,12 +38,14 @@ def test_keywords_are_passed_by_signature(x):
     assert c(x, layers='a', logits=False)[0] is None and c.source.asked==dict(layers=('a',), logits=False)
 
 def test_maps_that_it_does_not_give_are_missed_by_name(x):
-    with pytest.raises(ValueError, match=r"teacher's layers 3, and the answer of Says has no such feature maps; it gives none"):
+    with pytest.raises(ValueError,
+                       match=r"teacher's layers 3, and the answer of Says has no such feature maps; it gives none"):
         as_teacher(Says(x))(x, layers=['3'])
     with pytest.raises(ValueError, match=r"it gives \['1'\]"): as_teacher(Says((x, {'1': x})))(x, layers=['1', '3'])
 
 def test_an_answer_without_logits_is_refused():
-    with pytest.raises(TypeError, match="the teacher must return a tensor of logits.*got a dict with keys"): as_teacher(Says({'a': 1}))(torch.ones(1))
+    with pytest.raises(TypeError, match="the teacher must return a tensor of logits.*got a dict with keys"):
+        as_teacher(Says({'a': 1}))(torch.ones(1))
 
 def test_the_fit_is_told_to_those_who_listen():
     told = []
@@ -107,7 +109,8 @@ def test_a_frozen_head_or_base_may_be_shared():
     assert shared_with(student.train(), [teacher])==[]
     lora = nn.Sequential(teacher, nn.Linear(5, 5))
     assert shared_with(lora.eval(), [teacher])==[]
-    assert set(n.rpartition('.')[2] for n in shared_with(lora.train(), [teacher]))=={'running_mean', 'running_var', 'num_batches_tracked'}
+    assert set(n.rpartition('.')[2] for n in shared_with(lora.train(), [teacher]))=={'running_mean', 'running_var',
+                                                                                     'num_batches_tracked'}
 
 def test_constants_among_the_buffers_may_be_shared():
     class Embeds(nn.Linear):

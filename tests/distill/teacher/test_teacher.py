@@ -72,7 +72,8 @@ def test_a_teacher_of_nan_is_refused_on_its_first_batch_only(net, x, bad):
     broken = deepcopy(net)
     nn.init.constant_(broken[8].bias, bad)
     before = state(broken)
-    with pytest.raises(ValueError, match='teacher Sequential gives NaN or inf on its first batch, in its logits'): Teacher(broken)(x)
+    with pytest.raises(ValueError, match='teacher Sequential gives NaN or inf on its first batch, in its logits'):
+        Teacher(broken)(x)
     with pytest.raises(ValueError, match='so does the batch itself'): Teacher(net)(x*float('nan'))
     assert not broken[8].bias.isfinite().any() and [m.training for m in broken.modules()]==before[1]
     teacher = Teacher(net)
@@ -85,16 +86,20 @@ def test_masked_classes_are_no_error(x):
     assert Teacher(Masked())(x)[0][:,0].isneginf().all()
 
 @pytest.mark.parametrize('args,error,match', [
-    (dict(models=[]), ValueError, 'models is empty'), (dict(models=nn.Linear), TypeError, 'call it to make one'), (dict(models='resnet18'), TypeError, "got 'resnet18'"),
-    (dict(dtype='bf61'), ValueError, "unknown dtype 'bf61'.*'bf16'"), (dict(dtype=torch.int8), ValueError, "unknown dtype 'int8'"),
-    (dict(weights=[1, 2]), ValueError, 'weights must be 1 positive'), (dict(weights=[0]), ValueError, 'positive'), (dict(tfms=[None]*2), ValueError, 'tfms has 2 entries for 1')])
+    (dict(models=[]), ValueError, 'models is empty'), (dict(models=nn.Linear), TypeError, 'call it to make one'),
+    (dict(models='resnet18'), TypeError, "got 'resnet18'"),
+    (dict(dtype='bf61'), ValueError, "unknown dtype 'bf61'.*'bf16'"),
+    (dict(dtype=torch.int8), ValueError, "unknown dtype 'int8'"),
+    (dict(weights=[1, 2]), ValueError, 'weights must be 1 positive'), (dict(weights=[0]), ValueError, 'positive'),
+    (dict(tfms=[None]*2), ValueError, 'tfms has 2 entries for 1')])
 def test_bad_arguments(net, args, error, match):
     with pytest.raises(error, match=match): Teacher(**{'models': net, **args})
 
 def test_an_unknown_layer(net, x):
     before = state(net)
     for opts,logits in (({}, True), ({}, False), (dict(compile=True), True), (dict(dtype='bf16', fuse=True), False)):
-        with pytest.raises(ValueError, match="unknown layer of the teacher '3.bn3'.*'3.bn2'"): Teacher(net, **opts)(x, layers=['3.bn3'], logits=logits)
+        with pytest.raises(ValueError, match="unknown layer of the teacher '3.bn3'.*'3.bn2'"):
+            Teacher(net, **opts)(x, layers=['3.bn3'], logits=logits)
     assert_same_state(state(net), before)
 
 # What it says, and what it becomes
@@ -126,7 +131,8 @@ def fit(teacher, loss=SoftTarget, layers=None):
     "A student after one epoch with `teacher`"
     set_seed(1)                                                              # weights and the order of samples
     dls,student = digits_dls(128, bs=32, device='cpu', n_valid=32),digits_net(4)
-    Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillationCallback(teacher, loss, layers, layers)).fit(1, 1e-2)
+    Learner(dls, student, loss_func=CrossEntropyLossFlat(),
+            cbs=KnowledgeDistillationCallback(teacher, loss, layers, layers)).fit(1, 1e-2)
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 @pytest.mark.filterwarnings('ignore')
@@ -138,17 +144,21 @@ def test_in_a_fit():
     assert 0<rel_err(fit(Teacher(net, dtype='bf16', fuse=True)), direct)<0.05
     early,(ran,off) = fit(Teacher(net), FitNet, ['0', '1']),count_calls(net)
     assert torch.equal(fit(Teacher(net), FitNet, ['0', '1']), early)
-    assert ran.count('1')==5 and ran.count('2')==ran.count('5')==1           # four steps; the trial of the first batch runs to the end
+    # four steps; the trial of the first batch runs to the end
+    assert ran.count('1')==5 and ran.count('2')==ran.count('5')==1
     off()
     assert_same_state(state(net), before)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('opts,tol', [({}, 1e-4), (dict(dtype='bf16', channels_last=True, fuse=True), 0.02), (dict(dtype='fp16'), 0.003), (dict(dtype='auto'), 0.03)])
+@pytest.mark.parametrize('opts,tol',
+                         [({}, 1e-4), (dict(dtype='bf16', channels_last=True, fuse=True), 0.02),
+                          (dict(dtype='fp16'), 0.003), (dict(dtype='auto'), 0.03)])
 def test_it_follows_the_batch_to_its_device(net, x, opts, tol):
     ref,rng = plain(net, x),torch.cuda.get_rng_state()
     pred,fm = Teacher(net, **opts)(x.cuda(), layers=['3'])
-    assert pred.is_cuda and fm['3'].is_cuda and rel_err(pred.cpu(), ref)<tol and torch.equal(rng, torch.cuda.get_rng_state())
+    assert pred.is_cuda and fm['3'].is_cuda and rel_err(pred.cpu(),
+                                                        ref)<tol and torch.equal(rng, torch.cuda.get_rng_state())
     assert next(net.parameters()).is_cuda==(not opts)
 
 # Beginning and end of a fit

@@ -30,13 +30,15 @@ class Blobs:
 
 def loaders(train=None, cls=TfmdDL, valid=True, **kw):
     kw = dict(bs=BS, shuffle=True, num_workers=0, device='cpu', **kw) if 'bs' not in kw else dict(device='cpu', **kw)
-    return DataLoaders(cls(Blobs() if train is None else train, **kw), TfmdDL(Blobs(16, seed=9), bs=BS, num_workers=0, device='cpu'), device='cpu')
+    return DataLoaders(cls(Blobs() if train is None else train, **kw),
+                       TfmdDL(Blobs(16, seed=9), bs=BS, num_workers=0, device='cpu'), device='cpu')
 
 class Teacher:
     def __init__(self, seed=5, scale=1., classes=4):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.models = [nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, classes)).eval()]
+            self.models = [nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                                         nn.Linear(20, classes)).eval()]
         self.seen,self.scale = [],scale
     @torch.no_grad()
     def __call__(self, *xb, layers=(), logits=True):
@@ -49,21 +51,24 @@ class Teacher:
 
 class Distil(Callback):
     order = 2
-    def __init__(self, teacher, cache=None, layers=(), at=None): self.teacher,self.cache,self.layers,self.at = teacher,cache,layers,at
+    def __init__(self, teacher, cache=None, layers=(), at=None):
+        self.teacher,self.cache,self.layers,self.at = teacher,cache,layers,at
     def before_train(self):
         if self.cache and self.epoch==0: self.cache.attach(self.learn, self.teacher, layers=self.layers)
     def after_loss(self):
         if not self.training: return
         if self.at is not None and self.train_iter==self.at: raise KeyboardInterrupt('now')
         pred,fm = self.cache.ask(*self.xb) if self.cache else self.teacher(*self.xb, layers=self.layers)
-        loss = F.mse_loss(self.pred.as_subclass(torch.Tensor), pred) + sum(m.mean()*self.pred.mean() for m in fm.values())
+        loss = F.mse_loss(self.pred.as_subclass(torch.Tensor),
+                          pred) + sum(m.mean()*self.pred.mean() for m in fm.values())
         self.learn.loss_grad = self.learn.loss_grad+loss
         self.learn.loss = self.learn.loss_grad.detach().clone()
     def after_fit(self): self.cache and self.cache.detach()
 
 def learner(dls, teacher, cache=None, cbs=(), **kw):
     set_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 4))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
+                        nn.Linear(64, 4))
     dls.train.rng.seed(1)
     learn = Learner(dls, net, CrossEntropyLossFlat(), cbs=[Distil(teacher, cache, **kw), *cbs])
     learn.logger = lambda *_: None
@@ -74,4 +79,5 @@ def train(dls, teacher, cache=None, n=2, cbs=(), **kw):
     learn.fit(n, 0.01)
     return torch.cat([o.detach().flatten() for o in learn.model.parameters()])
 
-def state(dl): return {k:v for k,v in dl.__dict__.items() if k not in ('rng', '_DataLoader__idxs', 'it', '_n_inp', '_types')}
+def state(dl):
+    return {k:v for k,v in dl.__dict__.items() if k not in ('rng', '_DataLoader__idxs', 'it', '_n_inp', '_types')}

@@ -49,11 +49,14 @@ class TestAnotherTeacher:
         train(loaders(), teacher, cache, n=1)
         return cache
 
-    @pytest.mark.parametrize('make', [lambda: Net(1.5), lambda: Net(mean=0.1), Edited, hooked, nudged, lambda: nudged('bias', 0)])
+    @pytest.mark.parametrize('make',
+                             [lambda: Net(1.5), lambda: Net(mean=0.1), Edited, hooked, nudged,
+                              lambda: nudged('bias', 0)])
     def test_is_noticed_by_what_it_says(self, path, make):
         self.run(path, Frozen(Net()))
         before = path.read_bytes()
-        with pytest.raises(ValueError, match='another teacher, or other weights.*16 samples'): self.run(path, Frozen(make()))
+        with pytest.raises(ValueError, match='another teacher, or other weights.*16 samples'):
+            self.run(path, Frozen(make()))
         assert path.read_bytes()==before
 
     @pytest.mark.parametrize('kw', [dict(select=lambda o: o*2), dict(tfms=lambda x: x*1.01)])
@@ -63,9 +66,11 @@ class TestAnotherTeacher:
 
     def test_another_head_does_not_take_the_stored_answers(self, path):
         self.run(path, Frozen(TwoHeads(), select=lambda o: o[0]))
-        with pytest.raises(ValueError, match='another teacher'): self.run(path, Frozen(TwoHeads(), select=lambda o: o[1]))
+        with pytest.raises(ValueError, match='another teacher'):
+            self.run(path, Frozen(TwoHeads(), select=lambda o: o[1]))
 
-    @pytest.mark.parametrize('make', [Net, lambda: Net().to(memory_format=torch.channels_last), lambda: nn.Sequential(Net()),
+    @pytest.mark.parametrize('make',
+                             [Net, lambda: Net().to(memory_format=torch.channels_last), lambda: nn.Sequential(Net()),
                                       lambda: (n:=Net()).register_forward_hook(lambda *o: None) and n])
     def test_the_same_answers_are_the_same_teacher(self, path, make):
         self.run(path, Frozen(Net()))

@@ -20,7 +20,8 @@ class TestTraining:
         teacher = Teacher()
         plain = train(loaders(), teacher, n=4)
         asked,cache = Teacher(),TeacherCache(dtype=torch.float32)
-        assert torch.equal(train(loaders(), asked, cache, n=4), plain) and sum(asked.seen)==N+PROBE and (cache.asked, cache.hits)==(N, 3*N)
+        assert torch.equal(train(loaders(), asked, cache, n=4),
+                           plain) and sum(asked.seen)==N+PROBE and (cache.asked, cache.hits)==(N, 3*N)
         assert (train(loaders(), Teacher(), TeacherCache(), n=4)-plain).abs().max()<1e-3
 
     def test_what_a_dropped_end_left_out_is_asked_in_one_batch(self):
@@ -87,11 +88,13 @@ class TestTraining:
         cache = TeacherCache()
         train(loaders(), Teacher(), cache)
         other = Teacher(seed=6)
-        assert (train(loaders(), other, cache)-train(loaders(), Teacher(seed=6))).abs().max()<1e-3 and other.seen[:7]==[PROBE]+[BS]*6 and sum(other.seen)==N+PROBE
+        assert (train(loaders(), other, cache)-train(loaders(),
+                                                     Teacher(seed=6))).abs().max()<1e-3 and other.seen[:7]==[PROBE]+[BS]*6 and sum(other.seen)==N+PROBE
 
     def test_what_is_random_once_in_a_while_is_noticed(self):
         class Rarely(Blobs):
-            def __getitem__(self, i): return TensorImage(self.x[i]*(1.1 if i==7 and random.random()<0.5 else 1.)),torch.tensor(0)
+            def __getitem__(self, i):
+                return TensorImage(self.x[i]*(1.1 if i==7 and random.random()<0.5 else 1.)),torch.tensor(0)
         cache = TeacherCache(dtype=torch.float32)
         with pytest.warns(UserWarning, match=r'sample 7 is not the input.*asked again') as said:
             weights = train(loaders(Rarely()), Teacher(), cache, n=6)
@@ -110,7 +113,8 @@ class TestTraining:
         assert state(dls.train)==before and 'before_batch' not in mix.__dict__
 
     def test_pickles_as_its_settings(self):
-        with Replay(k=3, seed=4, topk=2).attach(learner(loaders(), Teacher()), Teacher()) as cache: copy = pickle.loads(pickle.dumps(cache))
+        with Replay(k=3, seed=4, topk=2).attach(learner(loaders(), Teacher()), Teacher()) as cache:
+            copy = pickle.loads(pickle.dumps(cache))
         assert (copy.k, copy.seed, copy.topk, copy.trace)==(3, 4, 2, None)
 
     def test_a_fit_within_a_fit(self):
@@ -151,7 +155,8 @@ class TestTraining:
             return {'x':xs, 'none':None, 'name':[o[0]['name'] for o in items]},torch.stack([o[1] for o in items])
         class Reads(Teacher):
             def __call__(self, b, **kw): return super().__call__(b['x'], **kw)
-        dls,teacher,cache = loaders(Dicts(), bs=8, shuffle=True, num_workers=0, create_batch=collate),Reads(),TeacherCache(dtype=torch.float32)
+        dls,teacher,cache = loaders(Dicts(), bs=8, shuffle=True, num_workers=0,
+                                    create_batch=collate),Reads(),TeacherCache(dtype=torch.float32)
         learn = learner(dls, teacher)
         learn.training = True
         with cache.attach(learn, teacher):

@@ -17,7 +17,9 @@ def path(tmp_path): return tmp_path/'teacher.cache'
 
 
 class TestReplay:
-    def dls(self, **kw): return loaders(Blobs(jitter=0.5), **{**dict(bs=8, shuffle=True, num_workers=0, after_batch=[Brightness(p=0.5)]), **kw})
+    def dls(self, **kw):
+        return loaders(Blobs(jitter=0.5),
+                       **{**dict(bs=8, shuffle=True, num_workers=0, after_batch=[Brightness(p=0.5)]), **kw})
 
     def test_views_come_round_and_the_teacher_sees_each_once(self):
         class Record(Callback):
@@ -28,7 +30,8 @@ class TestReplay:
         cached = train(self.dls(), teacher, Replay(k=2, dtype=torch.float32), n=5, cbs=[CutMix(), rec])
         assert sum(teacher.seen)==2*N+PROBE
         epochs = [torch.stack(rec.xs[i:i+6]) for i in range(0, 30, 6)]
-        assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3]) and not torch.equal(epochs[0], epochs[1])
+        assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1],
+                                                                 epochs[3]) and not torch.equal(epochs[0], epochs[1])
         class Asking(Replay):
             def ask(self, *xb): return self._recorder.ask_teacher(*xb)
         assert torch.equal(train(self.dls(), Teacher(), Asking(k=2), n=5, cbs=[CutMix()]), cached)
@@ -53,7 +56,8 @@ class TestReplay:
 
     def test_another_seed_is_another_cache(self, path):
         train(self.dls(), Teacher(), Replay(k=2, path=path))
-        with pytest.raises(ValueError, match=r'views \(number, seed\) are \[2, 0\], here \[2, 1\]'): train(self.dls(), Teacher(), Replay(k=2, seed=1, path=path))
+        with pytest.raises(ValueError, match=r'views \(number, seed\) are \[2, 0\], here \[2, 1\]'):
+            train(self.dls(), Teacher(), Replay(k=2, seed=1, path=path))
 
     def test_other_batches_are_asked_anew(self, path):
         train(self.dls(), Teacher(), Replay(k=1, path=path), n=1)

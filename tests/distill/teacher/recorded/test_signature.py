@@ -38,8 +38,10 @@ def by_hand(raw, what):
 
 
 class TestExact:
-    @pytest.mark.parametrize('x', [torch.randn(3, 5), torch.randn(5000), torch.arange(7, dtype=torch.uint8), torch.randn(9).half(), torch.randint(-9, 9, (4097,)),
-                                   torch.tensor([True, False, True]), torch.randn(3, dtype=torch.float64), torch.zeros(0)])
+    @pytest.mark.parametrize('x', [torch.randn(3, 5), torch.randn(5000), torch.arange(7, dtype=torch.uint8),
+                                   torch.randn(9).half(), torch.randint(-9, 9, (4097,)),
+                                   torch.tensor([True, False, True]), torch.randn(3, dtype=torch.float64),
+                                   torch.zeros(0)])
     def test_is_what_it_says(self, x):
         assert one(x)==by_hand(x.numpy().tobytes(), f"1 of\neach {x.dtype} {tuple(x.shape)}")
 
@@ -60,7 +62,8 @@ class TestExact:
     def test_permutations_and_blocks(self):
         x = torch.randn(3*4096+5)
         blocks = x[:3*4096].view(3, 4096)
-        others = [x.roll(1), x.flip(0), torch.cat([blocks[[1, 0, 2]].flatten(), x[-5:]]), torch.cat([x[4096:8192], x[:4096], x[8192:]]), x.sort().values, -x, x+0., x*1.]
+        others = [x.roll(1), x.flip(0), torch.cat([blocks[[1, 0, 2]].flatten(), x[-5:]]),
+                  torch.cat([x[4096:8192], x[:4096], x[8192:]]), x.sort().values, -x, x+0., x*1.]
         seen = [tuple(one(o)) for o in (x, *others)]
         assert len(set(seen))==6 and seen[-2]==seen[-1]==seen[0] and seen[3]==seen[4]
 
@@ -83,7 +86,8 @@ class TestOfAnInput:
 
     def test_layout_and_neighbours_do_not_count(self):
         x = self.x
-        for y in x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), torch.cat([x, x])[4:], x.clone().requires_grad_(), x.double().float():
+        for y in x.to(memory_format=torch.channels_last), x.transpose(2,
+                                                                      3).contiguous().transpose(2, 3), torch.cat([x, x])[4:], x.clone().requires_grad_(), x.double().float():
             assert (sig(y)==sig(x)).all()
         assert (sig(x[1:3])==sig(x)[1:3]).all()
         b = torch.arange(40, dtype=torch.uint8).view(8, 5)
@@ -91,14 +95,17 @@ class TestOfAnInput:
 
     def test_type_and_shape_count(self):
         x = torch.zeros(4, 6)
-        all_of = [sig(o)[0].tolist() for o in (x, x.int(), x.half(), x.double(), x.view(4, 2, 3), x.view(4, 3, 2), x[:, :5], x[:, :0], x.bool(), x.to(torch.complex64))]
+        all_of = [sig(o)[0].tolist() for o in (x, x.int(), x.half(), x.double(), x.view(4, 2, 3), x.view(4, 3, 2),
+                                               x[:, :5], x[:, :0], x.bool(), x.to(torch.complex64))]
         assert len(set(map(tuple, all_of)))==10
 
     def test_arrangement_counts(self):
         a,b = torch.randn(2, 4, 5)
         z = torch.zeros(4, 0)
-        arranged = [(a, b), (b, a), ((a, b),), ({'a':a, 'b':b},), ({'b':a, 'a':b},), ({'a':b, 'b':a},), (a, b, z), (a, z, b), (a, b, None), (a, None, b), (a, b, 1), (a, b, 1.), (a, b, '1'),
-                    (a, b, b'1'), (a, b, True), (a, b, [1]), (a, [b]), ([a, b],), (a, torch.cat([b, z], 1), [None]*4), (a, b, torch.tensor(1)), (a, b, torch.arange(3))]
+        arranged = [(a, b), (b, a), ((a, b),), ({'a':a, 'b':b},), ({'b':a, 'a':b},), ({'a':b, 'b':a},), (a, b, z),
+                    (a, z, b), (a, b, None), (a, None, b), (a, b, 1), (a, b, 1.), (a, b, '1'),
+                    (a, b, b'1'), (a, b, True), (a, b, [1]), (a, [b]), ([a, b],), (a, torch.cat([b, z], 1), [None]*4),
+                    (a, b, torch.tensor(1)), (a, b, torch.arange(3))]
         seen = [tuple(signature(o)[0].tolist()) for o in arranged]
         assert len(set(seen))==len(arranged)-1 and seen[0]!=seen[1]  # a batch in one list is the batch
         assert (signature([OrderedDict(a=a, b=b)])==signature(({'a':a, 'b':b},))).all()
@@ -120,8 +127,11 @@ class TestOfAnInput:
         s = sig(x)
         assert len({*map(tuple, s.tolist())})==5 and (s==sig(x.clone())).all()
 
-    @pytest.mark.parametrize('xb,words', [((torch.zeros(2), {1}), 'holds a set'), ((torch.zeros(2), object()), 'holds a object'), (('a', 1), 'no tensor'),
-        ((torch.zeros(2, 2), torch.eye(2).to_sparse()), 'layout torch.sparse'), ((torch.zeros(2), np.array([object()])), 'holds a ndarray')])
+    @pytest.mark.parametrize('xb,words',
+                             [((torch.zeros(2), {1}), 'holds a set'), ((torch.zeros(2), object()), 'holds a object'),
+                              (('a', 1), 'no tensor'),
+        ((torch.zeros(2, 2), torch.eye(2).to_sparse()), 'layout torch.sparse'),
+        ((torch.zeros(2), np.array([object()])), 'holds a ndarray')])
     def test_what_has_no_bytes_is_refused(self, xb, words):
         with pytest.raises(TypeError, match=words): signature(xb)
 
@@ -132,7 +142,8 @@ class TestOfAnInput:
                 "x = torch.arange(6000.).view(2, 3000)\nsaid = signature([x, {'k':x.int(), 'names':['a', 'b']}]).tolist()\n")
         here = {}
         exec(code, here)
-        there = subprocess.run([sys.executable, '-W', 'ignore', '-c', code+'print(said)'], capture_output=True, text=True, check=True)
+        there = subprocess.run([sys.executable, '-W', 'ignore', '-c', code+'print(said)'], capture_output=True,
+                               text=True, check=True)
         assert there.stdout.strip()==str(here['said'])
 
     @pytest.mark.parametrize('at_once', [1, 4097, 10**9])
@@ -153,7 +164,8 @@ class TestOfAnInput:
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
     def test_the_same_on_a_gpu(self):
-        for x in torch.randn(64, 3, 64, 64), torch.randint(0, 9, (5, 7)), torch.randn(3, 5).half(), torch.zeros(4, 0), torch.randn(2, 3*4096+1):
+        for x in torch.randn(64, 3, 64, 64), torch.randint(0, 9, (5, 7)), torch.randn(3,
+                                                                                      5).half(), torch.zeros(4, 0), torch.randn(2, 3*4096+1):
             assert (sig(x.cuda())==sig(x)).all()
 
 

@@ -80,20 +80,27 @@ class TestFile:
         self.again(path, -(-100//row) if keep<0 else N)
         self.again(path, 0)
 
-    @pytest.mark.parametrize('content', [b'my thesis', b'fasterai', b'\x89', b'fasterai teacher cache 1\n{"a":1}\n', magic+b'{"a":\n',
+    @pytest.mark.parametrize('content',
+                             [b'my thesis', b'fasterai', b'\x89', b'fasterai teacher cache 1\n{"a":1}\n',
+                              magic+b'{"a":\n',
         magic+b'[]\n', magic+b'{}\n', magic+b'['*10**5+b'\n', magic+b' '*(1<<20), magic[:-2]+b'3\n{}\n'])
     def test_what_is_not_ours_is_refused_and_kept(self, path, content):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=str(path)): fill(path)
         assert path.read_bytes()==content
 
-    @pytest.mark.parametrize('kw,words', [(dict(teacher=Teacher(seed=6)), 'another teacher'), (dict(dls=lambda: loaders(Blobs(40))), 'has 48 samples, the data 40'),
-        (dict(dls=lambda: loaders(Blobs(seed=3))), 'do not look'), (dict(cache=dict(topk=2)), 'keeps'), (dict(cache=dict(maps=True), layers=['0']), 'feature maps are')])
+    @pytest.mark.parametrize('kw,words',
+                             [(dict(teacher=Teacher(seed=6)), 'another teacher'),
+                              (dict(dls=lambda: loaders(Blobs(40))), 'has 48 samples, the data 40'),
+        (dict(dls=lambda: loaders(Blobs(seed=3))), 'do not look'), (dict(cache=dict(topk=2)), 'keeps'),
+        (dict(cache=dict(maps=True), layers=['0']), 'feature maps are')])
     def test_a_foreign_cache_is_refused_with_the_reason(self, path, kw, words):
         fill(path)
         before = path.read_bytes()
         kw = {'teacher':Teacher(), 'dls':loaders, 'cache':{}, **kw}
-        with pytest.raises(ValueError, match=words): train(kw.pop('dls')(), kw.pop('teacher'), TeacherCache(path, **{'dtype':torch.float32, **kw.pop('cache')}), **kw)
+        with pytest.raises(ValueError, match=words):
+            train(kw.pop('dls')(), kw.pop('teacher'), TeacherCache(path, **{'dtype':torch.float32, **kw.pop('cache')}),
+                  **kw)
         assert path.read_bytes()==before
 
     def test_one_changed_sample_is_noticed(self, path):
@@ -101,7 +108,8 @@ class TestFile:
         ds = Blobs()
         ds.x[5, 0, 0, 0] = torch.nextafter(ds.x[5, 0, 0, 0], torch.tensor(9.))
         teacher,cache = Teacher(),TeacherCache(path, dtype=torch.float32)
-        with pytest.warns(UserWarning, match='sample 5 is not the input'): weights = train(loaders(ds), teacher, cache, n=3)
+        with pytest.warns(UserWarning, match='sample 5 is not the input'):
+            weights = train(loaders(ds), teacher, cache, n=3)
         assert torch.equal(weights, train(loaders(ds), Teacher(), n=3))
         assert (cache.asked, cache.hits)==(BS, 3*N-BS)
 
@@ -126,7 +134,8 @@ class TestFile:
         self.goes_on('No space left.*goes on without', TeacherCache(path))
         assert not list(path.parent.iterdir())
 
-    def test_a_place_where_nothing_can_be_made(self): self.goes_on('cannot (open|write).*goes on without', TeacherCache('/dev/null/teacher.cache'))
+    def test_a_place_where_nothing_can_be_made(self):
+        self.goes_on('cannot (open|write).*goes on without', TeacherCache('/dev/null/teacher.cache'))
 
     def test_read_only(self, path, monkeypatch):
         fill(path)
@@ -141,7 +150,8 @@ class TestFile:
         path.write_bytes(data)
         self.goes_on('Read-only', TeacherCache(path, dtype=torch.float32))
 
-    def test_answers_too_large_for_half_precision(self): self.goes_on('say dtype=torch.float32', TeacherCache(), teacher=Teacher(scale=1e6))
+    def test_answers_too_large_for_half_precision(self):
+        self.goes_on('say dtype=torch.float32', TeacherCache(), teacher=Teacher(scale=1e6))
 
     def test_a_teacher_that_says_nan(self):
         with pytest.warns(UserWarning, match='NaN'): train(loaders(), Teacher(scale=float('nan')), TeacherCache())
@@ -155,7 +165,8 @@ class TestFile:
         dist = pytest.importorskip('fastai.distributed')
         monkeypatch.setattr(dist.DistributedDL, '_broadcast', lambda self, t, rank: list(t))
         def rank(r, cache, seed):
-            dls,teacher = loaders(Blobs(46, jitter=0.5*isinstance(cache, Replay)), bs=8, shuffle=True, num_workers=0),Teacher()
+            dls,teacher = loaders(Blobs(46, jitter=0.5*isinstance(cache, Replay)), bs=8, shuffle=True,
+                                  num_workers=0),Teacher()
             learn,n = learner(dls, teacher),0
             dls.loaders[0] = dist.DistributedDL(dls.train, rank=r, world_size=2)
             learn.training = True
@@ -202,7 +213,8 @@ class TestFile:
     def test_links_under_guessable_names_are_not_followed(self, path):
         precious = path.parent/'precious'
         precious.write_text('kept')
-        names = [path.with_name(o) for o in (f'{path.name}.{os.getpid()}', f'{path.name}.tmp', f'.{path.name}.tmp', f'.{path.name}')]
+        names = [path.with_name(o) for o in (f'{path.name}.{os.getpid()}', f'{path.name}.tmp', f'.{path.name}.tmp',
+                                             f'.{path.name}')]
         for o in names: o.symlink_to(precious)
         fill(path)
         assert precious.read_text()=='kept' and not path.is_symlink()
@@ -244,9 +256,13 @@ class TestForged:
         path.write_bytes(head+bytes(-len(head)%4096)+raw[4096:])
         return path.stat().st_size
 
-    @pytest.mark.parametrize('changes', [dict(rows=10**6), dict(rows=N-1), dict(rows=True), dict(rows='48'), dict(fields=[]), dict(fields=[['other', 'float32', [4]]]),
-        dict(fields=[['pred', 'object', [4]]]), dict(fields=[['pred', 'float32', [10**12]]]), dict(fields=None), dict(samples=-1), dict(views=[None, 0.5]), dict(layers=['0']),
-        dict(classes=4), dict(probe=None), dict(probe={}), dict(probe=dict(block=0)), dict(keeps=[None, 'torch.float16'])])
+    @pytest.mark.parametrize('changes',
+                             [dict(rows=10**6), dict(rows=N-1), dict(rows=True), dict(rows='48'), dict(fields=[]),
+                              dict(fields=[['other', 'float32', [4]]]),
+        dict(fields=[['pred', 'object', [4]]]), dict(fields=[['pred', 'float32', [10**12]]]), dict(fields=None),
+        dict(samples=-1), dict(views=[None, 0.5]), dict(layers=['0']),
+        dict(classes=4), dict(probe=None), dict(probe={}), dict(probe=dict(block=0)),
+        dict(keeps=[None, 'torch.float16'])])
     def test_a_changed_header_is_refused(self, path, changes):
         fill(path)
         size = self.header(path, lambda h: {**h, **changes})
@@ -258,8 +274,10 @@ class TestForged:
     def test_any_header_is_refused_or_right(self, tmp_path_factory, data):
         path = tmp_path_factory.mktemp('forged')/'answers'
         fill(path)
-        value = st.recursive(st.none()|st.booleans()|st.integers()|st.floats()|st.text(max_size=5), lambda o: st.lists(o, max_size=3)|st.dictionaries(st.text(max_size=3), o, max_size=3))
-        names = st.sampled_from(['rows', 'fields', 'samples', 'views', 'keeps', 'layers', 'logits', 'classes', 'probe', 'block'])
+        value = st.recursive(st.none()|st.booleans()|st.integers()|st.floats()|st.text(max_size=5),
+                             lambda o: st.lists(o, max_size=3)|st.dictionaries(st.text(max_size=3), o, max_size=3))
+        names = st.sampled_from(['rows', 'fields', 'samples', 'views', 'keeps', 'layers', 'logits', 'classes', 'probe',
+                                 'block'])
         changes = data.draw(st.dictionaries(names, value, min_size=1, max_size=3))
         size = self.header(path, lambda h: {**h, **changes})
         try: self.answers(path)

@@ -23,7 +23,9 @@ from recording import N, Blobs, Teacher, learner, loaders, state
 
 
 class TestTrace:
-    @pytest.mark.parametrize('cls,kw', [(TfmdDL, {}), (TfmdDL, dict(drop_last=True)), (TfmdDL, dict(n=20)), (DataLoader, {}), (PartialDL, dict(partial_n=20)),
+    @pytest.mark.parametrize('cls,kw',
+                             [(TfmdDL, {}), (TfmdDL, dict(drop_last=True)), (TfmdDL, dict(n=20)), (DataLoader, {}),
+                              (PartialDL, dict(partial_n=20)),
                                         (WeightedDL, dict(wgts=np.arange(N)))])
     def test_rows_are_the_samples_of_the_batch(self, cls, kw):
         ds = Blobs(skip=(3,))
@@ -106,7 +108,8 @@ class TestRefusals:
         assert state(dls.train)==before
 
     def test_pytorch_loader(self):
-        dls = DataLoaders(torch.utils.data.DataLoader(Blobs(), batch_size=8), torch.utils.data.DataLoader(Blobs(), batch_size=8))
+        dls = DataLoaders(torch.utils.data.DataLoader(Blobs(), batch_size=8),
+                          torch.utils.data.DataLoader(Blobs(), batch_size=8))
         learn = Learner(dls, nn.Linear(2, 2), nn.CrossEntropyLoss())
         with pytest.raises(TypeError, match='TfmdDL'): TeacherCache().attach(learn, Teacher())
 
@@ -116,11 +119,14 @@ class TestRefusals:
         self.refused(TypeError, 'iterable', loaders(Stream(), bs=4, num_workers=0))
 
     def test_ready_made_batches(self): self.refused(TypeError, 'bs=None', loaders(Blobs(), bs=None, num_workers=0))
-    def test_random_items(self): self.refused(ValueError, r'something in the dataset.*Replay\(k=8\)', loaders(Blobs(jitter=0.1)))
-    def test_random_transform(self): self.refused(ValueError, r'Brightness draw.*Replay\(k=8\)', loaders(after_batch=[Brightness()]))
+    def test_random_items(self):
+        self.refused(ValueError, r'something in the dataset.*Replay\(k=8\)', loaders(Blobs(jitter=0.1)))
+    def test_random_transform(self):
+        self.refused(ValueError, r'Brightness draw.*Replay\(k=8\)', loaders(after_batch=[Brightness()]))
     def test_cutmix(self): self.refused(ValueError, r'CutMix draw.*Replay\(k=8\)', loaders(), cbs=[CutMix()])
     def test_maps_that_nobody_asked_to_keep(self):
-        with pytest.raises(ValueError, match='maps=True'): TeacherCache().attach(learner(loaders(), Teacher()), Teacher(), layers=['0'])
+        with pytest.raises(ValueError, match='maps=True'):
+            TeacherCache().attach(learner(loaders(), Teacher()), Teacher(), layers=['0'])
 
     def test_padding_to_the_longest(self):
         def pad(b): m = max(len(x) for x,_ in b); return [(F.pad(x, (0, m-len(x)), value=1.), y) for x,y in b]
@@ -136,13 +142,15 @@ class TestRefusals:
 
     def test_a_second_cache(self):
         dls = loaders()
-        with TeacherCache().attach(learner(dls, Teacher()), Teacher()): self.refused(ValueError, 'another one is attached', dls)
+        with TeacherCache().attach(learner(dls, Teacher()), Teacher()):
+            self.refused(ValueError, 'another one is attached', dls)
 
     def test_processes_without_a_path(self, monkeypatch):
         monkeypatch.setenv('WORLD_SIZE', '2')
         self.refused(ValueError, 'give it a path', loaders())
 
-    @pytest.mark.parametrize('kw,words', [(dict(dtype=torch.bfloat16), 'float16 or torch.float32'), (dict(topk=0), 'at least 1')])
+    @pytest.mark.parametrize('kw,words',
+                             [(dict(dtype=torch.bfloat16), 'float16 or torch.float32'), (dict(topk=0), 'at least 1')])
     def test_arguments(self, kw, words):
         with pytest.raises(ValueError, match=words): TeacherCache(**kw)
 
@@ -153,6 +161,8 @@ class TestRefusals:
     def test_an_input_without_bytes(self):
         class Odd(Blobs):
             def __getitem__(self, i): return {1, 2},self.x[i],torch.tensor(0)
-        learn = learner(loaders(Odd(), bs=8, num_workers=0, create_batch=lambda b: (b[0][0], torch.stack([o[1] for o in b]), torch.zeros(len(b)))), Teacher())
+        learn = learner(loaders(Odd(), bs=8, num_workers=0,
+                                create_batch=lambda b: (b[0][0], torch.stack([o[1] for o in b]), torch.zeros(len(b)))),
+                                Teacher())
         learn.dls.n_inp = 2
         with pytest.raises(TypeError, match='holds a set'): TeacherCache().attach(learn, Teacher())
