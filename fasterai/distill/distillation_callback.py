@@ -28,7 +28,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #fff64d92
+# %% ../../nbs/distill/distillation_callback.ipynb #5c2270b2
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -43,7 +43,7 @@ class KnowledgeDistillationCallback(Callback):
         loss:Callable|list|dict=SoftTarget, # Distillation loss, or its name; a list, or a dict of loss to weight
         activations_student:str|list|dict=None, # Layers to compare: names, or student's to teacher's
         activations_teacher:str|list=None,  # The teacher's layers, in the order of the student's
-        weight:float=None,                  # Weight of the distillation loss; None: 0.5, or its authors' for a loss by name
+        weight:float=None,                  # Of the distillation loss; None: 0.5, or for a loss by name its authors'
         schedule:Schedule|Callable|str=None,# Multiplies `weight` over the training, for example `cos`
         *,
         task_weight:float=None,             # Weight of the task loss; None: what the weight in force leaves of 1

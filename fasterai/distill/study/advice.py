@@ -96,7 +96,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #770c4b90
+# %% ../../../nbs/distill/study/advice.ipynb #6b3b15bb
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
     None without labels"""
@@ -104,7 +104,7 @@ def _judge(learn, kd, n):
     with as_found(learn.model):
         for xb,yb in _batches(learn, 1, n):
             if not yb: return None
-            pair = logits_of(learn.model(*xb), kd.select, 'student'),kd.teacher(*xb)[0]
+            pair = logits_of(learn.model(*xb), kd.recipe.select, 'student'),kd.teacher(*xb)[0]
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
             if right: vals = [float((p.argmax(_class_axis(learn))==y).float().mean()) for p in pair]
@@ -148,16 +148,12 @@ class Advice(Mapping):
         notes = ''.join(f'<li>{escape(o)}</li>' for o in self.notes)
         return self.table.to_html(border=0, float_format=_three, na_rep='') + (f'<ul>{notes}</ul>' if notes else '')
 
-# %% ../../../nbs/distill/study/advice.ipynb #f7c15ce9
+# %% ../../../nbs/distill/study/advice.ipynb #b3247d27
 def _kwargs(kd, weights):
     "The arguments that made `kd`, with other weights"
-    r = getattr(kd, 'recipe', kd)
     loss = {}
-    for t in r.terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
-    layers = dict(activations_student=r.layers_s, activations_teacher=r.layers_t) if r.layers_s else {}
-    window = dict(start_pct=r.window[0], end_pct=r.window[1])
-    others = {k:getattr(r, k) for k in ('schedule', 'schedules', 'adapters', 'select', 'valid')}
-    return dict(loss=loss, weight=1., task_weight=1., **layers, **window, **others)
+    for t in kd.recipe.replace().terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
+    return {**kd.recipe.arguments(), 'loss': loss, 'weight': 1., 'task_weight': 1.}
 
 # %% ../../../nbs/distill/study/advice.ipynb #2b4f2ac5
 def _probe(learn, kd, params, n_batches):
@@ -187,14 +183,14 @@ def _ratios(ratio, terms):
         if not r>0: raise ValueError(f"ratio must be positive, got {r} for {k}")
     return {k:ratios.get(k, 1.) for k in terms}
 
-# %% ../../../nbs/distill/study/advice.ipynb #3c379485
+# %% ../../../nbs/distill/study/advice.ipynb #7659529c
 def _rows(kd, pulls, ratios):
     "A row of the table for the task and each term"
     value,norm,cos = (_mean(pulls, i) for i in range(3))
-    task_now = 1-kd.weight if kd.task_weight is None else kd.task_weight
+    task_now = 1-kd.recipe.weight if kd.recipe.task_weight is None else kd.recipe.task_weight
     rows = {'task':dict(value=value.task, gradient=norm.task, weight=task_now, suggested=1.)}
     for t in kd.terms:
-        n,w = t.name,kd.weight*t.weight
+        n,w = t.name,kd.recipe.weight*t.weight
         pull = norm[n]/norm.task if norm.task>0 else math.nan
         rows[n] = dict(value=value[n], gradient=norm[n], cosine=cos[n], weight=w,
                        pull=w*pull/task_now if task_now else math.inf,

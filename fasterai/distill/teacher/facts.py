@@ -58,7 +58,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #da28ad99
+# %% ../../../nbs/distill/teacher/facts.ipynb #ad7b20d7
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -76,10 +76,10 @@ def agree(
     pick:bool=True, # May classes be picked? Not where a `select` of the user's answers for them
     tfm:bool=True,  # May inputs be transformed? Not where `tfms` of the user's do it
 )->Agreement:
-    "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher does not know"
+    "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher lacks"
     if teacher.words and student.words and teacher.words!=student.words:
-        raise ValueError("the teacher reads another vocabulary of words than the student: tokenize and number both alike, "
-                         "with `vocab=` of the one for the data of the other")
+        raise ValueError("the teacher reads another vocabulary of words than the student: tokenize and number both "
+                         "alike, with `vocab=` of the one for the data of the other")
     places,said_classes = _pick_classes(teacher, student) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
@@ -90,8 +90,8 @@ def _pick_classes(teacher, student):
     if not t or not s or t==s: return None,[]
     unknown = [c for c in s if c not in t]
     if unknown:
-        raise ValueError(f"classes: the teacher does not know the student's {', '.join(map(repr, unknown[:5]))} (it knows "
-                         f"{', '.join(map(repr, t[:10]))}); train it on them, or say what its outputs are: "
+        raise ValueError(f"classes: the teacher does not know the student's {', '.join(map(repr, unknown[:5]))} "
+                         f"(it knows {', '.join(map(repr, t[:10]))}); train it on them, or say what its outputs are: "
                          "Teacher(..., classes=[...]), or select= from its output to the student's logits")
     what = 'are in another order' if len(s)==len(t) else f'are {len(t)}, of which the student knows {len(s)}'
     return [t.index(c) for c in s],[f"its classes {what}: its logits are put in the student's order"]
@@ -99,8 +99,8 @@ def _pick_classes(teacher, student):
 def _renormalize(teacher, student):
     t,s = teacher.normalize,student.normalize
     if t is None and s is not None:
-        return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders tell; "
-                     "Teacher(..., normalize=(mean, std)) says how it was"]
+        return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
+                     "tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or s is not None and _alike(t, s): return None,[]
     first = Renormalize(s, t)
     def tfm(x, *others): return (first(x), *others)
@@ -114,7 +114,7 @@ def _say_size(teacher, student):
     return [f"it was trained on images of {h}x{w}, and sees {a}x{b} here; "
             f"tfms=partial(resize_batch, size={h if h==w else (h, w)}) gives it its own size"]
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #c158d640
+# %% ../../../nbs/distill/teacher/facts.ipynb #a405cde2
 def other_channels(
     net:nn.Module, # A network that failed on a batch
     xb:tuple,      # The batch's inputs
@@ -126,4 +126,5 @@ def other_channels(
     n,want = x.shape[1],convs[0].in_channels
     remedy = "tfms=, a function from the student's batch to the teacher's"
     if n==1: remedy = f"tfms=lambda x: x.expand(-1, {want}, -1, -1)"
-    return f"the batch has {n} channels and the teacher {type(net).__name__} expects {want}: pass Teacher(model, {remedy})"
+    return (f"the batch has {n} channels and the teacher {type(net).__name__} expects {want}: "
+            f"pass Teacher(model, {remedy})")

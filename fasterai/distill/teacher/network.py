@@ -145,7 +145,7 @@ def _decide(self:Network, xb, select, axis):
     if not rank_distrib(): print(f"teacher {name_of(self.source)}: {said}")
     return plan
 
-# %% ../../../nbs/distill/teacher/network.ipynb #e61da455
+# %% ../../../nbs/distill/teacher/network.ipynb #01cf378e
 @patch
 def _make_copy(self:Network, layers):
     self.keep |= bare(layers)
@@ -155,7 +155,8 @@ def _make_copy(self:Network, layers):
 @patch
 def _whole_copy(self:Network, **kwargs):
     if is_placed(self.source):
-        raise ValueError(f"accelerate has placed the parts of the teacher {name_of(self.source)}, so it cannot be copied: "
+        raise ValueError(f"accelerate has placed the parts of the teacher {name_of(self.source)}, so it cannot be "
+                         "copied: "
                          "load it in the precision that you want, and give Teacher no dtype, channels_last or fuse")
     return frozen_copy(self.source, **kwargs).to(self.device)
 

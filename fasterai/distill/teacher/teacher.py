@@ -190,7 +190,7 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #438bc7da
+# %% ../../../nbs/distill/teacher/teacher.ipynb #efdbc907
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -200,7 +200,7 @@ def begin(self:Teacher,
 ):
     """Get ready for a fit.
 
-    ValueError if nobody says what an ensemble is to average, and for classes that the teacher does not know; TypeError or
+    ValueError if nobody says what an ensemble is to average, and for classes that the teacher lacks; TypeError or
     ValueError where a cache would be wrong"""
     self.end()
     layers = _as_layers(layers)

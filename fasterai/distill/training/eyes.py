@@ -133,8 +133,8 @@ def adapted(self:Eyes,
     else: between = self.placers if term.same_positions else None
     return outputs if between is None else {**outputs, 'fm_s': between(outputs['fm_s'])}
 
-# %% ../../../nbs/distill/training/eyes.ipynb #10380b5f
+# %% ../../../nbs/distill/training/eyes.ipynb #1fda4679
 def _for_grids(term):
-    "Is the loss one of the library's? Those take the maps of a series as grids of one column; others get them as they are"
+    "Is the loss one of the library's? Those take maps of a series as grids of one column, others as they are"
     f = term.base
     return (type(f) if isinstance(f, nn.Module) else f).__module__.startswith('fasterai.')

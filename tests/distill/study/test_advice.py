@@ -65,9 +65,9 @@ def test_everything_else_of_the_callback_is_kept():
     learn = Learner(digits_dls(64, n_valid=30, device='cpu'), digits_net(4), metrics=accuracy)
     kd = KD(digits_net(8), FitNet, '1', '2', schedule='cos', start_pct=0.2, valid=True)
     new = KD(digits_net(8), **suggest_weights(learn, kd, n_batches=1))
-    assert (new.layers_s, new.layers_t, new.schedule, new.window, new.valid,
-            new.adapters)==(kd.layers_s, kd.layers_t, kd.schedule, kd.window, True, 'auto')
-    assert new.weight==new.task_weight==1
+    kept = 'layers_s','layers_t','schedule','window','valid','adapters'
+    assert all(getattr(new.recipe, k)==getattr(kd.recipe, k) for k in kept) and new.recipe.valid
+    assert new.recipe.weight==new.recipe.task_weight==1
 
 def test_nothing_is_left_behind():
     learn = Learner(digits_dls(128, n_valid=64, device='cpu'), nn.Sequential(digits_net(4), nn.Dropout(0.5)),
