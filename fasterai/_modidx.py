@@ -1872,6 +1872,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fasterai/distill/training/lesson.py'),
                                                   'fasterai.distill.training.lesson.full_precision': ( 'distill/training/lesson.html#full_precision',
                                                                                                        'fasterai/distill/training/lesson.py'),
+                                                  'fasterai.distill.training.lesson.mask_of': ( 'distill/training/lesson.html#mask_of',
+                                                                                                'fasterai/distill/training/lesson.py'),
                                                   'fasterai.distill.training.lesson.target_of': ( 'distill/training/lesson.html#target_of',
                                                                                                   'fasterai/distill/training/lesson.py'),
                                                   'fasterai.distill.training.lesson.weighted_sum': ( 'distill/training/lesson.html#weighted_sum',

@@ -28,7 +28,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #5c2270b2
+# %% ../../nbs/distill/distillation_callback.ipynb #923e18c8
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -53,12 +53,14 @@ class KnowledgeDistillationCallback(Callback):
         end_pct:float=1.,                   # Share of the training after which there is none
         select:Callable=None,               # From the student's output to its logits
         valid:bool=False,                   # Ask the teacher in validation too, for a column `valid_distill_loss`?
+        mask:str|int|Callable=None,         # Which positions count: a name or number of the inputs, or a function of them
     ):
         self._init_state()
         self.teacher = as_teacher(teacher)
         self.recipe = Recipe.of(
             loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight,
-            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
+            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid,
+            mask=mask)
         self._check_teacher_layers()
         self.restart = remember(*self.recipe.modules)
 

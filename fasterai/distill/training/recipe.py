@@ -38,7 +38,7 @@ def _layers(terms, student, teacher):
     names = list(layer_pairs(student or teacher, student or teacher)[0]) if student or teacher else []
     return (names, []) if named=={'fm_s'} else ([], names)
 
-# %% ../../../nbs/distill/training/recipe.ipynb #4517d4ab
+# %% ../../../nbs/distill/training/recipe.ipynb #cc174d97
 @dataclass(frozen=True)
 class Recipe:
     "What is trained. Raises ValueError for weights, adapters, windows, schedules or layers that cannot be"
@@ -53,6 +53,7 @@ class Recipe:
     adapters:object='auto' # 'auto', None, or a dict of student layer to module
     select:Callable=None   # From the student's output to its logits
     valid:bool=False       # Ask the teacher in validation, too?
+    mask:object=None       # Where the batch says which positions count
 
     def __post_init__(self):
         self._check_weights()
@@ -62,7 +63,8 @@ class Recipe:
 
     @classmethod
     def of(cls, loss, activations_student=None, activations_teacher=None, weight=None, schedule=None, *,
-           task_weight=None, adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False):
+           task_weight=None, adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False,
+           mask=None):
         "The recipe of a callback's arguments"
         if isinstance(loss, str): loss,weight,task_weight = _by_name(loss, weight, task_weight)
         if weight is None: weight = 0.5
@@ -71,7 +73,7 @@ class Recipe:
         schedule = None if schedule is None else as_schedule(schedule)
         schedules = {k:as_schedule(v) for k,v in (schedules or {}).items()}
         return cls(terms, tuple(layers_s), tuple(layers_t), weight, task_weight, schedule, schedules,
-                   (start_pct, end_pct), adapters, select, valid)
+                   (start_pct, end_pct), adapters, select, valid, mask)
 
     @cached_property
     def needs(self)->frozenset:
@@ -141,7 +143,7 @@ def equation(self:Recipe)->str:
 def _curve_name(s):
     return getattr(getattr(s.sched_func, 'f', s.sched_func), '__name__', 'schedule').removeprefix('sched_')
 
-# %% ../../../nbs/distill/training/recipe.ipynb #cf503a64
+# %% ../../../nbs/distill/training/recipe.ipynb #bced3d80
 @patch
 def arguments(self:Recipe)->dict:
     "What `Recipe.of`, and with a teacher the callback, makes this recipe from; modules are copies"
@@ -154,7 +156,7 @@ def arguments(self:Recipe)->dict:
     start,end = self.window
     return dict(loss=loss, **layers, weight=self.weight, schedule=self.schedule, task_weight=self.task_weight,
                 adapters=deepcopy(self.adapters), schedules=self.schedules, start_pct=start, end_pct=end,
-                select=self.select, valid=self.valid)
+                select=self.select, valid=self.valid, mask=self.mask)
 
 @patch
 def replace(self:Recipe, **changes)->Recipe:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #f5348edf
+# %% ../../../nbs/distill/training/session.ipynb #9d65853b
 from contextlib import ExitStack
 from functools import partial
 
@@ -27,7 +27,7 @@ from ..teacher.protocol import accepted, shared_with
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
-from .lesson import full_precision, target_of, weighted_sum
+from .lesson import full_precision, mask_of, target_of, weighted_sum
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -210,7 +210,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #5cdf57ec
+# %% ../../../nbs/distill/training/session.ipynb #81bbb206
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -220,6 +220,7 @@ def lesson(self:Session, xb, yb, pred)->dict:
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
+    if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     with torch.autocast(_device_of(outputs).type, enabled=False): return self._compare(full_precision(outputs))
 
 @patch

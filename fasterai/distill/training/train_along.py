@@ -66,35 +66,35 @@ class OptimizerGuests:
     def load_state_dict(self, sd):
         with self.outside() as opt: return opt.load_state_dict(sd)
 
-# %% ../../../nbs/distill/training/train_along.ipynb #787fb8ee
+# %% ../../../nbs/distill/training/train_along.ipynb #3c9e4828
 class TrainAlong(Callback):
     """Trains `params` with the student's optimizer from `join` to `leave`, clipped by the same norm, and averaged over
     the ranks of a distributed training"""
     order = GradientClip.order+1 # after gradients are unscaled, and only on batches that really step
     def __init__(self,
         params:Iterable[nn.Parameter] # Trained along with the student
-    ): self.params,self.opt = list(params),None
+    ): self.params,self.joined = list(params),None
 
     def join(self):
         "Put the parameters into the optimizer's last group; in a distributed training, with the values of rank 0"
         if self._world>1:
             for p in self.params: dist.broadcast(p.data, 0)
-        self.opt = self.learn.opt
-        OptimizerGuests.of(self.opt).add(self.params)
+        self.joined = self.learn.opt
+        OptimizerGuests.of(self.joined).add(self.params)
 
     def leave(self):
         "Take the parameters out again, with their gradients and states; does nothing if they are out"
-        if self.opt is None: return
-        opt,self.opt = self.opt,None
+        if self.joined is None: return
+        opt,self.joined = self.joined,None
         OptimizerGuests.of(opt).remove(self.params)
         for p in self.params: p.grad = None
 
     def follow(self):
         "Go over to the Learner's optimizer if it is another one now"
-        if self.opt is None or self.learn.opt is self.opt: return
-        states = OptimizerGuests.of(self.opt).remove(self.params)
-        self.opt = self.learn.opt
-        OptimizerGuests.of(self.opt).add(self.params, states)
+        if self.joined is None or self.learn.opt is self.joined: return
+        states = OptimizerGuests.of(self.joined).remove(self.params)
+        self.joined = self.learn.opt
+        OptimizerGuests.of(self.joined).add(self.params, states)
 
     def before_batch(self): self.follow()
 
@@ -111,13 +111,13 @@ class TrainAlong(Callback):
         distributed = hasattr(self.learn, 'distributed_trainer') and dist.is_initialized()
         return dist.get_world_size() if distributed else 1
 
-# %% ../../../nbs/distill/training/train_along.ipynb #66696d06
+# %% ../../../nbs/distill/training/train_along.ipynb #37d45cb6
 def remember_states(
     along:TrainAlong, # While it is joined
 )->callable:
     "A function that gives the optimizer its present states for the parameters back"
-    states = OptimizerGuests.of(along.opt).states
+    states = OptimizerGuests.of(along.joined).states
     was = {p:deepcopy(states.get(p, {})) for p in along.params}
     def restore():
-        if along.opt is not None: OptimizerGuests.of(along.opt).states.update(was)
+        if along.joined is not None: OptimizerGuests.of(along.joined).states.update(was)
     return restore
