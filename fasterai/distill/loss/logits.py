@@ -256,7 +256,7 @@ def Ranking(
     nll = (s.flip(axis).logcumsumexp(axis).flip(axis)-s).masked_fill(out, 0).sum(axis)
     return mean_kept(nll, kept(target, zs, axis, ignore_index, mask))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #5096478d
+# %% ../../../nbs/distill/loss/logits.ipynb #a3c27e71
 class standardize:
     """`loss` on standardised logits, with its signature. Over classes: Sun et al., CVPR 2024, arXiv 2403.01427. Over
     the batch: Hossain et al. (LumiNet), TMLR 2025, arXiv 2310.03669. TypeError for a Module, ValueError for an
@@ -297,6 +297,6 @@ class standardize:
             n = z.shape[axis]-1
         else:
             axes = [i for i in range(z.ndim) if i!=axis]
-            n = z.numel()//z.shape[axis] if keep is None else keep.sum()
+            n = z.numel()//z.shape[axis] if keep is None else keep.sum().to(z)
         keep = None if keep is None else keep.unsqueeze(axis)
         return unit(*centred(z, axes, keep), axes)*n**0.5
