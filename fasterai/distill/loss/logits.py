@@ -6,7 +6,7 @@
 __all__ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking',
            'standardize']
 
-# %% ../../../nbs/distill/loss/logits.ipynb #95585c47
+# %% ../../../nbs/distill/loss/logits.ipynb #7428fdab
 from functools import update_wrapper
 import inspect
 from typing import Callable
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.names import unknown_name
-from .base import as_logits, as_loss, like_pair, labels_of, kept, mean_kept, check_T
-from .base import centred, kl_div, unit
+from .base import as_logits, as_loss, like_pair, labels_of, kept, kept_values, mean_kept, check_T
+from .base import centred, kl_div, mean_loss, unit
 
-# %% ../../../nbs/distill/loss/logits.ipynb #654cc419
+# %% ../../../nbs/distill/loss/logits.ipynb #a2dbb4a8
 @as_loss
 def SoftTarget(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -28,32 +28,32 @@ def SoftTarget(
     *,
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """KL divergence of the softened distributions, times T². Hinton et al. 2015, arXiv 1503.02531. ValueError for
     unequal shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     kl = kl_div(zs/check_T(T), zt/T, axis)
-    return T**2*mean_kept(kl, kept(target, kl.shape, ignore_index))
+    return T**2*mean_kept(kl, kept(target, zs, axis, ignore_index, mask))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #e202377b
+# %% ../../../nbs/distill/loss/logits.ipynb #4974506a
 @as_loss
 def Logits(
     pred:Tensor,           # Student predictions, any shape
     teacher_pred:Tensor,   # Teacher predictions, same shape
     *,
-    axis:int=1,            # Where the classes are, for `ignore_index` only
+    axis:int=1,            # Where the classes are, for `ignore_index` and `mask` only
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """Mean squared error of the raw predictions. Ba and Caruana, NeurIPS 2014, arXiv 1312.6184. ValueError for unequal
     shapes"""
     s,t = like_pair(pred, teacher_pred)
-    if s.ndim<2 or ignore_index is None: return F.mse_loss(s, t)
-    mse = F.mse_loss(s, t, reduction='none').mean(axis)
-    return mean_kept(mse, kept(target, mse.shape, ignore_index))
+    return mean_loss(F.mse_loss, s, t, kept_values(target, s, axis, ignore_index, mask))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #b6277bfb
+# %% ../../../nbs/distill/loss/logits.ipynb #fdafce21
 @as_loss
 def Mutual(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -61,11 +61,12 @@ def Mutual(
     *,
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """KL divergence of the distributions as they are. Zhang et al., CVPR 2018, arXiv 1706.00384. ValueError for unequal
     shapes or one class"""
-    return SoftTarget(pred, teacher_pred, T=1, axis=axis, target=target, ignore_index=ignore_index)
+    return SoftTarget(pred, teacher_pred, T=1, axis=axis, target=target, ignore_index=ignore_index, mask=mask)
 
 # %% ../../../nbs/distill/loss/logits.ipynb #dcc03602
 def _split(z, y, axis):
@@ -78,20 +79,20 @@ def _dkd(zs, zt, y, axis, T, alpha, beta):
     odds_t,rest_t = _split(zt/T, y, axis)
     return T**2*(alpha*kl_div(odds_s, odds_t, axis) + beta*kl_div(rest_s, rest_t, axis))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #ac5b0df8
+# %% ../../../nbs/distill/loss/logits.ipynb #c1ed7da9
 def _nkd(zs, zt, y, axis, T, alpha, beta):
     ls,lt = (z.log_softmax(axis).gather(axis, y).squeeze(axis) for z in (zs, zt))
     rs,rt = ((z/T).scatter(axis, y, -torch.inf).log_softmax(axis) for z in (zs, zt))
     p = rt.exp()
     return -alpha*lt.exp()*ls - beta*T**2*(rs*p).masked_fill_(p==0, 0).sum(axis)
 
-def _on_labels(formula, pred, teacher_pred, target, axis, ignore_index, **hypers):
+def _on_labels(formula, pred, teacher_pred, target, axis, ignore_index, mask, **hypers):
     "Mean over what counts of a `formula` that takes logits and the index of the target"
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
-    y,keep = labels_of(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
+    y,keep = labels_of(target, zs, axis, ignore_index, mask)
     return mean_kept(formula(zs, zt, y.unsqueeze(axis), axis, **hypers), keep)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #f46b35f8
+# %% ../../../nbs/distill/loss/logits.ipynb #c0fa6e9d
 @as_loss(normalize=dict(T=1, beta=1.5))
 def DecoupledKD(
     pred:Tensor,            # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -103,14 +104,16 @@ def DecoupledKD(
     normalize:bool=False,   # Normalized KD instead (see `NKD`)
     *,
     axis:int=1,             # Where the classes are
-    ignore_index:int=None,  # Label of the positions to leave out
+    ignore_index:int=None,  # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,       # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """KL of target against the rest, and of the rest among themselves, each with its weight. Zhao et al., CVPR 2022,
     arXiv 2203.08679. TypeError for soft labels, ValueError for unequal shapes or one class"""
     formula = _nkd if normalize else _dkd
-    return _on_labels(formula, pred, teacher_pred, target, axis, ignore_index, T=check_T(T), alpha=alpha, beta=beta)
+    hypers = dict(T=check_T(T), alpha=alpha, beta=beta)
+    return _on_labels(formula, pred, teacher_pred, target, axis, ignore_index, mask, **hypers)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #66b486e8
+# %% ../../../nbs/distill/loss/logits.ipynb #48d0c56a
 @as_loss
 def NKD(
     pred:Tensor,            # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -120,13 +123,15 @@ def NKD(
     gamma:float=1.5,        # Weight of the non-target term
     *,
     axis:int=1,             # Where the classes are
-    ignore_index:int=None,  # Label of the positions to leave out
+    ignore_index:int=None,  # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,       # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """Teacher-weighted cross-entropy of the target, and cross-entropy among the rest. Yang et al., ICCV 2023,
     arXiv 2303.13005. TypeError for soft labels, ValueError for unequal shapes or one class"""
-    return _on_labels(_nkd, pred, teacher_pred, target, axis, ignore_index, T=check_T(T), alpha=1, beta=gamma)
+    hypers = dict(T=check_T(T), alpha=1, beta=gamma)
+    return _on_labels(_nkd, pred, teacher_pred, target, axis, ignore_index, mask, **hypers)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #8d4636e1
+# %% ../../../nbs/distill/loss/logits.ipynb #fc0b796e
 @as_loss
 def HardTarget(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -134,13 +139,14 @@ def HardTarget(
     *,
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """Cross-entropy to the teacher's decision. Touvron et al., ICML 2021, arXiv 2012.12877. ValueError for unequal
     shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     ce = -zs.log_softmax(axis).gather(axis, zt.argmax(axis, keepdim=True)).squeeze(axis)
-    return mean_kept(ce, kept(target, ce.shape, ignore_index))
+    return mean_kept(ce, kept(target, zs, axis, ignore_index, mask))
 
 # %% ../../../nbs/distill/loss/logits.ipynb #3fa64f0c
 def _pearson_distance(q, p, axis, keep):
@@ -149,7 +155,7 @@ def _pearson_distance(q, p, axis, keep):
     q,p = (unit(*centred(x, axis, rows), axis) for x in (q, p))
     return (q-p).square().sum(axis)/2
 
-# %% ../../../nbs/distill/loss/logits.ipynb #4d90232b
+# %% ../../../nbs/distill/loss/logits.ipynb #30c6f334
 @as_loss
 def DIST(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -160,19 +166,20 @@ def DIST(
     *,
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """Pearson distance of the probabilities, over classes and over samples, times T². Huang et al., NeurIPS 2022,
     arXiv 2205.10536. ValueError for unequal shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
-    keep = kept(target, zs.shape[:axis]+zs.shape[axis+1:], ignore_index)
+    keep = kept(target, zs, axis, ignore_index, mask)
     keep = None if keep is None else keep.flatten()
     q,p = ((z/check_T(T)).softmax(axis).movedim(axis, -1).flatten(0, -2) for z in (zs, zt))
     inter = _pearson_distance(q, p, 1, keep)
     intra = _pearson_distance(q, p, 0, keep)
     return T**2*(beta*mean_kept(inter, keep) + gamma*intra.mean())
 
-# %% ../../../nbs/distill/loss/logits.ipynb #e3b51b01
+# %% ../../../nbs/distill/loss/logits.ipynb #71607249
 @as_loss
 def TTM(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -182,16 +189,17 @@ def TTM(
     *,
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """KL to a teacher that alone is softened. Zheng and Yang, ICLR 2024, arXiv 2402.11148. ValueError for unequal
     shapes or one class"""
     zs,zt,axis = as_logits(pred, teacher_pred, axis)
     kl = kl_div(zs, gamma*zt, axis)
     if weighted: kl = kl*(gamma*zt.log_softmax(axis)).logsumexp(axis).exp()
-    return mean_kept(kl, kept(target, kl.shape, ignore_index))
+    return mean_kept(kl, kept(target, zs, axis, ignore_index, mask))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #1bacfb39
+# %% ../../../nbs/distill/loss/logits.ipynb #f310a93d
 @as_loss
 def WTTM(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`
@@ -200,28 +208,35 @@ def WTTM(
     *,
     axis:int=1,            # Where the classes are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """`TTM`, each sample weighted by the power sum of its teacher. Zheng and Yang, ICLR 2024, arXiv 2402.11148.
     ValueError for unequal shapes or one class"""
-    return TTM(pred, teacher_pred, gamma, True, axis=axis, target=target, ignore_index=ignore_index)
+    return TTM(pred, teacher_pred, gamma, True, axis=axis, target=target, ignore_index=ignore_index, mask=mask)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #10ea8a1f
+# %% ../../../nbs/distill/loss/logits.ipynb #5fac82c7
 @as_loss
 def BinaryKD(
-    pred:Tensor,         # Student logits, any shape, a sigmoid each
-    teacher_pred:Tensor, # Teacher logits, same shape
-    T:float=1,           # Temperature
+    pred:Tensor,           # Student logits, any shape, a sigmoid each
+    teacher_pred:Tensor,   # Teacher logits, same shape
+    T:float=1,             # Temperature
+    *,
+    axis:int=1,            # Where the classes are, for `ignore_index` and `mask` only
+    target:Tensor=None,    # Labels of positions (padded tokens) or of single logits, for `ignore_index` only
+    ignore_index:int=None, # Label to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """KL of every logit's yes and no, times T², mean over all. Yang et al., ICCV 2023, arXiv 2308.06453. ValueError for
     unequal shapes"""
     s,t = like_pair(pred, teacher_pred)
+    keep = kept_values(target, s, axis, ignore_index, mask)
     s = s/check_T(T)
     t = t/T
     kl = F.logsigmoid(t)-F.logsigmoid(s)-(t-s)*(-t).sigmoid()
-    return T**2*kl.masked_fill(t==-torch.inf, 0).mean()
+    return T**2*mean_kept(kl.masked_fill(t==-torch.inf, 0), keep)
 
-# %% ../../../nbs/distill/loss/logits.ipynb #2cb03d9b
+# %% ../../../nbs/distill/loss/logits.ipynb #4aa81164
 @as_loss
 def Ranking(
     pred:Tensor,           # Student scores `(B, N)`, or any shape with the items on `axis`
@@ -229,7 +244,8 @@ def Ranking(
     *,
     axis:int=1,            # Where the items are
     target:Tensor=None,    # Labels, for `ignore_index` only
-    ignore_index:int=None, # Label of the positions to leave out
+    ignore_index:int=None, # Label of the positions to leave out; `partial(loss, ignore_index=None)` takes all
+    mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """Negative log-likelihood of the teacher's order (ListMLE: Xia et al., ICML 2008; for distillation: Tang and Wang,
     KDD 2018, arXiv 1809.07428). ValueError for unequal shapes or one item"""
@@ -238,9 +254,9 @@ def Ranking(
     out = zt.gather(axis, order)==-torch.inf
     s = zs.gather(axis, order).masked_fill(out, torch.finfo(zs.dtype).min)
     nll = (s.flip(axis).logcumsumexp(axis).flip(axis)-s).masked_fill(out, 0).sum(axis)
-    return mean_kept(nll, kept(target, nll.shape, ignore_index))
+    return mean_kept(nll, kept(target, zs, axis, ignore_index, mask))
 
-# %% ../../../nbs/distill/loss/logits.ipynb #02819ac9
+# %% ../../../nbs/distill/loss/logits.ipynb #a3c27e71
 class standardize:
     """`loss` on standardised logits, with its signature. Over classes: Sun et al., CVPR 2024, arXiv 2403.01427. Over
     the batch: Hossain et al. (LumiNet), TMLR 2025, arXiv 2310.03669. TypeError for a Module, ValueError for an
@@ -271,7 +287,7 @@ class standardize:
         "The loss of the standardised logits"
         least = 3 if self.over=='class' else 2
         zs,zt,axis = as_logits(pred, teacher_pred, kwargs.get('axis', self.axis), least)
-        keep = kept(kwargs.get('target'), zs.shape[:axis]+zs.shape[axis+1:], kwargs.get('ignore_index'))
+        keep = kept(kwargs.get('target'), zs, axis, kwargs.get('ignore_index'), kwargs.get('mask'))
         return self.loss(self._scaled(zs, axis, keep), self._scaled(zt, axis, keep), *args, **kwargs)
 
     def _scaled(self, z, axis, keep):
@@ -281,6 +297,6 @@ class standardize:
             n = z.shape[axis]-1
         else:
             axes = [i for i in range(z.ndim) if i!=axis]
-            n = z.numel()//z.shape[axis] if keep is None else keep.sum()
+            n = z.numel()//z.shape[axis] if keep is None else keep.sum().to(z)
         keep = None if keep is None else keep.unsqueeze(axis)
         return unit(*centred(z, axes, keep), axes)*n**0.5

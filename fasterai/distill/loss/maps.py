@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST']
 
-# %% ../../../nbs/distill/loss/maps.ipynb #3626a235
+# %% ../../../nbs/distill/loss/maps.ipynb #f1cf7eec
 from typing import Mapping
 
 import torch
@@ -14,67 +14,84 @@ from torch import Tensor
 
 from .base import as_loss, over_pairs, pool_to_smaller, same_channels, same_shape, shapes_of
 from .base import check_T, gram, kl_div, unit
+from .base import mean_kept, mean_loss, only, pairs_among, present, samples
 
-# %% ../../../nbs/distill/loss/maps.ipynb #fdc6871f
-def _positions(s, t, names, loss):
-    "Pool maps to one size. Raises ValueError unless both have the same positions"
+# %% ../../../nbs/distill/loss/maps.ipynb #e10bc38a
+def _positions(s, t, names, loss, mask):
+    """Maps pooled to one size, and which positions count `(B, P)`, None for all. Raises ValueError unless both have the
+    same positions"""
     for x,n in zip((s, t), names):
         if x.ndim>2: continue
         raise ValueError(f"{loss} compares positions, and {n} of shape {tuple(x.shape)} has none: "
                          "use Similarity, or FitNet for equal widths")
-    s,t = pool_to_smaller(s, t)
-    if _n_positions(s)==_n_positions(t): return s, t
+    keep_s = present(mask, s, names[0])
+    keep_t = present(mask, t, names[1])
+    s,t = pool_to_smaller(only(s, keep_s), only(t, keep_t))
+    if _n_positions(s)==_n_positions(t): return (s, t, None) if mask is None else _share(s, t, keep_s, keep_t)
     raise ValueError(f"{loss} needs the same positions, got {shapes_of(s, t, names)} (is one a class token?)")
 
 def _n_positions(x): return x.shape[1] if x.ndim==3 else x.shape[2:].numel()
 
-# %% ../../../nbs/distill/loss/maps.ipynb #4ed64825
-def _attention(x, p):
-    "The energy at each position `(B, P)`, at length 1"
+def _share(s, t, keep_s, keep_t):
+    "Pooled maps, of which zeros were a part, as means over what counts; and where there is something of both"
+    share_s,share_t = pool_to_smaller(keep_s.to(s), keep_t.to(t))
+    keep = (share_s.flatten(1)>0) & (share_t.flatten(1)>0)
+    return s/share_s.masked_fill(share_s==0, 1), t/share_t.masked_fill(share_t==0, 1), keep
+
+# %% ../../../nbs/distill/loss/maps.ipynb #4118091b
+def _attention(x, p, keep=None):
+    "The energy at each position `(B, P)`, at length 1; 0 where it does not count"
     x = x.square() if p==2 else x.pow(p) if p==int(p) else x.abs().pow(p)
-    a = x.mean(-1 if x.ndim==3 else 1).flatten(1)
+    a = only(x.mean(-1 if x.ndim==3 else 1).flatten(1), keep)
     largest = a.detach().abs().amax(1, keepdim=True)
     return unit(a/largest.clamp(min=torch.finfo(a.dtype).tiny))
 
-# %% ../../../nbs/distill/loss/maps.ipynb #265e151b
+# %% ../../../nbs/distill/loss/maps.ipynb #b021078d
 @as_loss
 def Attention(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher feature maps, paired by position; other widths and sizes are fine
     p:float=2,               # Power, at least 1
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Squared difference of the attention maps at length 1, mean over positions, summed over pairs. Zagoruyko and
     Komodakis, ICLR 2017, arXiv 1612.03928. ValueError for vectors or an unequal number of tokens"""
     if p<1: raise ValueError(f"p must be at least 1, got {p}: the gradient of a lesser power is infinite at 0")
-    def one(s, t, names): return F.mse_loss(*(_attention(x, p) for x in _positions(s, t, names, 'Attention')))
+    def one(s, t, names):
+        s,t,keep = _positions(s, t, names, 'Attention', mask)
+        return mean_loss(F.mse_loss, _attention(s, p, keep), _attention(t, p, keep), keep)
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 Attention.same_positions = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #8034d34e
+# %% ../../../nbs/distill/loss/maps.ipynb #225332c8
 @as_loss
 def FitNet(
     fm_s:Mapping|list,       # Student feature maps, any shape
     fm_t:Mapping|list,       # Teacher feature maps of the same shapes, paired by position
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Mean squared error of the maps, summed over pairs. Romero et al., ICLR 2015, arXiv 1412.6550. ValueError for
     unequal shapes"""
-    def one(s, t, names): return F.mse_loss(*same_shape(s, t, names, 'FitNet'))
+    def one(s, t, names):
+        s,t = same_shape(s, t, names, 'FitNet')
+        return mean_loss(F.mse_loss, s, t, present(mask, s, names[0]))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 FitNet.same_shape = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #36f93897
+# %% ../../../nbs/distill/loss/maps.ipynb #5c1383c9
 @as_loss
 def ActivationBoundaries(
     fm_s:Mapping|list,       # Student feature maps before the activation, any shape
     fm_t:Mapping|list,       # Teacher feature maps of the same shapes, paired by position
     m:float=2,               # Margin
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Squared hinge towards the sign of the teacher's units, mean over elements, summed over pairs. Heo et al., AAAI
@@ -82,12 +99,13 @@ def ActivationBoundaries(
     def one(s, t, names):
         s,t = same_shape(s, t, names, 'ActivationBoundaries')
         x = s.detach()
-        return F.mse_loss(s, torch.where(t>0, x.clamp(min=m), x.clamp(max=-m)))
+        agreed = torch.where(t>0, x.clamp(min=m), x.clamp(max=-m))
+        return mean_loss(F.mse_loss, s, agreed, present(mask, s, names[0]))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 ActivationBoundaries.same_shape = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #9b9628bb
+# %% ../../../nbs/distill/loss/maps.ipynb #17a05bad
 @as_loss
 def Similarity(
     fm_s:Mapping|list,       # Student feature maps, any shape
@@ -95,15 +113,24 @@ def Similarity(
     pred:Tensor=None,        # Not used; part of the published signature
     p:float=2,               # Norm that scales the rows
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Squared difference of the batch's row-normalised Gram matrices, mean over B², summed over pairs. Tung and Mori,
     ICCV 2019, arXiv 1907.09682"""
-    def one(s, t, names): return F.mse_loss(*(unit(gram(x.flatten(1)), p=p) for x in (s, t)))
+    def one(s, t, names):
+        keeps = [present(mask, x, n) for x,n in zip((s, t), names)]
+        pairs = pairs_among(samples(*keeps))
+        rows = (unit(only(gram(only(x, keep).flatten(1)), pairs), p=p) for x,keep in zip((s, t), keeps))
+        return mean_loss(F.mse_loss, *rows, pairs)
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/maps.ipynb #ab83a4a6
+# %% ../../../nbs/distill/loss/maps.ipynb #0a3deeb9
 def _channels(x): return x.mT if x.ndim==3 else x.flatten(2)
+
+def _unlikely(x, keep):
+    "Logits over positions `(B, C, P)`, so low where they do not count that nothing is left there after a softmax"
+    return x if keep is None else x.masked_fill(~keep.unsqueeze(1), torch.finfo(x.dtype).min/4)
 
 @as_loss
 def CWD(
@@ -111,28 +138,37 @@ def CWD(
     fm_t:Mapping|list,       # Teacher's, with the same channels, paired by position
     T:float=4,               # Temperature
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """KL of every channel's softmax over the positions, times T², mean over channels, summed over pairs. Shu et al.,
     ICCV 2021, arXiv 2011.13256. ValueError for unequal channels, or fewer than two positions"""
     def one(s, t, names):
-        s,t = _positions(*same_channels(s, t, names, 'CWD'), names, 'CWD')
+        s,t,keep = _positions(*same_channels(s, t, names, 'CWD'), names, 'CWD', mask)
         if _n_positions(s)<2:
             raise ValueError("CWD needs maps of several positions, whose softmax says something, got "
                              f"{names[0]} of shape {tuple(s.shape)}")
-        s,t = _channels(s),_channels(t)
-        return T**2*kl_div(s/check_T(T), t/T, 2).mean()
+        s = _unlikely(_channels(s)/check_T(T), keep)
+        t = _unlikely(_channels(t)/T, keep)
+        return T**2*mean_kept(kl_div(s, t, 2), None if keep is None else keep.any(1, keepdim=True))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 CWD.same_shape = True
 
-# %% ../../../nbs/distill/loss/maps.ipynb #29f1fc49
-def _var_mean(x, name):
-    "Variance and mean of each channel over the positions. Raises ValueError for a single position"
-    if x.ndim>2 and _n_positions(x)>1: return torch.var_mean(_channels(x), 2)
-    raise ValueError(f"ChannelStats needs several positions, got {name} of shape {tuple(x.shape)}")
+# %% ../../../nbs/distill/loss/maps.ipynb #d69b7c11
+def _var_mean(x, name, keep=None):
+    "Variance and mean of each channel over the positions that count. Raises ValueError for a single position"
+    if x.ndim<3 or _n_positions(x)<2:
+        raise ValueError(f"ChannelStats needs several positions, got {name} of shape {tuple(x.shape)}")
+    if keep is None: return torch.var_mean(_channels(x), 2)
+    x = _channels(only(x, keep))
+    keep = keep.flatten(1).unsqueeze(1)
+    n = keep.sum(2)
+    mean = x.sum(2)/n.clamp(min=1)
+    var = only(x-mean.unsqueeze(2), keep).square().sum(2)/(n-1).clamp(min=1)
+    return var, mean
 
-# %% ../../../nbs/distill/loss/maps.ipynb #d6a7e4a2
+# %% ../../../nbs/distill/loss/maps.ipynb #b371e02b
 @as_loss
 def ChannelStats(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
@@ -140,6 +176,7 @@ def ChannelStats(
     ratio:float=1.,          # Weight of the means
     eps:float=1e-5,          # Added to the variances
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Squared differences of the channels' means and standard deviations, summed over channels and pairs, mean over the
@@ -147,10 +184,13 @@ def ChannelStats(
     positions"""
     def one(s, t, names):
         s,t = same_channels(s, t, names, 'ChannelStats')
-        var_s,mean_s = _var_mean(s, names[0])
-        var_t,mean_t = _var_mean(t, names[1])
+        keep_s = present(mask, s, names[0])
+        keep_t = present(mask, t, names[1])
+        var_s,mean_s = _var_mean(s, names[0], keep_s)
+        var_t,mean_t = _var_mean(t, names[1], keep_t)
         stds = (var_s+eps).sqrt()-(var_t+eps).sqrt()
-        return (ratio*(mean_s-mean_t).square() + stds.square()).sum(1).mean()
+        gaps = (ratio*(mean_s-mean_t).square() + stds.square()).sum(1)
+        return mean_kept(gaps, samples(keep_s, keep_t))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 ChannelStats.same_shape = True
@@ -172,20 +212,24 @@ def _mmd_of_channels(s, t):
     b = tt.diagonal(dim1=1, dim2=2)
     return _mean_kernel(ss, a, a) + _mean_kernel(tt, b, b) - 2*_mean_kernel(gram(s, t), a, b)
 
-# %% ../../../nbs/distill/loss/maps.ipynb #683cb81f
+# %% ../../../nbs/distill/loss/maps.ipynb #137cb9ec
 @as_loss
 def NST(
     fm_s:Mapping|list,       # Student feature maps `(B, C, H, W)` or `(B, N, D)`
     fm_t:Mapping|list,       # Teacher feature maps, paired by position; other widths and sizes are fine
     *,
+    mask:Tensor=None,        # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """MMD of the channels' selectivity with a squared dot product as kernel, summed over pairs. Huang and Wang, 2017,
     arXiv 1707.01219. ValueError for vectors or an unequal number of tokens"""
     def one(s, t, names):
-        s,t = (_channels(x) for x in _positions(s, t, names, 'NST'))
+        s,t,keep = _positions(s, t, names, 'NST', mask)
+        where = None if keep is None else keep.unsqueeze(1)
+        s,t = (only(_channels(x), where) for x in (s, t))
         few_positions = s.shape[2]**2<=s.shape[1]*t.shape[1]
-        return (_mmd_of_positions if few_positions else _mmd_of_channels)(s, t)
+        mmd = (_mmd_of_positions if few_positions else _mmd_of_channels)(s, t)
+        return mmd if keep is None else mmd*len(s)/samples(keep).sum().clamp(min=1)
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
 NST.same_positions = True

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG']
 
-# %% ../../../nbs/distill/loss/relations.ipynb #ea61799c
+# %% ../../../nbs/distill/loss/relations.ipynb #7067b057
 import math
 from functools import partial
 from typing import Mapping
@@ -16,66 +16,83 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .base import as_logits, as_loss, gram, over_pairs, unit
+from .base import mean_kept, mean_loss, only, pairs_among, present, samples
 
-# %% ../../../nbs/distill/loss/relations.ipynb #6b27a52d
-def _embed(x):
-    "One vector per sample `(B, D)`"
-    if x.ndim==2: return x
-    return x.mean(1) if x.ndim==3 else x.flatten(2).mean(2)
+# %% ../../../nbs/distill/loss/relations.ipynb #9cc11bd4
+def _embed(x, keep):
+    "One vector per sample `(B, D)`, the mean over what counts"
+    if x.ndim==2: return only(x, keep)
+    if keep is None: return x.mean(1) if x.ndim==3 else x.flatten(2).mean(2)
+    n = keep.flatten(1).sum(1, keepdim=True).clamp(min=1)
+    x = only(x, keep)
+    return (x.sum(1) if x.ndim==3 else x.flatten(2).sum(2))/n
+
+def _embedded(s, t, names, mask):
+    "One vector per sample of student and teacher, and which samples count `(B,)`, None for all"
+    keep_s = present(mask, s, names[0])
+    keep_t = present(mask, t, names[1])
+    return _embed(s, keep_s), _embed(t, keep_t), samples(keep_s, keep_t)
 
 def _distances(x): return torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
 
-# %% ../../../nbs/distill/loss/relations.ipynb #0cc636d1
+# %% ../../../nbs/distill/loss/relations.ipynb #f190743e
 @as_loss
 def RKDDistance(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     *,
+    mask:Tensor=None,        # Which positions or samples count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Huber loss of the distances between samples, relative to their mean, mean over B², summed over pairs. Park et
     al., CVPR 2019, arXiv 1904.05068"""
-    def relative(x):
-        d = _distances(_embed(x))
+    def relative(x, pairs):
+        d = only(_distances(x), pairs)
         mean = d.sum()/(d>0).sum().clamp(min=1)
         return d/mean.masked_fill(mean==0, 1)
-    def one(s, t, names): return F.smooth_l1_loss(relative(s), relative(t))
+    def one(s, t, names):
+        s,t,there = _embedded(s, t, names, mask)
+        pairs = pairs_among(there)
+        return mean_loss(F.smooth_l1_loss, relative(s, pairs), relative(t, pairs), pairs)
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #562ac4ca
+# %% ../../../nbs/distill/loss/relations.ipynb #f990efd6
 _CHUNK = 2**22  # Numbers that a chunk of angles may hold, in each of its few tensors
 
-def _angles(x, j):
+def _angles(x, j, pairs):
     u = unit(x-x[j].unsqueeze(1))
-    return gram(u)
+    return gram(u if pairs is None else only(u, pairs[j].unsqueeze(2)))
 
-def _angle_loss(s, t, j): return F.smooth_l1_loss(_angles(s, j), _angles(t, j), reduction='sum')
+def _angle_loss(s, t, pairs, j):
+    return F.smooth_l1_loss(_angles(s, j, pairs), _angles(t, j, pairs), reduction='sum')
 
 def _chunks(s, t):
     "The vertices, in chunks whose angles are small enough to be held"
     n = len(s)*max(len(s), s.shape[1], t.shape[1])
     return torch.arange(len(s), device=s.device).split(max(1, _CHUNK//n))
 
-# %% ../../../nbs/distill/loss/relations.ipynb #18ab0def
+# %% ../../../nbs/distill/loss/relations.ipynb #232eee78
 @as_loss
 def RKDAngle(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     *,
+    mask:Tensor=None,        # Which positions or samples count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Huber loss of the cosines of all angles between three samples, mean over B³, summed over pairs, in bounded
     memory. Park et al., CVPR 2019, arXiv 1904.05068"""
     def one(s, t, names):
-        s = _embed(s)
-        t = _embed(t)
+        s,t,there = _embedded(s, t, names, mask)
+        pairs = pairs_among(there)
+        n = len(s) if there is None else there.sum().clamp(min=1)
         chunks = _chunks(s, t)
-        if len(chunks)==1: return _angle_loss(s, t, chunks[0])/len(s)**3
-        forgotten = partial(checkpoint, _angle_loss, s, t, use_reentrant=False, preserve_rng_state=False)
-        return sum(forgotten(j) for j in chunks)/len(s)**3
+        if len(chunks)==1: return _angle_loss(s, t, pairs, chunks[0])/n**3
+        forgotten = partial(checkpoint, _angle_loss, s, t, pairs, use_reentrant=False, preserve_rng_state=False)
+        return sum(forgotten(j) for j in chunks)/n**3
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #ebb10cbc
+# %% ../../../nbs/distill/loss/relations.ipynb #91dbcb34
 @as_loss
 def RKD(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
@@ -83,34 +100,39 @@ def RKD(
     distance:float=25,       # Weight of `RKDDistance`
     angle:float=50,          # Weight of `RKDAngle`
     *,
+    mask:Tensor=None,        # Which positions or samples count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     "`RKDDistance` and `RKDAngle`, weighted. Park et al., CVPR 2019, arXiv 1904.05068"
-    on_distances = RKDDistance(fm_s, fm_t, layer_weights=layer_weights)
-    on_angles = RKDAngle(fm_s, fm_t, layer_weights=layer_weights)
+    on_distances = RKDDistance(fm_s, fm_t, mask=mask, layer_weights=layer_weights)
+    on_angles = RKDAngle(fm_s, fm_t, mask=mask, layer_weights=layer_weights)
     return distance*on_distances + angle*on_angles
 
-# %% ../../../nbs/distill/loss/relations.ipynb #4382389a
+# %% ../../../nbs/distill/loss/relations.ipynb #81807e7b
 @as_loss
 def PKT(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
     fm_t:Mapping|list,       # Teacher embeddings, paired by position; any width
     eps:float=1e-7,          # Added to the probabilities
     *,
+    mask:Tensor=None,        # Which positions or samples count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """KL of the neighbourhoods that the cosines define, mean over B², summed over pairs. Passalis and Tefas, ECCV 2018,
     arXiv 1803.10837"""
-    def neighbours(x):
-        p = (1+gram(unit(_embed(x))))/2
-        return p/p.sum(1, keepdim=True)
+    def neighbours(x, pairs):
+        p = only((1+gram(unit(x)))/2, pairs)
+        n = p.sum(1, keepdim=True)
+        return p/(n if pairs is None else n.masked_fill(n==0, 1))
     def one(s, t, names):
-        q = neighbours(s)
-        p = neighbours(t)
-        return (p*((p+eps).log()-(q+eps).log())).mean()
+        s,t,there = _embedded(s, t, names, mask)
+        pairs = pairs_among(there)
+        q = neighbours(s, pairs)
+        p = neighbours(t, pairs)
+        return mean_kept(p*((p+eps).log()-(q+eps).log()), pairs)
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #232b9b3c
+# %% ../../../nbs/distill/loss/relations.ipynb #a2da72dd
 @as_loss
 def CC(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions
@@ -118,24 +140,27 @@ def CC(
     gamma:float=0.4,         # Width of the kernel
     P:int=2,                 # Highest power
     *,
+    mask:Tensor=None,        # Which positions or samples count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair
 )->Tensor: # Scalar
     """Squared difference of the embeddings' Gaussian kernel matrices, mean over B², summed over pairs. Peng et al.,
     ICCV 2019, arXiv 1904.01802"""
     def kernel(x):
-        g = gram(unit(_embed(x)))
+        g = gram(unit(x))
         return sum(math.exp(-2*gamma)*(2*gamma)**p/math.factorial(p)*g**p for p in range(P+1))
-    def one(s, t, names): return F.mse_loss(kernel(s), kernel(t))
+    def one(s, t, names):
+        s,t,there = _embedded(s, t, names, mask)
+        return mean_loss(F.mse_loss, kernel(s), kernel(t), pairs_among(there))
     return over_pairs(one, fm_s, fm_t, layer_weights)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #4932b2f1
-def _edges(x):
+# %% ../../../nbs/distill/loss/relations.ipynb #e33e6635
+def _edges(x, pairs):
     "Squared distances between samples, relative to the largest"
-    d = _distances(_embed(x)).square()
+    d = only(_distances(x), pairs).square()
     top = d.amax()
     return d/top.masked_fill(top==0, 1)
 
-# %% ../../../nbs/distill/loss/relations.ipynb #1ad55b08
+# %% ../../../nbs/distill/loss/relations.ipynb #84e4c46a
 @as_loss
 def IRG(
     fm_s:Mapping|list,       # Student embeddings `(B, D)`, or maps, which are averaged over positions; early ones first
@@ -146,16 +171,20 @@ def IRG(
     edge:float=5.,           # Weight of the edges
     transform:float=5.,      # Weight of the edges' changes between layers
     *,
+    mask:Tensor=None,        # Which positions or samples count, `(B, N)`, `(B, H, W)` or `(B,)`; None for all
     layer_weights:list=None, # One weight per pair, for the edges
 )->Tensor: # Scalar
     """Squared differences of vertices, edges and transformations of the graph of samples. Liu et al., CVPR 2019.
     ValueError for unequal logits"""
     gaps = []
     def one(s, t, names):
-        gaps.append(_edges(s)-_edges(t))
-        return gaps[-1].square().mean()
-    zs,zt,_ = as_logits(pred, teacher_pred, least=1)
-    vertices = F.mse_loss(zs, zt)
+        s,t,there = _embedded(s, t, names, mask)
+        pairs = pairs_among(there)
+        gaps.append((_edges(s, pairs)-_edges(t, pairs), pairs))
+        return mean_kept(gaps[-1][0].square(), pairs)
+    def transformed(a, b, among, as_well): return mean_kept((b-a).square(), among if among is None else among & as_well)
+    zs,zt,axis = as_logits(pred, teacher_pred, least=1)
+    vertices = mean_loss(F.mse_loss, zs, zt, present(mask, zs, axis=axis))
     edges = over_pairs(one, fm_s, fm_t, layer_weights)
-    transforms = sum((b-a).square().mean() for a,b in zip(gaps, gaps[1:]))
+    transforms = sum(transformed(a, b, p, q) for (a,p),(b,q) in zip(gaps, gaps[1:]))
     return vertex*vertices + edge*edges + transform*transforms

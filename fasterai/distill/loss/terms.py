@@ -71,7 +71,7 @@ class Term:
         kw = ', '.join(f'{k}={v}' for k,v in self.hypers.items() if k not in FROM_TASK and v is not None)
         return f"{'' if self.weight==1 else f'{self.weight:g}*'}{self.name}" + (f'({kw})' if kw else '')
 
-# %% ../../../nbs/distill/loss/terms.ipynb #60d8400f
+# %% ../../../nbs/distill/loss/terms.ipynb #9bd302cf
 @patch
 def _read_signature(self:Term, bound):
     params = list(_signature(self.base))
@@ -79,7 +79,7 @@ def _read_signature(self:Term, bound):
     outputs = [p for p in named if p.name in OUTPUTS and p.name not in bound]
     everything = not named and any(p.kind==p.VAR_KEYWORD for p in params)
     self.needs = set(OUTPUTS) if everything else {p.name for p in outputs}
-    self.required = {p.name for p in outputs if p.default is p.empty}
+    self.required = {p.name for p in outputs if p.default is p.empty} - {'mask'}
     self.hypers = {p.name:bound.get(p.name, p.default) for p in named if p.name not in OUTPUTS}
     self.hypers |= mode_defaults(getattr(self.base, 'modes', {}), bound)
     self.from_task = {k for k in self.hypers if k in FROM_TASK} - set(bound)
