@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['tensors_in', 'first_tensor', 'Capture', 'as_found', 'to_model', 'output_shapes']
 
-# %% ../../../nbs/distill/layers/capture.ipynb #25ae9adc
+# %% ../../../nbs/distill/layers/capture.ipynb #5db6e358
 from contextlib import contextmanager, nullcontext
 from typing import Iterable, Literal, Mapping
 
 import torch
 from fastcore.basics import patch
+from fastai.torch_core import apply
 from torch import nn, Tensor
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
@@ -190,7 +191,7 @@ def _refill(buffer, was):
     if buffer.shape!=was.shape: buffer.resize_(was.shape)
     buffer.copy_(was)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #d98c54b3
+# %% ../../../nbs/distill/layers/capture.ipynb #0e30f255
 def to_model(
     model:nn.Module, # Any model
     xb:tuple,        # Its inputs
@@ -198,7 +199,7 @@ def to_model(
     "`xb` on the device of `model`, floating point tensors in its precision"
     p = next((p for p in model.parameters() if p.is_floating_point()), None)
     def one(o): return o.to(p.device, p.dtype if o.is_floating_point() else o.dtype) if isinstance(o, Tensor) else o
-    return xb if p is None else tuple(map(one, xb))
+    return xb if p is None else tuple(apply(one, o) for o in xb)
 
 # %% ../../../nbs/distill/layers/capture.ipynb #f327537c
 def output_shapes(

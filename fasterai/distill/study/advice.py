@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #7271dbdf
+# %% ../../../nbs/distill/study/advice.ipynb #e19c00e2
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ from fastcore.basics import tuplify
 from ...core.names import unknown_name
 from ...core.task import logits_of, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
+from ..teacher.forward import device_of, size_of
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 
-# %% ../../../nbs/distill/study/advice.ipynb #5814de73
+# %% ../../../nbs/distill/study/advice.ipynb #df6da26d
 @contextmanager
 def _as_in_training(model):
     "Training mode and a graph inside; modes and buffers as before afterwards"
@@ -38,7 +39,7 @@ def _batches(learn, ds_idx, n):
     for b in islice(dl, n):
         xb,yb = split_batch(dl, tuplify(b))
         xb = to_model(learn.model, xb)
-        yield xb,to_device(yb, xb[0].device)
+        yield xb,to_device(yb, device_of(xb))
 
 # %% ../../../nbs/distill/study/advice.ipynb #eac8ddf0
 def _grad(loss, params):
@@ -96,7 +97,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #6b3b15bb
+# %% ../../../nbs/distill/study/advice.ipynb #4cb51024
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
     None without labels"""
@@ -109,7 +110,7 @@ def _judge(learn, kd, n):
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
             if right: vals = [float((p.argmax(_class_axis(learn))==y).float().mean()) for p in pair]
             else: vals = [float(learn.loss_func(p, *yb)) for p in pair]
-            scores.append((len(xb[0]), *vals))
+            scores.append((size_of(xb), *vals))
     n,student,teacher = np.array(scores).T
     kind = 'accuracy' if right else 'loss'
     return kind,float(np.average(student, weights=n)),float(np.average(teacher, weights=n))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['cell', 'RunLog']
 
-# %% ../../../nbs/distill/study/run_log.ipynb #7b6ade2c
+# %% ../../../nbs/distill/study/run_log.ipynb #b1ed2a5e
 import csv
 import io
 import os
+import re
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,12 +46,19 @@ def _write_all(fd, data):
     while data: data = data[os.write(fd, data):]
     os.fsync(fd)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #dc4e3467
+# %% ../../../nbs/distill/study/run_log.ipynb #8703687b
+_escapes = {'\\': r'\\', '\n': r'\n', '\r': r'\r'} # a row is one line, whatever its values
+
 def _line(vals):
-    "A line of the CSV file, without line ends inside"
+    "A line of the CSV file"
     f = io.StringIO()
-    csv.writer(f, lineterminator='\n').writerow([' '.join(str(v).split('\n')) for v in vals])
+    csv.writer(f, lineterminator='\n').writerow([str(v).translate(str.maketrans(_escapes)) for v in vals])
     return f.getvalue().encode()
+
+def _unescaped(text):
+    "The value that was written as `text`"
+    plain = {v:k for k,v in _escapes.items()}
+    return re.sub(r'\\[\\nr]', lambda m: plain[m[0]], text)
 
 # %% ../../../nbs/distill/study/run_log.ipynb #3092849a
 def _create(path, header):
@@ -75,7 +83,7 @@ def _link(tmp, path, header):
         try: _write_all(fd, header)
         finally: os.close(fd)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #52508f1a
+# %% ../../../nbs/distill/study/run_log.ipynb #fe150722
 def _rows_of(text, cols, path):
     "The rows of a whole file; ValueError for one of other columns"
     lines = text.replace('\r\n', '\n').split('\n')[:-1]
@@ -85,7 +93,7 @@ def _rows_of(text, cols, path):
         raise ValueError(f"path: {str(path)!r} belongs to other runs, its columns are {head}, here {cols}")
     odd = sum(0<len(r)!=len(cols) for r in rows)
     if odd: warnings.warn(f"{path}: {odd} rows do not have {len(cols)} fields and are skipped")
-    return head,[dict(zip(cols, r)) for r in rows if len(r)==len(cols)]
+    return head,[dict(zip(cols, map(_unescaped, r))) for r in rows if len(r)==len(cols)]
 
 def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
