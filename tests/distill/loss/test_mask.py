@@ -281,8 +281,9 @@ def test_pixels():
     assert at(volume, 1, 3, 2, 2, 2)==volume.tolist()
 
 
-@pytest.mark.parametrize('mask, shape', [((2, 5), (2, 4, 8)), ((2, 4), (2, 13, 8)), ((3, 4), (2, 4, 8)), ((2, 5), (2, 8, 3, 4)),
-                                         ((2, 77), (2, 8, 7, 7)), ((2, 1, 4), (2, 13, 8)), ((2, 2, 2, 2), (2, 8, 2, 2)), ((), (2, 8))])
+@pytest.mark.parametrize('mask, shape', [
+    ((2, 5), (2, 4, 8)), ((2, 4), (2, 13, 8)), ((3, 4), (2, 4, 8)), ((2, 5), (2, 8, 3, 4)), ((2, 77), (2, 8, 7, 7)),
+    ((2, 1, 4), (2, 13, 8)), ((2, 2, 2, 2), (2, 8, 2, 2)), ((), (2, 8))])
 def test_refused(mask, shape):
     x = torch.zeros(shape)
     with pytest.raises(ValueError) as e: FitNet({'layer1': x}, {'0.4': x}, mask=torch.ones(mask))
