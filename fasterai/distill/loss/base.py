@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'FROM_TASK', 'mode_defaults', 'as_loss', 'as_pair', 'like_pair', 'as_logits', 'kl_div', 'check_T',
-           'labelled', 'mean_kept', 'present', 'only', 'mean_loss', 'samples', 'pairs_among', 'kept', 'kept_values',
-           'labels_of', 'shapes_of', 'pairs_of', 'over_pairs', 'same_shape', 'same_channels', 'pool_to_smaller',
+           'channel_axis', 'shapes_of', 'pairs_of', 'over_pairs', 'same_shape', 'same_channels', 'pool_to_smaller',
            'centred', 'unit', 'gram']
 
-# %% ../../../nbs/distill/loss/base.ipynb #4f975a09
+# %% ../../../nbs/distill/loss/base.ipynb #3bf7bc34
 import inspect
 from functools import partial, wraps
 from typing import Callable, Mapping
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.names import unknown_name
-from ..layers.adapters import token_grid
 
 # %% ../../../nbs/distill/loss/base.ipynb #6c7e325f
 OUTPUTS = 'pred','teacher_pred','fm_s','fm_t','target','mask'
@@ -141,169 +139,12 @@ def check_T(
     if not isinstance(T, Tensor) and not T>0: raise ValueError(f"T must be positive, got {T}")
     return T
 
-# %% ../../../nbs/distill/loss/base.ipynb #be90f8d1
-def labelled(
-    target:Tensor|None,     # Labels, one per position
-    shape:tuple,            # Shape of the logits without their class axis
-    ignore_index:int|None,  # Label of the positions to leave out; None leaves out none
-)->Tensor|None:
-    """Which positions count by their label: bools, or None for all (nothing to ignore, no labels, or soft ones). Raises
-    ValueError unless `target` has `shape`"""
-    if ignore_index is None or target is None or target.is_floating_point(): return None
-    return _like_positions(target, shape)!=ignore_index
-
-def _like_positions(target, shape):
-    if target.shape==shape: return target.as_subclass(Tensor).long()
-    raise ValueError(f"target must have one label per position, shape {tuple(shape)}, got {tuple(target.shape)}")
-
-# %% ../../../nbs/distill/loss/base.ipynb #5b27b929
-def mean_kept(
-    x:Tensor,               # One value per position
-    keep:Tensor|None=None,  # Which of them count, to be broadcast to `x`; None for all
-)->Tensor:
-    "Mean over what counts; 0 if nothing does"
-    if keep is None: return x.mean()
-    keep = keep.expand_as(x)
-    return x.masked_fill(~keep, 0).sum()/keep.sum().clamp(min=1)
-
-# %% ../../../nbs/distill/loss/base.ipynb #053dd775
-_MOST_EXTRA_TOKENS = 8
-
-def present(
-    mask:Tensor|None,   # `(B, N)`, `(B, H, W)` or `(B,)`, not 0 where a position counts, on any device
-    x:Tensor,           # Map or logits
-    name:str='pred',    # What to call it in an error
-    axis:int|None=None, # Its axis of channels or classes; None: that of a map
-)->Tensor|None:
-    """Which positions of `x` count: bools of its shape, with 1 for the channels, or None for all. Raises TypeError for
-    what is no tensor, ValueError for a mask that does not fit"""
-    if mask is None: return None
-    if not isinstance(mask, Tensor): raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    axis = (_channel(x) if axis is None else axis)%x.ndim
-    b,*size = x.shape[:axis]+x.shape[axis+1:]
-    m = mask.detach().as_subclass(Tensor).to(x.device)!=0
-    fits = m if m.shape==(b, *size) else _fitted(m, size) if m.ndim and len(m)==b else None
-    if fits is not None: return fits.unsqueeze(axis)
-    raise ValueError(f"mask of shape {tuple(m.shape)} does not fit {name} of shape {tuple(x.shape)}, whose channels are "
-                     f"on axis {axis}: it must be {(b, *size)} or {(b,)}; partial(loss, mask=None) goes without it")
-
-def _channel(x): return -1 if x.ndim==3 else 1
-
-# %% ../../../nbs/distill/loss/base.ipynb #df3f8708
-def _fitted(m, size):
-    "Mask `m` on positions of `size`; None where it does not fit"
-    if not size: return m.flatten(1).any(1)
-    if m.ndim==1: return m.reshape(-1, *[1]*len(size)).expand(-1, *size)
-    return _on_tokens(m, *size) if len(size)==1 else _on_grid(m, size)
-
-def _on_tokens(m, n):
-    extra = n-m.shape[1]
-    if m.ndim==3:
-        grid = token_grid(n, tuple(m.shape[1:]))
-        if not grid: return None
-        extra = grid[0]
-        m = _resized(m, grid[1:]).flatten(1)
-    return F.pad(m, (extra, 0), value=True) if m.ndim==2 and 0<=extra<=_MOST_EXTRA_TOKENS else None
-
-def _on_grid(m, size):
-    if m.ndim==2 and len(size)==2:
-        grid = token_grid(m.shape[1], tuple(size))
-        if not grid or size[1]>1 and grid[1]*size[1]!=grid[2]*size[0]: return None
-        m = m[:, grid[0]:].unflatten(1, grid[1:])
-    return _resized(m, size) if m.ndim==len(size)+1 else None
-
-def _resized(m, size): return F.interpolate(m.unsqueeze(1).float(), tuple(size), mode='nearest-exact').squeeze(1).bool()
-
-# %% ../../../nbs/distill/loss/base.ipynb #cb212e37
-def only(
-    x:Tensor,          # Any tensor
-    keep:Tensor|None,  # What counts of it, to be broadcast; None for all
-)->Tensor:
-    "`x`, with 0 where it does not count"
-    return x if keep is None else x.masked_fill(~keep, 0)
-
-def mean_loss(
-    f:Callable,             # Such as `F.mse_loss`: elementwise, 0 for two zeros, with a `reduction`
-    s:Tensor,               # Student's
-    t:Tensor,               # Teacher's, same shape
-    keep:Tensor|None=None,  # What counts, to be broadcast; None for all
-)->Tensor:
-    "`f(s, t)`, its mean taken over what counts; 0 if nothing does"
-    if keep is None: return f(s, t)
-    n = keep.sum()*(s.numel()//keep.numel())
-    return f(only(s, keep), only(t, keep), reduction='sum')/n.clamp(min=1)
-
-def samples(
-    *keeps:Tensor|None # Of `present`, for maps of the same samples
-)->Tensor|None:
-    "Which samples have positions that count in each of the maps `(B,)`; None for all"
-    if keeps[0] is None: return None
-    return torch.stack([k.flatten(1).any(1) for k in keeps]).all(0)
-
-def pairs_among(
-    there:Tensor|None # Which samples count `(B,)`; None for all
-)->Tensor|None:
-    "Which pairs of samples count `(B, B)`"
-    return None if there is None else there.unsqueeze(1) & there
-
-# %% ../../../nbs/distill/loss/base.ipynb #7ec5ef80
-def kept(
-    target:Tensor|None,     # Labels, one per position
-    z:Tensor,               # Logits
-    axis:int,               # Where the classes are
-    ignore_index:int|None,  # Label of the positions to leave out; None leaves out none
-    mask:Tensor|None=None,  # Which positions count
-)->Tensor|None:
-    """Which positions count by label and mask: bools of the shape of `z` without `axis`, or None for all. Raises
-    ValueError for a target or mask that does not fit"""
-    axis %= z.ndim
-    keep = labelled(target, z.shape[:axis]+z.shape[axis+1:], ignore_index)
-    if mask is None: return keep
-    there = present(mask, z, axis=axis).squeeze(axis)
-    return there if keep is None else keep & there
-
-def kept_values(
-    target:Tensor|None,     # Labels, one per position, or one per value
-    z:Tensor,               # Predictions of which each value stands for itself
-    axis:int,               # Where the classes are; moot for one value per sample
-    ignore_index:int|None,  # Label to leave out; None leaves out none
-    mask:Tensor|None=None,  # Which positions count
-)->Tensor|None:
-    "`kept`, to be broadcast to `z`, for losses that mind the class axis for nothing else: labels may be per value too"
-    if mask is None and (ignore_index is None or target is None): return None
-    if z.ndim<2: return kept(target, z.unsqueeze(-1), -1, ignore_index, mask)
-    if isinstance(mask, Tensor) and mask.shape==z.shape[:-1]: axis = _own_axis(mask, z, axis)
-    if target is None or target.shape!=z.shape:
-        keep = kept(target, z, axis, ignore_index, mask)
-        return None if keep is None else keep.unsqueeze(axis)
-    keep = labelled(target, z.shape, ignore_index)
-    there = present(mask, z, axis=axis)
-    return there if keep is None else keep if there is None else keep & there
-
-def _own_axis(mask, z, axis):
-    "`axis`, or the last one where only that leaves the mask's shape"
-    axis %= z.ndim
-    return axis if mask.shape==z.shape[:axis]+z.shape[axis+1:] else z.ndim-1
-
-# %% ../../../nbs/distill/loss/base.ipynb #d8e963cc
-def labels_of(
-    target:Tensor,              # Labels
-    z:Tensor,                   # Logits
-    axis:int,                   # Where the classes are
-    ignore_index:int|None=None, # Label of the positions to leave out; None leaves out none
-    mask:Tensor|None=None,      # Which positions count
-)->tuple[Tensor,Tensor|None]:
-    """Labels as int64 and the mask of the positions that count. Raises TypeError for soft labels, ValueError unless
-    `target` has the shape of `z` without `axis`"""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
-    if target.is_floating_point():
-        got = f"{target.dtype} of shape {tuple(target.shape)}"
-        raise TypeError(f"target must be class indices, got {got}: the formula has one target class per sample; take "
-                        "labels.argmax(1) of one-hot labels, or with mixed labels a loss that needs none: SoftTarget")
-    y = _like_positions(target, z.shape[:axis]+z.shape[axis+1:])
-    keep = kept(y, z, axis, ignore_index, mask)
-    return (y if keep is None else y.masked_fill(~keep, 0)), keep
+# %% ../../../nbs/distill/loss/base.ipynb #0528e5a2
+def channel_axis(
+    x:Tensor, # Map
+)->int:
+    "Where the channels of a map are: of tokens the last axis, else the second"
+    return -1 if x.ndim==3 else 1
 
 # %% ../../../nbs/distill/loss/base.ipynb #dbf1c11b
 def shapes_of(
@@ -366,7 +207,7 @@ def same_shape(
     if s.shape!=t.shape: _refuse(s, t, names, loss)
     return s, t
 
-# %% ../../../nbs/distill/loss/base.ipynb #b4a652c6
+# %% ../../../nbs/distill/loss/base.ipynb #ff2e00af
 def same_channels(
     s:Tensor,    # Student map
     t:Tensor,    # Teacher map
@@ -374,7 +215,7 @@ def same_channels(
     loss:str,    # Name of the loss
 )->tuple[Tensor,Tensor]:
     "Both maps. Raises ValueError unless they have the same channels (of tokens: the same width)"
-    if s.ndim!=t.ndim or s.shape[_channel(s)]!=t.shape[_channel(t)]: _refuse(s, t, names, loss)
+    if s.ndim!=t.ndim or s.shape[channel_axis(s)]!=t.shape[channel_axis(t)]: _refuse(s, t, names, loss)
     return s, t
 
 def _refuse(s, t, names, loss):

@@ -6,7 +6,7 @@
 __all__ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking',
            'standardize']
 
-# %% ../../../nbs/distill/loss/logits.ipynb #7428fdab
+# %% ../../../nbs/distill/loss/logits.ipynb #72e23781
 from functools import update_wrapper
 import inspect
 from typing import Callable
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.names import unknown_name
-from .base import as_logits, as_loss, like_pair, labels_of, kept, kept_values, mean_kept, check_T
-from .base import centred, kl_div, mean_loss, unit
+from .base import as_logits, as_loss, like_pair, check_T, centred, kl_div, unit
+from .padding import kept, kept_values, labels_of, mean_kept, mean_loss
 
 # %% ../../../nbs/distill/loss/logits.ipynb #a2dbb4a8
 @as_loss

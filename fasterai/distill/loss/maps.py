@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST']
 
-# %% ../../../nbs/distill/loss/maps.ipynb #f1cf7eec
+# %% ../../../nbs/distill/loss/maps.ipynb #e1ec18d4
 from typing import Mapping
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import as_loss, over_pairs, pool_to_smaller, same_channels, same_shape, shapes_of
 from .base import check_T, gram, kl_div, unit
-from .base import mean_kept, mean_loss, only, pairs_among, present, samples
+from .padding import mean_kept, mean_loss, only, pairs_among, present, samples
 
 # %% ../../../nbs/distill/loss/maps.ipynb #e10bc38a
 def _positions(s, t, names, loss, mask):

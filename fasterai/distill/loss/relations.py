@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG']
 
-# %% ../../../nbs/distill/loss/relations.ipynb #7067b057
+# %% ../../../nbs/distill/loss/relations.ipynb #75d12eef
 import math
 from functools import partial
 from typing import Mapping
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .base import as_logits, as_loss, gram, over_pairs, unit
-from .base import mean_kept, mean_loss, only, pairs_among, present, samples
+from .padding import mean_kept, mean_loss, only, pairs_among, present, samples
 
 # %% ../../../nbs/distill/loss/relations.ipynb #9cc11bd4
 def _embed(x, keep):
