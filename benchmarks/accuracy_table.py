@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from fasterai.core.plots import new_axes
-from fasterai.distill.study.summary import differences, plot_gains, readable as as_text, summary
+from fasterai.distill.study.summary import plot_gains, readable as as_text, summary
 
 TITLES = {'cifar10_small': 'CIFAR-10, 5,000 images', 'digits': 'digits, 100 labels'}
 plot = partial(plot_gains, arm='loss')

@@ -70,8 +70,8 @@ def plain_ab(s, t, m=2.): return ((s+m).square()*((s>-m)&(t<=0))+(s-m).square()*
 
 def plain_stats(s, t):
     std = lambda x: (x.var((2, 3))+1e-5).sqrt()
-    return F.mse_loss(s.mean((2, 3)), t.mean((2, 3)), reduction='sum')/len(s)+F.mse_loss(std(s), std(t),
-                                                                                         reduction='sum')/len(s)
+    mean = F.mse_loss(s.mean((2, 3)), t.mean((2, 3)), reduction='sum')/len(s)
+    return mean+F.mse_loss(std(s), std(t), reduction='sum')/len(s)
 
 def plain_nst(s, t):
     s, t = (F.normalize(x.flatten(2), dim=2) for x in (s, t))

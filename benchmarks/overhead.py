@@ -188,8 +188,9 @@ def cached(b, cache, dls=None):
 
 def original(b, loss, layers=None):
     lib = sys.modules['fasterai_original']
-    return visit_fastai(b, lib.callback.KnowledgeDistillationCallback(b.teacher, getattr(lib.losses, loss), layers,
-                                                                      layers, weight=0.5))
+    loss = getattr(lib.losses, loss)
+    kd = lib.callback.KnowledgeDistillationCallback(b.teacher, loss, layers, layers, weight=0.5)
+    return visit_fastai(b, kd)
 
 def variants(b):
     "Name to a function that makes the visit"

@@ -4,7 +4,6 @@ Images are held in memory as one tensor, on the device that trains, and augmente
 little more than its forward and backward passes."""
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Callable
 
 import cifar_nets

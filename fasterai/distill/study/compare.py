@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'plot_compare', 'attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']
 
-# %% ../../../nbs/distill/study/compare.ipynb #1a3a7db6
+# %% ../../../nbs/distill/study/compare.ipynb #613683ee
 from contextlib import contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import fastai.callback.progress  # gives Learner `no_bar`
+import fastai.callback.progress  # noqa: F401 (gives Learner `no_bar`)
 import numpy as np
 import pandas as pd
 import torch

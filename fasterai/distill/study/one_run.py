@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['fresh_callback', 'fit_one_cycle', 'measured', 'quiet', 'measure', 'streams_kept', 'Ticks']
 
-# %% ../../../nbs/distill/study/one_run.ipynb #e6af542b
+# %% ../../../nbs/distill/study/one_run.ipynb #f6731bfc
 from contextlib import contextmanager
 from copy import deepcopy
 
-import fastai.callback.progress  # gives Learner `no_bar`
-import fastai.callback.schedule  # gives Learner `fit_one_cycle`
+import fastai.callback.progress  # noqa: F401 (gives Learner `no_bar`)
+import fastai.callback.schedule  # noqa: F401 (gives Learner `fit_one_cycle`)
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Recorder

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['plot_soft_targets', 'attention_map', 'plot_attention', 'plot_similarity']
 
-# %% ../../../nbs/distill/study/pictures.ipynb #f944a2e4
+# %% ../../../nbs/distill/study/pictures.ipynb #219416ef
 from typing import Sequence
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.learner import Learner

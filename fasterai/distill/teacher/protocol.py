@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BaseTeacher', 'accepted', 'AdaptedTeacher', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #969b2c78
+# %% ../../../nbs/distill/teacher/protocol.ipynb #cc2f3ef6
 import inspect
 from collections.abc import Mapping
 from typing import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastcore.basics import patch
 

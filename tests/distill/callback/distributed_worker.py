@@ -1,4 +1,6 @@
-"One process of a distributed training on the CPU; `test_distributed.py` starts two. Saves its gradients and what it saw"
+"""One process of a distributed training on the CPU; `test_distributed.py` starts two.
+
+Saves its gradients and what it saw"""
 import os, sys
 from pathlib import Path
 

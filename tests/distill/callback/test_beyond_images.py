@@ -1,4 +1,6 @@
-"Text, tables, several labels, regression and segmentation: each distils in a few lines, and the student comes closer to the teacher"
+"""Text, tables, several labels, regression and segmentation
+
+Each distils in a few lines, and the student comes closer to the teacher"""
 from functools import partial
 
 import numpy as np

@@ -46,8 +46,10 @@ def test_misfits_are_refused_before_any_step():
 def test_layers_with_the_names_of_learner_attributes():
     class Odd(nn.Module):
         def __init__(self, w):
-            super().__init__(); self.opt,self.path,self.loss = block(3, w),block(w,
-                                                                                 w),nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
+            super().__init__()
+            self.opt = block(3, w)
+            self.path = block(w, w)
+            self.loss = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 3))
         def forward(self, x): return self.loss(self.path(self.opt(x)))
     learner(Odd(4)).fit(1, cbs=KD(Odd(8), Attention, ['opt','path'], ['opt','path']))
 
@@ -78,8 +80,10 @@ def test_weights_and_adapters_are_checked_at_construction():
 def test_maps_and_tokens_are_compared_by_position():
     class Tokens(nn.Module):
         def __init__(self, d):
-            super().__init__(); self.patch,self.blocks,self.head = nn.Conv2d(3, d, 4,
-                                                                             4),nn.Sequential(nn.Linear(d, d), nn.GELU()),nn.Linear(d, 3)
+            super().__init__()
+            self.patch = nn.Conv2d(3, d, 4, 4)
+            self.blocks = nn.Sequential(nn.Linear(d, d), nn.GELU())
+            self.head = nn.Linear(d, 3)
         def forward(self, x):
             z = self.patch(x).flatten(2).transpose(1, 2)
             return self.head(self.blocks(torch.cat([z.mean(1, keepdim=True), z], 1))[:,0])

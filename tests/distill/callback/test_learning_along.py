@@ -71,9 +71,8 @@ def test_lr_find_gives_adapters_and_learned_losses_back(tmp_path):
         kd = KD(teacher(), {FitNet: 1, vid: 1}, **layers)
         if trained: learn.fit(1, cbs=kd)
         before = state(kd.learned)
-        learn.lr_find(num_it=12, start_lr=1e-3, end_lr=1e3, stop_div=False,
-                      show_plot=False) if not trained else learn.add_cb(kd).lr_find(num_it=12, start_lr=1e-3,
-                                                                                    end_lr=1e3, stop_div=False, show_plot=False)
+        if trained: learn.add_cb(kd)
+        learn.lr_find(num_it=12, start_lr=1e-3, end_lr=1e3, stop_div=False, show_plot=False)
         if trained: assert same(before, state(kd.learned)) and len(before)
         learn.remove_cb(kd)
     fresh = VID()
@@ -83,8 +82,9 @@ def test_lr_find_gives_adapters_and_learned_losses_back(tmp_path):
 
 
 def test_sizes_that_alternate_keep_the_adapters_parameters():
-    learn,teachers_calls,steps = learner(nn.Sequential(block(3, 4), block(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                                                       nn.Linear(8, 3)), opt_func=Adam),[],[]
+    s = nn.Sequential(block(3, 4), block(4, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    learn = learner(s, opt_func=Adam)
+    teachers_calls,steps = [],[]
     t = nn.Sequential(block(3, 8), nn.Sequential(nn.Conv2d(8, 16, 3, 1, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1),
                       nn.Flatten(), nn.Linear(16, 3))
     t.register_forward_hook(lambda *_: teachers_calls.append(1))

@@ -52,9 +52,9 @@ events = ['before_epoch','before_train','before_batch','after_pred','after_loss'
 def test_clean_after_an_exception_at_any_event(event, exc, order):
     for inside in (True, False):
         t = teacher().train()
-        before,kd,boom = (state(t),flags(t)),KD(t, FitNet, **layers),Boom(event, exc,
-                                                                          at=0 if 'epoch' in event or 'train' in event
-                                                                          or 'valid' in event else 1, order=order)
+        before,kd = (state(t), flags(t)),KD(t, FitNet, **layers)
+        once_an_epoch = 'epoch' in event or 'train' in event or 'valid' in event
+        boom = Boom(event, exc, at=0 if once_an_epoch else 1, order=order)
         learn = learner(cbs=kd if inside else None)
         try: learn.fit(2, cbs=[boom] if inside else [kd, boom])
         except (KeyboardInterrupt, RuntimeError): pass
@@ -122,8 +122,9 @@ def test_terms_on_a_batch_leave_the_learner_as_it_was():
     task,parts = kd.terms_on(learn, (x,), (y,))
     torch.testing.assert_close(task, F.cross_entropy(learn.model(x), y))
     torch.testing.assert_close(parts['SoftTarget'], SoftTarget(learn.model(x), teacher().eval()(x)))
-    assert parts['FitNet'].requires_grad and same(before,
-                                                  state(learn.model)) and not n_hooks(learn.model) and kd.learn is None
+    assert parts['FitNet'].requires_grad
+    assert same(before, state(learn.model)) and not n_hooks(learn.model)
+    assert kd.learn is None
     assert not any(isinstance(o, KD) for o in learn.cbs) and learn.opt is None
 
 

@@ -1,4 +1,6 @@
-"Fits within fits, Learners copied or exported in the middle, callbacks used twice: the weights are those of a loop by hand"
+"""Fits within fits, Learners copied or exported in the middle, callbacks used twice
+
+The weights are those of a loop by hand"""
 import copy, pickle
 
 import pytest
@@ -162,8 +164,8 @@ def test_a_copied_learner_distils_with_the_same_teacher_and_its_own_adapters():
 def test_two_callbacks_with_adapters_train_as_the_sum_of_both():
     t1,t2,model = teacher().eval(),net(8, seed=9).eval(),net()
     a1,a2 = (nn.Conv2d(4, 8, 1) for _ in range(2))
-    kds = [KD(t, FitNet, '0', '0', weight=0.2, task_weight=1., adapters={'0': copy.deepcopy(a)}) for t,
-           a in ((t1, a1), (t2, a2))]
+    kds = [KD(t, FitNet, '0', '0', weight=0.2, task_weight=1., adapters={'0': copy.deepcopy(a)})
+           for t,a in ((t1, a1), (t2, a2))]
     learn = learner(copy.deepcopy(model), wd=0.)
     learn.fit(2, cbs=kds)
     hand = copy.deepcopy(model).train()
@@ -172,8 +174,8 @@ def test_two_callbacks_with_adapters_train_as_the_sum_of_both():
     for _ in range(2):
         for x,y in dls.train:
             h = hand[0](x)
-            loss = F.cross_entropy(hand[1:](h), y) + sum(0.2*F.mse_loss(a(h), t[0](x).detach()) for a,
-                                                         t in ((a1, t1), (a2, t2)))
+            hints = (F.mse_loss(a(h), t[0](x).detach()) for a,t in ((a1, t1), (a2, t2)))
+            loss = F.cross_entropy(hand[1:](h), y) + sum(0.2*o for o in hints)
             opt.zero_grad(); loss.backward(); opt.step()
     assert close(learn.model, hand)
     for kd,a in zip(kds, (a1, a2)): assert close(kd.learned, a)

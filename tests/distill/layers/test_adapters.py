@@ -14,8 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 from fasterai.distill.layers.adapters import (Adapters, MapNorm, MeanPositions, ResizeGrid, ResizeTokens, ToGrid,
-                                              ToTokens, adapter,
-                                       position_steps, token_grid)
+                                              ToTokens, adapter, position_steps, token_grid)
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import FitNet, SoftTarget
 

@@ -104,8 +104,8 @@ def test_series_and_tokens():
     torch.testing.assert_close(adapter(s.shape, (4, 16)).place(s), s.mean((2, 3)))
 
 def test_own_modules_get_series_as_they_are():
-    s,t = dict(a=torch.randn(4, 16, 50, 1), b=torch.randn(4, 8, 4, 4)),dict(a=torch.randn(4, 64, 50, 1),
-                                                                            b=torch.randn(4, 8, 4, 4))
+    s = dict(a=torch.randn(4, 16, 50, 1), b=torch.randn(4, 8, 4, 4))
+    t = dict(a=torch.randn(4, 64, 50, 1), b=torch.randn(4, 8, 4, 4))
     m = nn.Conv1d(16, 64, 1)
     for own in {'a': m}, {0: m}:
         got = Adapters.build(s, t, own=own, series=['a'])(s)

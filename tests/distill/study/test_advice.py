@@ -43,15 +43,17 @@ def test_gradients_by_hand(small):
         return torch.cat([p.grad.flatten() for p in m.parameters()])
     z = teacher(x).detach()
     task = grad(lambda p: F.cross_entropy(p, y))
-    for name,loss in dict(SoftTarget=lambda p: 4*F.kl_div((p/2).log_softmax(1), (z/2).softmax(1),
-                                                          reduction='batchmean'), Logits=lambda p: F.mse_loss(p, z)).items():
+    def soft_target(p): return 4*F.kl_div((p/2).log_softmax(1), (z/2).softmax(1), reduction='batchmean')
+    def logits(p): return F.mse_loss(p, z)
+    for name,loss in dict(SoftTarget=soft_target, Logits=logits).items():
         g = grad(loss)
         r = a.table.loc[name]
-        assert r.gradient==pytest.approx(g.norm().item(),
-                                         rel=1e-4) and r.value==pytest.approx(loss(m(x)).item(), rel=1e-4)
+        assert r.gradient==pytest.approx(g.norm().item(), rel=1e-4)
+        assert r.value==pytest.approx(loss(m(x)).item(), rel=1e-4)
         assert r.cosine==pytest.approx(F.cosine_similarity(g, task, 0).item(), abs=1e-4)
-        assert r.suggested==pytest.approx((task.norm()/g.norm()).item(),
-                                          rel=1e-4) and r.weight==0.5 and r.pull==pytest.approx((g.norm()/task.norm()).item(), rel=1e-4)
+        assert r.suggested==pytest.approx((task.norm()/g.norm()).item(), rel=1e-4)
+        assert r.weight==0.5
+        assert r.pull==pytest.approx((g.norm()/task.norm()).item(), rel=1e-4)
     assert a.table.gradient.task==pytest.approx(task.norm().item(), rel=1e-4)
 
 def test_the_suggestion_balances(small):
@@ -80,8 +82,9 @@ def test_nothing_is_left_behind():
     a = suggest_weights(learn, kd)
     for m,b in zip((learn.model, teacher), before): assert all(torch.equal(v, b[k]) for k,v in m.state_dict().items())
     assert all(p.grad is None for m in (learn.model, teacher) for p in m.parameters())
-    assert modes==[m.training for m in learn.model.modules()] and torch.equal(rng,
-                                                                              torch.get_rng_state()) and order==learn.dls.train.rng.getstate()
+    assert modes==[m.training for m in learn.model.modules()]
+    assert torch.equal(rng, torch.get_rng_state())
+    assert order==learn.dls.train.rng.getstate()
     assert learn.opt is None and not any(len(m._forward_hooks) for m in learn.model.modules())
     assert a.table.equals(suggest_weights(learn, kd).table)
 
@@ -91,8 +94,8 @@ def test_modes_and_buffers_return_after_an_error():
     def broken(pred, teacher_pred): raise RuntimeError('no')
     before,modes = deepcopy(learn.model.state_dict()),[m.training for m in learn.model.modules()]
     with pytest.raises(RuntimeError, match='broken'): suggest_weights(learn, KD(digits_net(4), broken))
-    assert all(torch.equal(v, before[k]) for k,
-               v in learn.model.state_dict().items()) and modes==[m.training for m in learn.model.modules()]
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    assert modes==[m.training for m in learn.model.modules()]
 
 def _notes(learn, teacher, loss, **kw): return ' | '.join(suggest_weights(learn, KD(teacher, loss, **kw)).notes)
 
@@ -131,8 +134,8 @@ class Smoothed(nn.Module):
 def test_label_smoothed_teacher_lower_the_temperature(small):
     learn,teacher,*_ = small
     assert 'label smoothing' in _notes(learn, Smoothed(), partial(SoftTarget, T=8))
-    assert 'label smoothing' not in _notes(learn, Smoothed(),
-                                           partial(SoftTarget, T=1)) and 'label smoothing' not in _notes(learn, teacher, partial(SoftTarget, T=8))
+    assert 'label smoothing' not in _notes(learn, Smoothed(), partial(SoftTarget, T=1))
+    assert 'label smoothing' not in _notes(learn, teacher, partial(SoftTarget, T=8))
 
 def test_a_teacher_that_is_no_better(small):
     learn,teacher,*_ = small
@@ -152,7 +155,7 @@ def test_a_large_last_batch_counts_more():
     set_seed(0)
     learn = Learner(digits_dls(64, n_valid=70, device='cpu'), digits_net(4), metrics=accuracy)
     teacher = digits_net(4)
-    a = suggest_weights(learn, KD(teacher, SoftTarget))
+    suggest_weights(learn, KD(teacher, SoftTarget))
     from fasterai.distill.study.advice import _judge
     _,s,t = _judge(learn, KD(teacher, SoftTarget), 10)
     with learn.no_bar(), learn.no_logging(): assert s==pytest.approx(learn.validate()[1])
@@ -172,4 +175,6 @@ def test_bad_input(small):
 def test_it_prints_as_a_table(small):
     learn,teacher,*_ = small
     a = suggest_weights(learn, KD(teacher, tiny))
-    assert 'tiny' in repr(a) and '- tiny: asleep' in repr(a) and '<li>tiny: asleep' in a._repr_html_() and '<table' in a._repr_html_()
+    text,html = repr(a),a._repr_html_()
+    assert 'tiny' in text and '- tiny: asleep' in text
+    assert '<li>tiny: asleep' in html and '<table' in html

@@ -22,7 +22,8 @@ from torch.utils.data import TensorDataset
 
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.core.stats import mcnemar
-from fasterai.distill.study.compare import Comparison, attention_map, compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
+from fasterai.distill.study.compare import (Comparison, attention_map, compare, plot_attention, plot_compare,
+                                            plot_similarity, plot_soft_targets)
 from fasterai.distill.study.report import save_report
 
 N = 60
@@ -145,7 +146,8 @@ def test_tabular():
     assert t.params['alone']<t.params['teacher'] and t.throughput.gt(0).all() and 0<=t.ece['alone']<=1
 
 def test_text_of_different_lengths():
-    from fastai.text.all import AWD_LSTM, BaseTokenizer, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock, awd_lstm_clas_config, text_classifier_learner
+    from fastai.text.all import (AWD_LSTM, BaseTokenizer, CategoryBlock, ColReader, ColSplitter, DataBlock, TextBlock,
+                                 awd_lstm_clas_config, text_classifier_learner)
     df = pd.DataFrame(dict(text=[' '.join(['good' if i%2 else 'bad']*(1+i%7)) for i in range(48)],
                            y=[i%2 for i in range(48)], is_valid=[i>=24 for i in range(48)]))
     block = DataBlock((TextBlock.from_df('text', tok=BaseTokenizer(), n_workers=1, min_freq=1), CategoryBlock),
@@ -196,14 +198,16 @@ def test_learners_are_untouched():
     weights,opt = deepcopy(learn.model.state_dict()),deepcopy(learn.opt.state_dict())
     modes,rng,metric = [m.training for m in learn.model.modules()],torch.get_rng_state(),learn.metrics[0]
     compare(dict(a=learn), n_boot=10, min_time=0.01)
-    plot_soft_targets(learn, 0); plot_attention(learn, deepcopy(learn.model), [('0', '1')],
-                                                [0]); plot_similarity(learn, deepcopy(learn.model), items=8)
+    plot_soft_targets(learn, 0)
+    plot_attention(learn, deepcopy(learn.model), [('0', '1')], [0])
+    plot_similarity(learn, deepcopy(learn.model), items=8)
     assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items())
     now = learn.opt.state_dict()
-    assert all(torch.equal(a[k], b[k]) if isinstance(b[k], torch.Tensor) else a[k]==b[k] for a,
-               b in zip(now['state'], opt['state']) for k in b)
-    assert modes==[m.training for m in learn.model.modules()] and torch.equal(rng,
-                                                                              torch.get_rng_state()) and learn.metrics[0] is metric
+    assert all(torch.equal(a[k], b[k]) if isinstance(b[k], torch.Tensor) else a[k]==b[k]
+               for a,b in zip(now['state'], opt['state']) for k in b)
+    assert modes==[m.training for m in learn.model.modules()]
+    assert torch.equal(rng, torch.get_rng_state())
+    assert learn.metrics[0] is metric
     assert not any(m._forward_hooks for m in learn.model.modules())
 
 # --- bad input
@@ -296,12 +300,14 @@ def test_the_page_is_self_contained(tmp_path, y):
                 n_boot=20)
     page = save_report(tmp_path/'out', t, {'Cost & gain':plot_compare(t)}, dict(seed=3, note='<script>'))
     text = page.read_text()
-    assert '<script' not in text and not re.search(r'(?:src|href)="(?!data:)',
-                                                   text) and 'a &lt;b&gt;' in text and 'Cost &amp; gain' in text
+    assert '<script' not in text and not re.search(r'(?:src|href)="(?!data:)', text)
+    assert 'a &lt;b&gt;' in text and 'Cost &amp; gain' in text
     back = pd.read_csv(tmp_path/'out'/'report.csv', index_col=0)
     assert back.accuracy.tolist()==t.accuracy.tolist() and (tmp_path/'out'/'cost___gain.png').read_bytes()[1:4]==b'PNG'
     for k in ('torch', 'fastai', 'fasterai', 'python'): assert f'<th>{k}</th>' in text
 
 def test_table_is_a_dataframe(y):
     t = compare(dict(alone=_given(torch.randn(N, 4), y), b=_given(torch.randn(N, 4), y)), n_boot=20, min_time=0.01)
-    assert isinstance(t, Comparison) and t.to_csv() and 'accuracy vs alone' in t._repr_html_() and type(t[['accuracy']]) is pd.DataFrame
+    assert isinstance(t, Comparison)
+    assert t.to_csv() and 'accuracy vs alone' in t._repr_html_()
+    assert type(t[['accuracy']]) is pd.DataFrame

@@ -111,7 +111,8 @@ def test_lengths_and_equal_time(teacher):
     r = study.table('valid_loss').set_index(['arm', 'epochs']).loc['kd', 1]
     runs = study.runs.set_index(['arm', 'epochs', 'seed']).valid_loss
     assert r.time==2 and r.alone_epochs==2
-    assert r.gain==pytest.approx((runs['kd', 1]-runs['alone', 1]).mean()) and r.same_time==pytest.approx((runs['kd', 1]-runs['alone', 2]).mean())
+    assert r.gain==pytest.approx((runs['kd', 1]-runs['alone', 1]).mean())
+    assert r.same_time==pytest.approx((runs['kd', 1]-runs['alone', 2]).mean())
     assert 'kd, 1 epochs at equal time: ' in study.verdict('valid_loss')
 
 
@@ -122,7 +123,9 @@ def test_an_experiment_of_a_regression():
                      loss_func=MSELossFlat(), weight=0.5)
     exp.train_teacher(20)
     exp.run([1, 2], 3)
-    assert exp.table().columns[2]=='mse' and len(exp.runs)==6 and len(exp.pairs)==3 and exp.best[0]==exp.runs.query('epochs==2').distilled.min()
+    assert exp.table().columns[2]=='mse'
+    assert len(exp.runs)==6 and len(exp.pairs)==3
+    assert exp.best[0]==exp.runs.query('epochs==2').distilled.min()
     raw = {n:(g.distilled-g.alone) for n,g in exp.runs.groupby('epochs')}
     assert {n:t.diff for n,t in exp.tests().items()}==pytest.approx({n:d.mean() for n,d in raw.items()})
     assert exp.verdict().count('adjusted p')==2 and ' mse (95%' in exp.verdict()
@@ -142,8 +145,9 @@ def test_a_study_that_learned_a_new_teacher_forgets_the_old_runs(teacher, tmp_pa
                   tmp_path/'r.csv').run([1, 2], 2, progress=False)
     with torch.no_grad(): teacher[1].bias.add_(1)
     study.run(1, 2, progress=False)
-    assert study.runs.groupby(['arm', 'epochs']).size().to_dict()=={('alone', 1):2, ('alone', 2):2,
-                                                                    ('kd', 1):2} and len(study.log.rows)==10
+    sizes = study.runs.groupby(['arm', 'epochs']).size().to_dict()
+    assert sizes=={('alone', 1):2, ('alone', 2):2, ('kd', 1):2}
+    assert len(study.log.rows)==10
 
 
 # --- the log
@@ -185,8 +189,8 @@ def test_rows_that_do_not_fit_are_said_and_kept(tmp_path):
 # --- report and pictures
 
 def test_a_broken_figure_costs_nothing_else(tmp_path):
-    runs = [dict(arm=a, epochs=1, seed=s, seconds=1., accuracy=v+s/10) for a,
-            v in (('alone', 0.1), ('b', 0.3)) for s in range(2)]
+    runs = [dict(arm=a, epochs=1, seed=s, seconds=1., accuracy=v+s/10)
+            for a,v in (('alone', 0.1), ('b', 0.3)) for s in range(2)]
     import pandas as pd
     table = summary(pd.DataFrame(runs))
     def broken(): raise ValueError('$5_$10')

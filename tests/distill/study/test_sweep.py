@@ -45,8 +45,8 @@ def test_every_point_and_seed_once(teacher):
     runs = _sweep(teacher).runs
     assert (runs.run=='teacher').sum()==1 and (runs.run=='alone').sum()==2
     d = runs[runs.run=='distilled']
-    assert sorted(map(tuple, d[['T', 'weight', 'seed']].values.tolist()))==[(T, w, s) for T in (1, 4)
-                                                                            for w in (0.5, 0.9) for s in (0, 1)]
+    points = sorted(map(tuple, d[['T', 'weight', 'seed']].values.tolist()))
+    assert points==[(T, w, s) for T in (1, 4) for w in (0.5, 0.9) for s in (0, 1)]
 
 class StopAt(Callback):
     "A power cut in the n-th training"
@@ -94,10 +94,12 @@ def test_another_way_of_training_is_another_run(teacher, tmp_path):
     assert (tmp_path/'r.csv').read_text().count('teacher,')==1 # judged once: nobody trains it
 
 def _apart(path, teacher, make, **kw):
-    "Runs of `make` and `teacher` in the file of other ones, having asserted that they are those of a file of their own; and the number of fits"
+    """Runs of `make` and `teacher` in the file of other ones, and the number of fits
+
+    Asserts that the runs are those of a file of their own"""
     (fit,fits),(plain,_) = _counting(),_counting()
-    shared,own = (sweep(make, teacher, {'T':[4]}, epochs=1, seeds=(0, 1), path=p, fit=f, progress=False, **kw) for p,
-                  f in ((path, fit), (None, plain)))
+    shared,own = (sweep(make, teacher, {'T':[4]}, epochs=1, seeds=(0, 1), path=p, fit=f, progress=False, **kw)
+                  for p,f in ((path, fit), (None, plain)))
     assert _numbers(shared).equals(_numbers(own))
     return shared.runs.set_index(['run', 'seed']).valid_loss,len(fits)
 
@@ -162,7 +164,8 @@ def test_table_by_hand(teacher):
          for s in (0, 1, 2)]
     assert t.loc[('distilled', 4.), 'vs alone']==pytest.approx(sum(d)/3) and t.loc[('distilled', 4.), 'seeds']==3
     best = res.best('error_rate')['T']
-    assert t.loc[('distilled', best), 'error_rate']==t.loc['distilled'].error_rate.min() and res.best('accuracy')['T']==best
+    assert t.loc[('distilled', best), 'error_rate']==t.loc['distilled'].error_rate.min()
+    assert res.best('accuracy')['T']==best
 
 def test_losses_schedules_and_names_as_values(teacher):
     runs = _sweep(teacher, {'loss':[SoftTarget, Logits], 'schedule':['cos', 'lin']}, seeds=(0,), baseline=False).runs
@@ -179,7 +182,9 @@ def test_two_parameters_make_two_plots(teacher):
     res = _sweep(teacher)
     axs = res.plot()
     assert len(axs)==2 and [a.get_xlabel() for a in axs]==['T', 'weight']
-    x,y = axs[0].lines[0].get_data() if len(axs[0].lines[0].get_xdata())==2 else axs[0].containers[0].lines[0].get_data()
+    line = axs[0].lines[0]
+    if len(line.get_xdata())!=2: line = axs[0].containers[0].lines[0]
+    x,y = line.get_data()
     assert y[0]==pytest.approx(res.runs[(res.runs['T']==x[0])&(res.runs.weight==0.5)].accuracy.mean())
     plt.close('all')
 
@@ -199,4 +204,5 @@ def test_bad_input(teacher, tmp_path):
 def test_a_file_without_a_whole_header(teacher, tmp_path, text):
     (tmp_path/'r.csv').write_text(text)
     assert len(_sweep(teacher, {'T':[1]}, seeds=(0,), path=tmp_path/'r.csv').runs)==3
-    assert (tmp_path/'r.csv').read_text().startswith('run,T,setting,seed,epochs,valid_loss,accuracy,error_rate,seconds\n')
+    header = 'run,T,setting,seed,epochs,valid_loss,accuracy,error_rate,seconds\n'
+    assert (tmp_path/'r.csv').read_text().startswith(header)

@@ -10,9 +10,11 @@ class Block(nn.Module):
     "A residual block with one in-place ReLU that runs twice, as torchvision's"
     def __init__(self, c):
         super().__init__()
-        self.conv1,self.bn1,self.relu = nn.Conv2d(c, c, 3, padding=1,
-                                                  bias=False),nn.BatchNorm2d(c),nn.ReLU(inplace=True)
-        self.conv2,self.bn2 = nn.Conv2d(c, c, 3, padding=1),nn.BatchNorm2d(c)
+        self.conv1 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(c)
 
     def forward(self, x): return self.relu(x + self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 

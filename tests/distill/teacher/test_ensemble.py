@@ -16,8 +16,8 @@ def test_ensemble_is_the_log_of_the_average_of_probabilities(x):
     probs = [plain(n, x).double().softmax(1) for n in nets]
     for i in range(len(x)):
         for c in range(5):
-            assert pred[i,c].item()==pytest.approx(torch.log(sum(wk*p[i,c] for wk,p in zip(w, probs))/sum(w)).item(),
-                                                   abs=1e-5)
+            mean = sum(wk*p[i,c] for wk,p in zip(w, probs))/sum(w)
+            assert pred[i,c].item()==pytest.approx(torch.log(mean).item(), abs=1e-5)
     assert torch.equal(fm['3'], plain_maps(nets[0], x, ['3'])['3'])
 
 def test_ensemble_stays_finite_where_probabilities_vanish():

@@ -124,7 +124,9 @@ def test_version(net, x):
     assert len(seen)==5
 
 def test_a_mean_teacher_in_a_fit(x):
-    "The teacher is the student's average, taken after each step: a folded copy gives the losses that the module itself gives"
+    """The teacher is the student's average, taken after each step
+
+    A folded copy gives the losses that the module itself gives"""
     from fastai.callback.core import Callback
     from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
     class Averages(Callback):

@@ -13,8 +13,8 @@ from teacher_nets import make_net, net, plain, plain_maps, rel_err, seed, x
 def test_fold_is_exact_and_leaves_what_it_must(net, x):
     folded = deepcopy(net)
     assert fold_batchnorms(folded)==['0', '3.conv1', '3.conv2', '4.conv1', '4.conv2']
-    assert rel_err(folded(x), plain(net, x))<1e-6 and [n for n,
-                                                       _ in folded.named_modules()]==[n for n,_ in net.named_modules()]
+    assert rel_err(folded(x), plain(net, x))<1e-6
+    assert [n for n,_ in folded.named_modules()]==[n for n,_ in net.named_modules()]
 
 def test_fold_leaves_convolutions_with_other_readers():
     class Net(nn.Module):
@@ -52,8 +52,8 @@ def test_what_fx_cannot_trace_is_left_unfolded_and_said_so(x):
 def test_norms_and_vectors_stay_in_fp32(net):
     half = frozen_copy(net, torch.bfloat16, channels_last=True)
     assert half[1].running_var.dtype==half[1].weight.dtype==torch.float32 and half[8].bias.dtype==torch.bfloat16
-    assert half[0].weight.is_contiguous(memory_format=torch.channels_last) and not any(p.requires_grad
-                                                                                       for p in half.parameters())
+    assert half[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not any(p.requires_grad for p in half.parameters())
 
 def test_transformers_in_half_precision():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -83,8 +83,8 @@ def test_a_refreshed_copy_is_as_a_new_one(net, x, opts, tol):
 
 def test_a_twin_shares_tensors_and_no_hooks_or_modes(net, x):
     other = twin(net)
-    assert all(a is b for a,b in zip(other.parameters(), net.parameters())) and all(a is b for a,
-                                                                                    b in zip(other.buffers(), net.buffers()))
+    assert all(a is b for a,b in zip(other.parameters(), net.parameters()))
+    assert all(a is b for a,b in zip(other.buffers(), net.buffers()))
     assert not other.training and net.training and not set(other.modules()) & set(net.modules())
 
 def test_a_copy_leaves_graphs_behind_and_shares_what_was_shared():

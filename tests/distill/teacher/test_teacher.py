@@ -31,7 +31,8 @@ def test_an_interrupt_leaves_modes_hooks_autocast_and_random_numbers_as_they_wer
         before,rng = state(net),torch.get_rng_state()
         with pytest.raises(KeyboardInterrupt): Teacher(net, **opts)(x, layers=['3'])
         assert_same_state(state(net), before)
-        assert torch.equal(rng, torch.get_rng_state()) and not torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
+        assert torch.equal(rng, torch.get_rng_state())
+        assert not torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
 
 def test_a_teacher_that_draws_random_numbers_takes_none_from_the_student(x):
     class Noisy(nn.Module):
@@ -157,8 +158,9 @@ def test_in_a_fit():
 def test_it_follows_the_batch_to_its_device(net, x, opts, tol):
     ref,rng = plain(net, x),torch.cuda.get_rng_state()
     pred,fm = Teacher(net, **opts)(x.cuda(), layers=['3'])
-    assert pred.is_cuda and fm['3'].is_cuda and rel_err(pred.cpu(),
-                                                        ref)<tol and torch.equal(rng, torch.cuda.get_rng_state())
+    assert pred.is_cuda and fm['3'].is_cuda
+    assert rel_err(pred.cpu(), ref)<tol
+    assert torch.equal(rng, torch.cuda.get_rng_state())
     assert next(net.parameters()).is_cuda==(not opts)
 
 # Beginning and end of a fit

@@ -200,7 +200,7 @@ def _is_on_record(self:Recorder, xb, trace):
         self.cache.give_up("the teacher's weights have changed since the fit began, and so have its answers")
     return not self.cache.off
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #d8b483cb
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #d80d5ffd
 @patch
 def _read(self:Recorder, rows, tag, seen):
     "What is stored, and which rows hold an answer to these very inputs"
@@ -209,7 +209,8 @@ def _read(self:Recorder, rows, tag, seen):
     if differ.any() and not self.told:
         self.told = True
         self.cache.warn(f"sample {rows[differ][0]%self.trace.n} is not the input that the teacher saw: "
-                        "a transform or a callback changes it at random, or the data changed since. The teacher is asked again for such samples")
+                        "a transform or a callback changes it at random, or the data changed since. "
+                        "The teacher is asked again for such samples")
     return rec,there & ~differ
 
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['magic', 'read_header', 'whole_pages', 'read_block', 'size_text', 'create', 'row_type', 'Store']
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #5b09d316
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #d2ae1055
 import errno
 import json
 import os
@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #ab757d98
 magic = b'\x89fasterai teacher cache 2\n'
@@ -147,7 +148,7 @@ def _runs(rows):
     bounds = [0, *cuts.tolist(), len(rows)]
     return zip(bounds, bounds[1:])
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #c44f4ddb
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #6c7c12c0
 _in_memory = 1<<28
 
 class Store:
@@ -182,55 +183,64 @@ class Store:
         if self.fd is not None: os.close(self.fd)
         self.fd = None
 
-    def read(self, rows, tag):
-        "What is stored in `rows`, and which of them are whole and of this `tag`"
-        rec = np.zeros(len(rows), self.row) if self.kept is None else self.kept[rows]
-        there = rec['tag']==tag
-        if not there.all():
-            rest = np.flatnonzero(~there)
-            rec[rest],there[rest] = self._load(rows[rest], tag)
-            self._keep(rows[rest][there[rest]], rec[rest][there[rest]])
-        return rec,there
-
-    def _load(self, rows, tag):
-        rec = self._pread(rows)
-        there = rec['tag']==tag
-        raw = rec.view(np.uint8).reshape(len(rows), -1)
-        damaged = [i for i in np.flatnonzero(there) if rec['crc'][i]!=_checksum(raw[i], rows[i])]
-        if damaged:
-            there[damaged] = False
-            warnings.warn(f"teacher cache: {len(damaged)} damaged rows in {self.path}; "
-                          "the teacher is asked again for them")
-        return rec,there
-
-    def _pread(self, rows):
-        rec = np.zeros(len(rows), self.row)
-        raw = rec.view(np.uint8).reshape(len(rows), -1)
-        for i,j in _runs(rows):
-            got = os.pread(self.fd, raw[i:j].size, self._place(rows[i]))
-            raw[i:j].reshape(-1)[:len(got)] = np.frombuffer(got, np.uint8)
-        return rec
-
     def _place(self, row): return self.start+int(row)*self.row.itemsize
 
-    def _keep(self, rows, rec):
-        if self.kept is not None: self.kept[rows] = rec
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #edac307f
+@patch
+def read(self:Store, rows, tag):
+    "What is stored in `rows`, and which of them are whole and of this `tag`"
+    rec = np.zeros(len(rows), self.row) if self.kept is None else self.kept[rows]
+    there = rec['tag']==tag
+    if not there.all():
+        rest = np.flatnonzero(~there)
+        rec[rest],there[rest] = self._load(rows[rest], tag)
+        self._keep(rows[rest][there[rest]], rec[rest][there[rest]])
+    return rec,there
 
-    def missing(self):
-        "Numbers of the rows that were never written"
-        rows = np.arange(self.n) if self.kept is None else np.flatnonzero(self.kept['tag']==0)
-        written = [any(os.pread(self.fd, 4, self._place(r))) for r in rows]
-        return rows[~np.array(written, bool)]
+@patch
+def _load(self:Store, rows, tag):
+    rec = self._pread(rows)
+    there = rec['tag']==tag
+    raw = rec.view(np.uint8).reshape(len(rows), -1)
+    damaged = [i for i in np.flatnonzero(there) if rec['crc'][i]!=_checksum(raw[i], rows[i])]
+    if damaged:
+        there[damaged] = False
+        warnings.warn(f"teacher cache: {len(damaged)} damaged rows in {self.path}; "
+                      "the teacher is asked again for them")
+    return rec,there
 
-    def write(self, rows, tag, sig, said):
-        "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
-        if self.cannot_write is not None: raise self.cannot_write
-        rec = np.zeros(len(rows), self.row)
-        raw = rec.view(np.uint8).reshape(len(rows), -1)
-        rec['tag'] = tag
-        rec['sig'] = sig
-        for name,o in said.items(): rec[name] = o.numpy()
-        rec['crc'] = [_checksum(*o) for o in zip(raw, rows)]
-        for i,j in _runs(rows):
-            if os.pwrite(self.fd, raw[i:j], self._place(rows[i]))!=raw[i:j].size: raise OSError("the disk is full")
-        self._keep(rows, rec)
+@patch
+def _pread(self:Store, rows):
+    rec = np.zeros(len(rows), self.row)
+    raw = rec.view(np.uint8).reshape(len(rows), -1)
+    for i,j in _runs(rows):
+        got = os.pread(self.fd, raw[i:j].size, self._place(rows[i]))
+        raw[i:j].reshape(-1)[:len(got)] = np.frombuffer(got, np.uint8)
+    return rec
+
+@patch
+def _keep(self:Store, rows, rec):
+    if self.kept is not None: self.kept[rows] = rec
+
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #36c1398d
+@patch
+def missing(self:Store):
+    "Numbers of the rows that were never written"
+    rows = np.arange(self.n) if self.kept is None else np.flatnonzero(self.kept['tag']==0)
+    written = [any(os.pread(self.fd, 4, self._place(r))) for r in rows]
+    return rows[~np.array(written, bool)]
+
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #ac050747
+@patch
+def write(self:Store, rows, tag, sig, said):
+    "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
+    if self.cannot_write is not None: raise self.cannot_write
+    rec = np.zeros(len(rows), self.row)
+    raw = rec.view(np.uint8).reshape(len(rows), -1)
+    rec['tag'] = tag
+    rec['sig'] = sig
+    for name,o in said.items(): rec[name] = o.numpy()
+    rec['crc'] = [_checksum(*o) for o in zip(raw, rows)]
+    for i,j in _runs(rows):
+        if os.pwrite(self.fd, raw[i:j], self._place(rows[i]))!=raw[i:j].size: raise OSError("the disk is full")
+    self._keep(rows, rec)

@@ -1,4 +1,6 @@
-"A small data set, a teacher that counts what it is asked, and a callback that distils, for the tests of recorded answers"
+"""For the tests of recorded answers
+
+A small data set, a teacher that counts what it is asked, and a callback that distils"""
 import random
 
 import numpy as np

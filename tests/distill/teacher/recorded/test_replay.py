@@ -30,8 +30,8 @@ class TestReplay:
         cached = train(self.dls(), teacher, Replay(k=2, dtype=torch.float32), n=5, cbs=[CutMix(), rec])
         assert sum(teacher.seen)==2*N+PROBE
         epochs = [torch.stack(rec.xs[i:i+6]) for i in range(0, 30, 6)]
-        assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1],
-                                                                 epochs[3]) and not torch.equal(epochs[0], epochs[1])
+        assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3])
+        assert not torch.equal(epochs[0], epochs[1])
         class Asking(Replay):
             def ask(self, *xb): return self._recorder.ask_teacher(*xb)
         assert torch.equal(train(self.dls(), Teacher(), Asking(k=2), n=5, cbs=[CutMix()]), cached)

@@ -86,8 +86,13 @@ class TestOfAnInput:
 
     def test_layout_and_neighbours_do_not_count(self):
         x = self.x
-        for y in x.to(memory_format=torch.channels_last), x.transpose(2,
-                                                                      3).contiguous().transpose(2, 3), torch.cat([x, x])[4:], x.clone().requires_grad_(), x.double().float():
+        for y in (
+            x.to(memory_format=torch.channels_last),
+            x.transpose(2, 3).contiguous().transpose(2, 3),
+            torch.cat([x, x])[4:],
+            x.clone().requires_grad_(),
+            x.double().float(),
+        ):
             assert (sig(y)==sig(x)).all()
         assert (sig(x[1:3])==sig(x)[1:3]).all()
         b = torch.arange(40, dtype=torch.uint8).view(8, 5)
@@ -139,7 +144,8 @@ class TestOfAnInput:
 
     def test_the_same_in_another_process(self):
         code = ("import torch\nfrom fasterai.distill.teacher.recorded.signature import signature\n"
-                "x = torch.arange(6000.).view(2, 3000)\nsaid = signature([x, {'k':x.int(), 'names':['a', 'b']}]).tolist()\n")
+                "x = torch.arange(6000.).view(2, 3000)\n"
+                "said = signature([x, {'k':x.int(), 'names':['a', 'b']}]).tolist()\n")
         here = {}
         exec(code, here)
         there = subprocess.run([sys.executable, '-W', 'ignore', '-c', code+'print(said)'], capture_output=True,
@@ -164,8 +170,13 @@ class TestOfAnInput:
     @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
     def test_the_same_on_a_gpu(self):
-        for x in torch.randn(64, 3, 64, 64), torch.randint(0, 9, (5, 7)), torch.randn(3,
-                                                                                      5).half(), torch.zeros(4, 0), torch.randn(2, 3*4096+1):
+        for x in (
+            torch.randn(64, 3, 64, 64),
+            torch.randint(0, 9, (5, 7)),
+            torch.randn(3, 5).half(),
+            torch.zeros(4, 0),
+            torch.randn(2, 3*4096+1),
+        ):
             assert (sig(x.cuda())==sig(x)).all()
 
 
@@ -174,7 +185,9 @@ class TestWeightsDigest:
         net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         net.register_buffer('hidden', torch.zeros(2), persistent=False)
         before = weights_digest(net)
-        assert len(before)==32 and before==weights_digest([net])==weights_digest(Teacher(net)) and weights_digest([net, net])!=before
+        assert len(before)==32
+        assert before==weights_digest([net])==weights_digest(Teacher(net))
+        assert weights_digest([net, net])!=before
         for t in net[0].weight, net[1].running_mean, net.hidden:
             t.data[0] += 1e-6
             assert weights_digest(net)!=before
