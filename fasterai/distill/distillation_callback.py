@@ -28,7 +28,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #923e18c8
+# %% ../../nbs/distill/distillation_callback.ipynb #1011469b
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -53,7 +53,7 @@ class KnowledgeDistillationCallback(Callback):
         end_pct:float=1.,                   # Share of the training after which there is none
         select:Callable=None,               # From the student's output to its logits
         valid:bool=False,                   # Ask the teacher in validation too, for a column `valid_distill_loss`?
-        mask:str|int|Callable=None,         # Which positions count: a name or number of the inputs, or a function of them
+        mask:str|int|Callable=None,         # Which positions count: a name or number of inputs, or a function
     ):
         self._init_state()
         self.teacher = as_teacher(teacher)

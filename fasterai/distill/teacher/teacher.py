@@ -6,14 +6,14 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #136bbec9
+# %% ../../../nbs/distill/teacher/teacher.ipynb #0f81cf29
 import re
 from copy import copy
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastai.learner import Learner
 from fastai.torch_core import PrettyString, rank_distrib

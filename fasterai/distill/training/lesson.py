@@ -54,10 +54,10 @@ def target_of(
     y0,y1 = (nn.functional.one_hot(o.long(), n_classes).float() for o in (y, detuplify(mix.yb1)))
     return torch.lerp(y1, y0, mix.lam.view(-1, 1))
 
-# %% ../../../nbs/distill/training/lesson.ipynb #253341c3
+# %% ../../../nbs/distill/training/lesson.ipynb #ce528211
 def mask_of(
     xb:tuple,  # Inputs of a batch
-    mask=None, # Its name in a dict input, its number, or a function of the inputs; None: `attention_mask`, if there is one
+    mask=None, # Its name in a dict input, its number, or a function; None: `attention_mask`, if there is one
 )->Tensor|None:
     "Which positions of a batch count; None if it does not say. ValueError for a mask that is not there"
     if callable(mask): return mask(*xb)

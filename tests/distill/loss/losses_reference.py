@@ -1,6 +1,7 @@
 """The losses once more, as plain loops over Python floats: slow, and independent of the library's code.
 
-Logit losses take rows `z[n][c]` (one per position that counts), feature losses take maps `x[b][c][p]` (channels by positions)."""
+Logit losses take rows `z[n][c]` (one per position that counts), feature losses maps `x[b][c][p]` (channels by
+positions)."""
 import math
 
 mean = lambda xs: sum(xs)/len(xs)

@@ -28,7 +28,8 @@ def test_every_loss_has_an_entry():
 @pytest.mark.parametrize('info', catalogue.values(), ids=lambda o: o.name)
 def test_entries(info):
     doc = ' '.join(info.loss.__doc__.split())
-    assert info.paper in doc and info.venue in doc and f"arXiv {info.arxiv}" in doc if info.arxiv else 'arXiv' not in doc
+    if info.arxiv: assert info.paper in doc and info.venue in doc and f"arXiv {info.arxiv}" in doc
+    else: assert 'arXiv' not in doc
     assert info.weight>0 and info.task_weight>0 and info.kind in KINDS
     assert set(info.needs)=={p for p in Term(info.make()).required}
     recipe = recipe_of(info.name)

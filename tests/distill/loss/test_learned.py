@@ -37,7 +37,7 @@ def make(request): return losses[request.param]
 
 def extra(loss): return {'index': torch.tensor([4, 0, 7])} if getattr(loss, 'bank', 0) else {}
 
-# --- values ----------------------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 def conv1x1(w, x):
     "1x1 convolution in loops"
@@ -299,7 +299,7 @@ def test_ofd_asks_nothing_of_responses_below_the_margin():
     assert loss({'a': t.where(t>0, t-5)}, d['fm_t'])==0
     assert loss({'a': t.where(t>0, t+5)}, d['fm_t'])>0
 
-# --- for all of them -------------------------------------------------------------------------------------------------------------
+# --- for all of them ------------------------------------------------------------------------------
 
 def test_gradcheck(make):
     d = stages()
@@ -524,7 +524,7 @@ def test_other_sizes_than_built_on_are_refused_not_broadcast():
         loss = make().build(**d)
         with pytest.raises(ValueError, match='build it again'): loss(fm_s=d['fm_s'], fm_t=maps((2, 8, 1, 1)))
 
-# --- in a training ---------------------------------------------------------------------------------------------------------------
+# --- in a training --------------------------------------------------------------------------------
 
 class Net(nn.Module):
     "Two stages before their ReLU, and a head"

@@ -153,8 +153,10 @@ class NoSync(TorchDispatchMode):
 @every_case
 def test_never_waits_for_the_device(case, args):
     loss, _, s, t = case(*args)
-    ignore = dict(ignore_index=0, target=torch.ones([n for i,
-                                                     n in enumerate(s.shape) if i!=args[2]%s.ndim]).long()) if case is logit_case and args[0]!='BinaryKD' else {}
+    ignore = {}
+    if case is logit_case and args[0]!='BinaryKD':
+        positions = [n for i,n in enumerate(s.shape) if i!=args[2]%s.ndim]
+        ignore = dict(ignore_index=0, target=torch.ones(positions).long())
     with NoSync():
         loss(s.requires_grad_(), t).backward()
         loss(s, t, **ignore).backward()
@@ -289,8 +291,9 @@ def test_batch_of_one(name):
 @pytest.mark.parametrize('name', [*ON_MAPS, 'Attention_p1', 'IRG'])
 def test_dead_and_equal_samples(name, dtype):
     "All-zero maps and duplicates on either side: no NaN, and no gradient of 1e10"
-    loss = partial(Attention, p=1) if name=='Attention_p1' else partial(IRG, pred=torch.zeros(5, 2),
-                                                                        teacher_pred=torch.zeros(5, 2)) if name=='IRG' else ON_MAPS[name][0]
+    if name=='Attention_p1': loss = partial(Attention, p=1)
+    elif name=='IRG': loss = partial(IRG, pred=torch.zeros(5, 2), teacher_pred=torch.zeros(5, 2))
+    else: loss = ON_MAPS[name][0]
     s, t = (randn(5, 3, 4, 4, seed=i, dtype=DTYPES[dtype][0]) for i in (0, 1))
     s[0], t[1], s[2], t[2], s[4] = 0, 0, 0, 0, s[3]
     for a, b in ((s, t), (torch.zeros_like(s), t), (s, torch.zeros_like(t)), (torch.zeros_like(s), torch.zeros_like(t)),
@@ -474,7 +477,8 @@ def test_standardize_is_the_loss_it_wraps():
     assert math.isclose(loss(s, t, target=y).item(), want, rel_tol=1e-9)
     last = standardize(partial(SoftTarget, axis=-1))
     torch.testing.assert_close(last(s[None], t[None]), standardize(SoftTarget)(s, t))
-    assert repr(standardize(SoftTarget))=='standardize(SoftTarget)' and standardize(SoftTarget).__doc__==SoftTarget.__doc__
+    assert repr(standardize(SoftTarget))=='standardize(SoftTarget)'
+    assert standardize(SoftTarget).__doc__==SoftTarget.__doc__
 
 
 # Shapes and scales drawn at random
