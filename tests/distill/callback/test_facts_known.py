@@ -1,4 +1,6 @@
-"What the first batch shows is used or said: axis, gradients, probabilities, masks, layouts, outputs; and any object teaches"
+"""What the first batch shows is used or said; and any object teaches
+
+Axis, gradients, probabilities, masks, layouts and outputs"""
 import warnings
 from collections import OrderedDict
 from functools import partial
@@ -52,7 +54,8 @@ def first_value(kd, model, dls, loss_func):
 def test_a_class_axis_that_nobody_knows_is_refused_before_a_step():
     learn = learner(Tagger(8), tokens(), loss_func=own_loss)
     before = state(learn.model)
-    with pytest.raises(ValueError, match=r'axis: the logits have the shape \(8, 6, 5\).*partial\(SoftTarget, axis=-1\)'):
+    match = r'axis: the logits have the shape \(8, 6, 5\).*partial\(SoftTarget, axis=-1\)'
+    with pytest.raises(ValueError, match=match):
         learn.fit(1, cbs=KD(Tagger(16)))
     assert same(before, state(learn.model))
 
@@ -148,7 +151,8 @@ def test_maps_of_1d_convolutions_keep_their_moments():
     class Series(nn.Module):
         def __init__(self, w):
             super().__init__()
-            self.a,self.head = nn.Sequential(nn.Conv1d(2, w, 5, padding=2), nn.BatchNorm1d(w), nn.ReLU()),nn.Linear(w, 3)
+            self.a = nn.Sequential(nn.Conv1d(2, w, 5, padding=2), nn.BatchNorm1d(w), nn.ReLU())
+            self.head = nn.Linear(w, 3)
         def forward(self, x): return self.head(self.a(x).mean(-1))
     ds = torch.utils.data.TensorDataset(torch.randn(16, 2, 50), torch.arange(16)%3)
     dls = DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0) for _ in range(2)], device='cpu')
