@@ -1,4 +1,6 @@
-"What the first batch shows is used or said: axis, gradients, masks, layouts, outputs; and any object teaches"
+"""What the first batch shows is used or said; and any object teaches
+
+Axis, gradients, probabilities, masks, layouts and outputs"""
 import warnings
 from collections import OrderedDict
 from functools import partial
@@ -52,8 +54,8 @@ def first_value(kd, model, dls, loss_func):
 def test_a_class_axis_that_nobody_knows_is_refused_before_a_step():
     learn = learner(Tagger(8), tokens(), loss_func=own_loss)
     before = state(learn.model)
-    said = r'axis: the logits have the shape \(8, 6, 5\).*partial\(SoftTarget, axis=-1\)'
-    with pytest.raises(ValueError, match=said):
+    match = r'axis: the logits have the shape \(8, 6, 5\).*partial\(SoftTarget, axis=-1\)'
+    with pytest.raises(ValueError, match=match):
         learn.fit(1, cbs=KD(Tagger(16)))
     assert same(before, state(learn.model))
 
