@@ -282,7 +282,7 @@ class Steps(Callback):
     def after_batch(self):
         if not self.training: return
         self.losses.append(self.learn.loss.item())
-        ad = self.learn.knowledge_distillation._adapters
+        ad = self.learn.knowledge_distillation.learned['adapters']
         if self.first is None: self.first = [p.detach().clone() for p in ad.parameters()]
 
 def learner(student, size=32):
@@ -301,7 +301,7 @@ def test_fitnet_across_families(name):
         groups = [len(g) for g in learn.opt.param_lists]
         learn.fit_one_cycle(12, 2e-2, cbs=[kd, steps])
     assert steps.losses[-1]<0.85*steps.losses[0], steps.losses
-    assert all(p.ne(q).any() for p,q in zip(kd._adapters.parameters(), steps.first))
+    assert all(p.ne(q).any() for p,q in zip(kd.learned['adapters'].parameters(), steps.first))
     assert set(student.state_dict())==keys and [len(g) for g in learn.opt.param_lists]==groups
 
 def test_fitnets_two_stages():
