@@ -114,23 +114,22 @@ class KnowledgeDistillationCallback(Callback):
         "Leave all as it was"
         if self.session and not self.learn.lock.locked(): self.session.end()
 
-# %% ../../nbs/distill/distillation_callback.ipynb #351a8e80
-@patch(as_prop=True)
-def learn(self:KnowledgeDistillationCallback):
-    "The Learner that the callback is in"
-    return vars(self).get('_learn')
+# %% ../../nbs/distill/distillation_callback.ipynb #b6820e39
+def _learn_of(cb): return vars(cb).get('_learn')
 
-@patch(set_prop=True)
-def learn(self:KnowledgeDistillationCallback, learn): # noqa: F811
-    old = self.learn
+def _go_over(cb, learn):
+    "To another Learner, or to none"
+    old = cb.learn
     if learn is old: return
-    if learn is not None and self.session:
+    if learn is not None and cb.session:
         raise ValueError("this callback is in the middle of a fit of another Learner: make one for each Learner")
     if learn is None:
-        while self.session: self.session.close()
-        unwatch(old, self)
-    else: watch(learn, self)
-    vars(self)['_learn'] = learn
+        while cb.session: cb.session.close()
+        unwatch(old, cb)
+    else: watch(learn, cb)
+    vars(cb)['_learn'] = learn
+
+KnowledgeDistillationCallback.learn = property(_learn_of, _go_over, doc="The Learner that the callback is in")
 
 # %% ../../nbs/distill/distillation_callback.ipynb #0667ef5d
 @patch
