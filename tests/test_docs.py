@@ -112,7 +112,8 @@ def test_sources_are_linked_where_there_is_a_repository(site, monkeypatch):
     monkeypatch.setitem(notebooks.settings, 'git_url', 'https://example.org/us/ours')
     url = notebooks.linkcode_resolve('py', {'module': 'fasterai.distill.loss.logits', 'fullname': 'SoftTarget'})
     lines = (root/'fasterai/distill/loss/logits.py').read_text(encoding='utf-8').splitlines()
-    n = next(i for i,l in enumerate(lines, 1) if l.startswith('def SoftTarget'))
+    n = next(i for i,l in enumerate(lines, 1) if l.startswith('def SoftTarget')) - 1
+    assert lines[n-1]=='@as_loss' # a definition begins with its decorator
     assert url.startswith(f'https://example.org/us/ours/blob/main/fasterai/distill/loss/logits.py#L{n}-L')
 
 

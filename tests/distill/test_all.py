@@ -5,10 +5,10 @@ KnowledgeDistillationCallback get_model_layers get_module_by_name match_feature_
 Teacher Renormalize resize_batch TeacherCache Replay
 SoftTarget Logits Mutual DecoupledKD NKD HardTarget DIST TTM WTTM BinaryKD Ranking standardize
 Attention FitNet ActivationBoundaries Similarity CWD ChannelStats NST
-RKDDistance RKDAngle RKD PKT CC IRG VID CRD ReviewKD OFD available_losses
+RKDDistance RKDAngle RKD PKT CC IRG VID CRD ReviewKD OFD available_losses catalogue recipe_of
 Schedule lin cos one_shot iterative agp one_cycle dsd sched_oneshot sched_iterative sched_agp sched_onecycle sched_dsd
 available_schedules
-Experiment sweep compare suggest_weights
+Study Experiment sweep compare suggest_weights
 plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()
 
@@ -16,6 +16,6 @@ plot_compare plot_attention plot_similarity plot_soft_targets save_report
 def test_it_brings_what_users_type_and_nothing_else():
     got = {}
     exec('from fasterai.distill.all import *', got)
-    got = {n for n in got if n!='__builtins__'} - {'Study'}  # new; the list takes it up with its room
+    got = {n for n in got if n!='__builtins__'}
     assert got==set(WANTED), got ^ set(WANTED)
     assert len(WANTED)==len(set(WANTED))

@@ -170,7 +170,7 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     log = RunLog(tmp_path/'r.csv', ['a', 'b'])
     log.add(dict(a='a long value, with a comma', b='two\nlines'))
     monkeypatch.undo()
-    assert RunLog(tmp_path/'r.csv', ['a', 'b']).rows==[dict(a='a long value, with a comma', b='two lines')]
+    assert RunLog(tmp_path/'r.csv', ['a', 'b']).rows==[dict(a='a long value, with a comma', b='two\nlines')]
 
 def test_rows_that_do_not_fit_are_said_and_kept(tmp_path):
     path = tmp_path/'r.csv'

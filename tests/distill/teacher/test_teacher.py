@@ -145,8 +145,8 @@ def test_in_a_fit():
     assert 0<rel_err(fit(Teacher(net, dtype='bf16', fuse=True)), direct)<0.05
     early,(ran,off) = fit(Teacher(net), FitNet, ['0', '1']),count_calls(net)
     assert torch.equal(fit(Teacher(net), FitNet, ['0', '1']), early)
-    # four steps; the trial of the first batch runs to the end
-    assert ran.count('1')==5 and ran.count('2')==ran.count('5')==1
+    # four steps, the first batch's included, and none of them runs to the end
+    assert ran.count('1')==4 and ran.count('2')==ran.count('5')==0
     off()
     assert_same_state(state(net), before)
 
