@@ -47,30 +47,25 @@ COLS = ['setting', 'loss', 'epochs', 'seed', 'accuracy', 'best', 'task_weight', 
         'seconds', 'memory_mb', 'teacher', 'teacher_accuracy', 'device', 'torch', 'fastai', 'commit']
 
 
-def logit_losses(s):
-    "Loss, or loss and weight, or all arguments"
-    soft = dict(loss=partial(SoftTarget, T=4), weight=0.9, task_weight=0.1)
-    return {'SoftTarget': soft, 'Logits': Logits, 'Mutual': Mutual,
-            'DecoupledKD': partial(DecoupledKD, T=4, beta=s.beta)}
+def published(s):
+    "Each loss by the recipe that the catalogue has of it, at the layers that the setting has for it"
+    where = dict.fromkeys(['Attention', 'NST'], s.stages) | {'FitNet': s.hint}
+    found = {}
+    for name,info in catalogue.items():
+        if info.kind=='learned': continue
+        layers = where.get(name, s.last) if 'fm_s' in info.needs else None
+        found[name] = recipe_of(name) | dict(activations_student=layers)
+    found['DecoupledKD']['loss'] = partial(DecoupledKD, T=4, beta=s.beta)  # by the pair of networks
+    boundaries = {partial(ActivationBoundaries, m=1): s.ab}                # alone at first, then the task alone
+    found['ActivationBoundaries'] = dict(loss=boundaries, weight=1, task_weight=None, activations_student=s.before,
+                                         end_pct=1/8)
+    return dict(sorted(found.items(), key=lambda o: o[0] not in SEEDS_LOSSES))
 
-def map_losses(s):
-    "Loss, weight and layers, or all arguments"
-    boundaries = {partial(ActivationBoundaries, m=1): s.ab}  # alone at first, then the task alone
-    first = dict(loss=boundaries, weight=1, task_weight=None, activations_student=s.before, end_pct=1/8)
-    return {'Attention': (Attention, 1000, s.stages), 'FitNet': (FitNet, 100, s.hint),
-            'Similarity': (Similarity, 3000, s.last), 'ActivationBoundaries': first}
-
-def later_losses(s):
-    "Those that came after the first tutorials"
+def combined_losses(s):
+    "Two that the catalogue does not have"
     both = {partial(SoftTarget, T=4): 0.9, Attention: 1000}
-    return {'HardTarget': dict(loss=HardTarget, weight=0.5, task_weight=0.5), 'NKD': NKD,
-            'DIST': (partial(DIST, T=4), 2), 'TTM': (TTM, 45), 'WTTM': (WTTM, 45),
-            'BinaryKD': (BinaryKD, 10), 'Ranking': (Ranking, 0.1),
-            'standardize(SoftTarget)': dict(loss=partial(standardize(SoftTarget), T=2), weight=9, task_weight=0.1),
-            'SoftTarget + Attention': dict(loss=both, weight=1, task_weight=0.1, activations_student=s.stages),
-            'CWD': (CWD, 50, s.last), 'ChannelStats': (ChannelStats, 0.08, s.last), 'NST': (NST, 50, s.stages),
-            'RKDDistance': (RKDDistance, 25, s.last), 'RKDAngle': (RKDAngle, 50, s.last), 'RKD': (RKD, 1, s.last),
-            'PKT': (PKT, 30000, s.last), 'CC': (CC, 100, s.last), 'IRG': (IRG, 1, s.last)}
+    return {'standardize(SoftTarget)': dict(loss=partial(standardize(SoftTarget), T=2), weight=9, task_weight=0.1),
+            'SoftTarget + Attention': dict(loss=both, weight=1, task_weight=0.1, activations_student=s.stages)}
 
 def light_losses(s):
     "As a first try of the callback has them"
@@ -78,17 +73,10 @@ def light_losses(s):
     half = dict(weight=0.5, task_weight=0.5, activations_student=s.stages)
     return {f'{o.__name__} at 0.5': dict(loss=o, **half) for o in losses}
 
-def recipe(r):
-    "Arguments of the callback"
-    if isinstance(r, dict): return dict(task_weight=1) | r
-    loss,weight,layers = (*r, None)[:3] if isinstance(r, tuple) else (r, 1, None)
-    return dict(loss=loss, weight=weight, task_weight=1, activations_student=layers)
-
 def recipes(s):
     """Arguments of the callback for each loss, by its name; the losses of the first tutorials come first. None trains
     without a teacher"""
-    found = logit_losses(s) | map_losses(s) | later_losses(s) | light_losses(s)
-    return {'alone': None} | {k:recipe(r) for k,r in found.items()}
+    return {'alone': None} | published(s) | combined_losses(s) | light_losses(s)
 
 SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD',
                 'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
