@@ -176,7 +176,7 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #d751ba43
+# %% ../../../nbs/distill/training/session.ipynb #3342ff6b
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
@@ -195,7 +195,9 @@ def asks(self:Session, training:bool)->bool:
     return self.weight>0 and (training or self.kd.recipe.valid and not self.learn.lock.locked())
 
 @patch
-def stop_listening(self:Session): self.hooks.close()
+def stop_listening(self:Session):
+    "Take the hooks off the student; what they captured is kept for the lesson"
+    self.hooks.close()
 
 @patch
 def end_batch(self:Session):
@@ -296,9 +298,10 @@ def _mix(self:Session, task, distill, xb):
     learn.loss = loss.detach().clone()
     if task is None: learn.yb = xb[:1]
 
-# %% ../../../nbs/distill/training/session.ipynb #2348d95f
+# %% ../../../nbs/distill/training/session.ipynb #601e672c
 @patch
 def begin_epoch(self:Session):
+    "A new epoch's log; at the first one, bring teacher and student together"
     self.kd.log.start()
     if self.ask is None: self.meet()
     self.kd.learned.train()
@@ -306,11 +309,13 @@ def begin_epoch(self:Session):
 
 @patch
 def end_epoch(self:Session, training:bool=True):
+    "Take the means of the training, or of the validation, over all processes"
     self.end_batch()
     self.kd.log.close(training, self._sum_over_processes)
 
 @patch
 def begin_validation(self:Session):
+    "Nothing that learns moves in the validation"
     self.end_batch()
     self.kd.learned.eval()
     self._reset_teacher()
@@ -322,6 +327,7 @@ def _reset_teacher(self:Session):
 
 @patch
 def after_step(self:Session):
+    "Tell the teacher that the student has changed"
     if self.ask is not None: self.kd.teacher.after_step(self.learn)
 
 @patch
