@@ -28,7 +28,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #1011469b
+# %% ../../nbs/distill/distillation_callback.ipynb #07893fa8
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -52,11 +52,12 @@ class KnowledgeDistillationCallback(Callback):
         start_pct:float=0.,                 # Share of the training before which there is no distillation
         end_pct:float=1.,                   # Share of the training after which there is none
         select:Callable=None,               # From the student's output to its logits
+        select_teacher:Callable=None,       # From the teacher's, for a model; as `Teacher(model, select=)`
         valid:bool=False,                   # Ask the teacher in validation too, for a column `valid_distill_loss`?
         mask:str|int|Callable=None,         # Which positions count: a name or number of inputs, or a function
     ):
         self._init_state()
-        self.teacher = as_teacher(teacher)
+        self.teacher = as_teacher(teacher, **({} if select_teacher is None else dict(select=select_teacher)))
         self.recipe = Recipe.of(
             loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight,
             adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid,

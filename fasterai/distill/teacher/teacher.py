@@ -6,11 +6,12 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #0f81cf29
+# %% ../../../nbs/distill/teacher/teacher.ipynb #22c8eea0
 import re
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ class Teacher(BaseTeacher):
         self.__dict__.update(state)
         self._forget_fit()
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #15a69c6f
+# %% ../../../nbs/distill/teacher/teacher.ipynb #230832eb
 def _as_list(models): return models if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
 
 def _as_modules(models):
@@ -90,6 +91,7 @@ def _as_module(m):
     if isinstance(m, nn.Module): return m
     if isinstance(getattr(m, 'model', None), nn.Module): return m.model
     hint = '; call it to make one' if isinstance(m, type) or callable(m) else ''
+    if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
     raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #7e34423a
@@ -266,13 +268,15 @@ def reset(self:Teacher):
     for net in self.nets:
         if hasattr(unwrap(net.net), 'reset'): unwrap(net.net).reset()
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #c70ddcef
+# %% ../../../nbs/distill/teacher/teacher.ipynb #164e63e5
 def as_teacher(
     teacher, # A Module, a Learner, a list of them, a teacher, or any object with `answer`
     **kwargs # For `Teacher`
 )->BaseTeacher:
     "`teacher` as a teacher; one that is a teacher already is returned as it is"
-    if isinstance(teacher, BaseTeacher): return teacher
+    if isinstance(teacher, BaseTeacher):
+        if not kwargs: return teacher
+        raise ValueError(f"{', '.join(kwargs)}: the teacher is a {type(teacher).__name__} already: say it there")
     a_network = isinstance(teacher, (nn.Module, Learner, list, tuple, type))
     if not a_network and callable(getattr(teacher, 'answer', None)): return AdaptedTeacher(teacher)
     return Teacher(teacher, **kwargs)

@@ -217,3 +217,15 @@ def test_a_teacher_of_an_older_student_can_be_written_in_a_few_lines():
         opt.step()
         for a,b in zip(mean.parameters(), hand.parameters()): a.data.lerp_(b.data, 0.5)
     for a,b in zip(learn.model.parameters(), hand.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_teachers_output_may_have_a_select_of_its_own():
+    class Dict(nn.Module):
+        def __init__(self): super().__init__(); self.net = teacher()
+        def forward(self, x): return {'scores': self.net(x)}
+    kd,plain = KD(Dict(), select_teacher=lambda o: o['scores']),KD(teacher())
+    learner().fit(1, cbs=kd)
+    learner().fit(1, cbs=plain)
+    assert kd.log.history.distill_loss.tolist()==plain.log.history.distill_loss.tolist()
+    with pytest.raises(ValueError, match='select: the teacher is a Teacher already'):
+        KD(Teacher(teacher()), select_teacher=lambda o: o)
