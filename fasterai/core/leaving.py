@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from fastai.learner import Learner
 from fastcore.foundation import L
 
-# %% ../../nbs/core/leaving.ipynb #ec2066a7
+# %% ../../nbs/core/leaving.ipynb #b9a704cc
 class Fit:
     "A fit that is running: what to undo when it is over, and what a copy of its Learner has no use for"
     def __init__(self):
@@ -35,7 +35,7 @@ class FitWatch:
 
     def _refuse_strangers(self):
         for o in self.owners:
-            if o.learn is self.learn: continue
+            if o.learn is self.learn or not any(o is cb for cb in self.learn.cbs): continue
             raise ValueError(f"this {type(o).__name__} has been put into another Learner since: make one for each")
 
     def state(self)->dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #0d5bd8cb
+# %% ../../nbs/distill/distillation_callback.ipynb #f0468758
 from copy import deepcopy
 from typing import Callable
 
@@ -22,13 +22,13 @@ from .layers.names import get_model_layers, get_module_by_name
 from .losses import SoftTarget
 from .teacher.teacher import as_teacher
 from .training.learned import remember
-from .training.recipe import Recipe
+from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #07893fa8
+# %% ../../nbs/distill/distillation_callback.ipynb #035dc272
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -43,7 +43,7 @@ class KnowledgeDistillationCallback(Callback):
         loss:Callable|list|dict=SoftTarget, # Distillation loss, or its name; a list, or a dict of loss to weight
         activations_student:str|list|dict=None, # Layers to compare: names, or student's to teacher's
         activations_teacher:str|list=None,  # The teacher's layers, in the order of the student's
-        weight:float=None,                  # Of the distillation loss; None: 0.5, or for a loss by name its authors'
+        weight:float=UNSAID_WEIGHT,         # Weight of the distillation; of a loss by name, its authors'
         schedule:Schedule|Callable|str=None,# Multiplies `weight` over the training, for example `cos`
         *,
         task_weight:float=None,             # Weight of the task loss; None: what the weight in force leaves of 1
@@ -75,45 +75,50 @@ class KnowledgeDistillationCallback(Callback):
         self._refuse_teacherless()
         self.session = Session(self, self.learn, outer=self.session).open()
 
+    @property
+    def teaching(self):
+        "The session; none outside of a fit, and none in a validation or prediction that somebody asks for within it"
+        return None if self.session is None or self.learn.lock.locked() else self.session
+
     def before_train(self):
         "At the first epoch, bring teacher and student together"
-        if self.session: self.session.begin_epoch()
+        if s := self.teaching: s.begin_epoch()
 
     def before_batch(self):
         "Set the weight in force, and while it is not 0 listen to the student's layers"
-        if self.session: self.session.begin_batch()
+        if s := self.teaching: s.begin_batch()
 
     def after_pred(self):
         "Stop listening"
-        if self.session: self.session.stop_listening()
+        if s := self.teaching: s.stop_listening()
 
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
-        if self.session: self.session.teach()
+        if s := self.teaching: s.teach()
 
     def after_step(self):
         "Let a teacher that follows the student take its step"
-        if self.session: self.session.after_step()
+        if s := self.teaching: s.after_step()
 
     def after_batch(self):
         "Let the captured maps go"
-        if self.session: self.session.end_batch()
+        if s := self.teaching: s.end_batch()
 
     def after_train(self):
         "Take the epoch's means"
-        if self.session: self.session.end_epoch()
+        if s := self.teaching: s.end_epoch()
 
     def before_validate(self):
         "Adapters and learned losses learn nothing from the validation"
-        if self.session: self.session.begin_validation()
+        if s := self.teaching: s.begin_validation()
 
     def after_validate(self):
         "Take the means of the validation, where the teacher is asked in it"
-        if self.session and not self.learn.lock.locked(): self.session.end_epoch(training=False)
+        if s := self.teaching: s.end_epoch(training=False)
 
     def after_fit(self):
         "Leave all as it was"
-        if self.session and not self.learn.lock.locked(): self.session.end()
+        if s := self.teaching: s.end()
 
 # %% ../../nbs/distill/distillation_callback.ipynb #b6820e39
 def _learn_of(cb): return vars(cb).get('_learn')
@@ -162,7 +167,7 @@ def loss_names(self:KnowledgeDistillationCallback)->list[str]:
     if len(self.terms)==1: return ['task_loss', 'distill_loss']
     return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
 
-# %% ../../nbs/distill/distillation_callback.ipynb #04bce183
+# %% ../../nbs/distill/distillation_callback.ipynb #4d52b045
 @patch(as_prop=True)
 def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
     "Adapters and learned losses, once the first batch has built them; their `state_dict` is no part of the student's"
@@ -174,8 +179,9 @@ def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
 def load_learned(self:KnowledgeDistillationCallback,
     state:dict, # `kd.learned.state_dict()` of an earlier callback with the same losses and layers
 ):
-    "Go on from what adapters and learned losses knew, once the first batch has built them again"
-    self.loading = state
+    "Go on from what adapters and learned losses knew, now or once the first batch has built them"
+    if self.eyes is None or self.eyes.shapes is None: self.loading = state
+    else: self.learned.load_state_dict(state)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #61c02d06
 @patch
@@ -193,7 +199,7 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     if id(self.learn) in memo: new.learn = memo[id(self.learn)]
     return new
 
-# %% ../../nbs/distill/distillation_callback.ipynb #6b509f2a
+# %% ../../nbs/distill/distillation_callback.ipynb #d843dffb
 @patch
 def terms_on(self:KnowledgeDistillationCallback,
     learn,     # The student's `Learner`; its model runs in the mode that it is in
@@ -202,7 +208,7 @@ def terms_on(self:KnowledgeDistillationCallback,
 )->tuple:
     "`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs"
     self._refuse_teacherless()
-    session = Session(self, learn)
+    session = Session(self, learn, self.session if self.session and self.session.learn is learn else None)
     with session.stack:
         session.meet(record=False)
         with session.eyes_open(): pred = learn.model(*xb)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Term', 'as_terms', 'OUTPUTS', 'FROM_TASK']
 
-# %% ../../../nbs/distill/loss/terms.ipynb #92f166b4
+# %% ../../../nbs/distill/loss/terms.ipynb #5f8ca46f
 import inspect
 import math
-from collections import Counter
 from functools import partial
+from itertools import chain, count
 from typing import Callable
 
 from fastcore.basics import listify, patch
@@ -119,17 +119,19 @@ def __call__(self:Term,
     raise ValueError(f"{self.name} must return a scalar, got a tensor of shape {tuple(d.shape)}: reduce it, for "
                      "example with .mean()")
 
-# %% ../../../nbs/distill/loss/terms.ipynb #3d27aaa1
+# %% ../../../nbs/distill/loss/terms.ipynb #bb80a301
 def as_terms(
     loss:Callable|str|list|dict, # A loss or its name, a list of them (weight 1 each), or a dict of loss to weight
 )->list[Term]:
     """The `Term`s of a callback's `loss` argument, each with a name of its own. ValueError for an unknown name, or none
     at all"""
     weights = loss.items() if isinstance(loss, dict) else [(o, 1.) for o in listify(loss)]
-    terms = [Term(recipe_of(o)['loss'] if isinstance(o, str) else o, w) for o,w in weights]
+    terms = [o if isinstance(o, Term) else _as_term(o, w) for o,w in weights]
     if not terms: raise ValueError("loss is empty: give at least one distillation loss")
-    seen = Counter()
+    taken = set()
     for o in terms:
-        seen[o.name] += 1
-        if seen[o.name]>1: o.name += f'_{seen[o.name]}'
+        o.name = next(n for n in chain([o.name], (f'{o.name}_{i}' for i in count(2))) if n not in taken)
+        taken.add(o.name)
     return terms
+
+def _as_term(loss, weight): return Term(recipe_of(loss)['loss'] if isinstance(loss, str) else loss, weight)

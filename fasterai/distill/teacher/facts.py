@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers.capture import tensors_in
 from .inputs import Renormalize
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #541a0155
+# %% ../../../nbs/distill/teacher/facts.ipynb #322614c5
 @dataclass(frozen=True)
 class Facts:
     "What is known of the data that a network was trained on; None for what is not"
@@ -35,12 +35,25 @@ def facts_of(
     return Facts(classes, words, _statistics(dls), _image_size(dls))
 
 def _vocabularies(dls):
-    "Words and classes: of two vocabularies the first is a text's"
-    v = getattr(dls, 'vocab', None)
+    "The words of a text's input and the classes of the target; None where there are several, or none"
+    lists = getattr(getattr(dls.loaders[0], 'dataset', None), 'tls', None)
+    if lists: words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
+    else: words,classes = _of_vocab(getattr(dls, 'vocab', None))
+    if classes is None: classes = next((f.codes for f in _transforms(dls) if hasattr(f, 'codes')), None)
+    return tuple(None if o is None else tuple(map(str, o)) for o in (words, classes))
+
+def _of_lists(lists, n_inp):
+    "Of fastai's `Datasets`: a list of items for each input and target"
+    def only(ls):
+        found = [v for v in (getattr(o, 'vocab', None) for o in ls) if v is not None and not isinstance(v, dict)]
+        return found[0] if len(found)==1 else None
+    return only(lists[:n_inp]),only(lists[n_inp:])
+
+def _of_vocab(v):
+    "Of a `vocab` alone: where there are two, the first is a text's"
     if v is None or isinstance(v, dict) or not len(v): return None,None
     nested = isinstance(v[-1], (list, tuple)) or hasattr(v[-1], 'o2i')
-    words,classes = (v[0] if nested and len(v)>1 else None),(v[-1] if nested else v)
-    return tuple(None if o is None else tuple(map(str, o)) for o in (words, classes))
+    return (v[0] if nested and len(v)>1 else None),(v[-1] if nested else v)
 
 def _transforms(dls):
     pipes = [getattr(dls, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
@@ -58,7 +71,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #ad7b20d7
+# %% ../../../nbs/distill/teacher/facts.ipynb #cf43c7bc
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -102,9 +115,11 @@ def _renormalize(teacher, student):
         return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
                      "tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or s is not None and _alike(t, s): return None,[]
-    first = Renormalize(s, t)
-    def tfm(x, *others): return (first(x), *others)
+    renormalize,channels = Renormalize(s, t),{o.shape[1] for o in (s or t)[:1]}
+    def tfm(*xb): return tuple(renormalize(x) if _is_image(x, channels) else x for x in xb)
     return tfm,["its images were normalised otherwise: the batch is normalised anew for it"]
+
+def _is_image(x, channels): return isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in channels
 
 def _alike(t, s): return all(a.shape==b.shape and torch.allclose(a, b, atol=1e-3) for a,b in zip(t, s))
 

@@ -6,10 +6,10 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #22c8eea0
+# %% ../../../nbs/distill/teacher/teacher.ipynb #3fe4f6fd
 import re
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #9ce72281
+# %% ../../../nbs/distill/teacher/teacher.ipynb #3e33a21e
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -72,9 +72,9 @@ class Teacher(BaseTeacher):
     def _forget_fit(self):
         self.device = None   # of the last batch
         self.checked = False # was an answer seen, and found finite?
-        self.recorded = None # what the cache is attached for: layers, and whether logits
+        self.fits = []       # that are running with this teacher, the last one on top
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'recorded')}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'fits')}
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._forget_fit()
@@ -192,7 +192,7 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #efdbc907
+# %% ../../../nbs/distill/teacher/teacher.ipynb #4add3c0e
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -204,8 +204,8 @@ def begin(self:Teacher,
 
     ValueError if nobody says what an ensemble is to average, and for classes that the teacher lacks; TypeError or
     ValueError where a cache would be wrong"""
-    self.end()
     layers = _as_layers(layers)
+    self.fits.append(_Fit(self.axis, self.average, [net.agreement for net in self.nets]))
     self._learn_task(task_of(learn.loss_func), logits)
     self._agree_with(facts_of(learn))
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
@@ -213,7 +213,15 @@ def begin(self:Teacher,
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
     if self.cache is None or not record: return
     self.cache.attach(learn, self, layers, logits)
-    self.recorded = layers,logits
+    self.fits[-1].recorded = layers,logits
+
+@dataclass
+class _Fit:
+    "What a fit has found, and what the cache is attached for in it: layers, and whether logits"
+    axis:int
+    average:str
+    agreements:list
+    recorded:tuple=None
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #bb5fd25e
 @patch
@@ -236,7 +244,7 @@ def _agree_with(self:Teacher, student):
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #4bd792da
+# %% ../../../nbs/distill/teacher/teacher.ipynb #dc2c3c1b
 @patch
 def answer(self:Teacher,
     *xb,         # The student's inputs, one batch
@@ -245,15 +253,19 @@ def answer(self:Teacher,
 )->tuple:
     "What the teacher says about the batch: from the cache, where one is attached for just this question, else computed"
     layers = _as_layers(layers)
-    if self.recorded==(layers, logits): return self.cache.ask(*xb)
+    if self.fits and self.fits[-1].recorded==(layers, logits): return self.cache.ask(*xb)
     return self.compute(*xb, layers=layers, logits=logits)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #8ed7b792
+# %% ../../../nbs/distill/teacher/teacher.ipynb #89a66a81
 @patch
 def end(self:Teacher):
-    "Let the cache go, if one is attached; safe to call at any time"
-    if self.recorded is not None: self.cache.detach()
-    self.recorded = None
+    "Let the cache go, and go on with the fit around this one as that had begun; safe to call at any time"
+    if not self.fits: return
+    fit = self.fits.pop()
+    if fit.recorded is not None: self.cache.detach()
+    if not self.fits: return # what the last fit has found out stays to be seen
+    self.axis,self.average = fit.axis,fit.average
+    for net,agreement in zip(self.nets, fit.agreements): net.agreement = agreement
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #f08a243b
 @patch

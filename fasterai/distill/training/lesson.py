@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['full_precision', 'target_of', 'mask_of', 'weighted_sum']
 
-# %% ../../../nbs/distill/training/lesson.ipynb #e356c9d0
+# %% ../../../nbs/distill/training/lesson.ipynb #95e649d2
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 
 import torch
 from fastai.callback.mixup import MixHandler
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/training/lesson.ipynb #d7fbcae5
+# %% ../../../nbs/distill/training/lesson.ipynb #ef18e260
 def full_precision(
     o, # A tensor, or tuples, lists, dicts and dataclasses of them
 ):
@@ -33,11 +33,14 @@ def full_precision(
 def _with_items(o, new):
     if all(new[k] is v for k,v in o.items()): return o
     res = copy(o)
-    res.update(new)
+    for k,v in new.items(): res[k] = v
     return res
 
 def _with_fields(o, new):
-    return o if all(getattr(o, k) is v for k,v in new.items()) else replace(o, **new)
+    if all(getattr(o, k) is v for k,v in new.items()): return o
+    res = copy(o)
+    for k,v in new.items(): object.__setattr__(res, k, v) # as it was made, frozen or not
+    return res
 
 # %% ../../../nbs/distill/training/lesson.ipynb #0b94b6a0
 def target_of(

@@ -103,14 +103,12 @@ def _leave_autocast(learn, was_on, kind, error, tb):
         if autocast is None or was_on.get(autocast.device): continue
         if torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
 
-# %% ../../../nbs/distill/training/session.ipynb #23f85df9
+# %% ../../../nbs/distill/training/session.ipynb #703575e1
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
     kd,learn = self.kd,self.learn
-    student = unwrap(learn.model)
-    self._refuse_shared(student)
-    if not any(p.requires_grad for p in student.parameters()):
+    if not any(p.requires_grad for p in unwrap(learn.model).parameters()):
         raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     self._look_at(learn.model)
     self._begin_teacher(record)
@@ -128,6 +126,7 @@ def _refuse_shared(self:Session, student):
 @patch
 def _look_at(self:Session, model):
     "Eyes for this student; for another one than before, whatever learns begins anew"
+    self._refuse_shared(unwrap(model))
     kd,old = self.kd,self.kd.eyes
     if old is not None and old.model is model: return
     same = old is not None and unwrap(old.model) is unwrap(model)
@@ -142,15 +141,18 @@ def _begin_teacher(self:Session, record):
     if self.outer is None or self.outer.ask is None:
         self.stack.callback(teacher.end)
         teacher.begin(self.learn, **accepted(teacher.begin, {**question, 'record': record}))
-    self.ask = partial(teacher.answer, **accepted(teacher.answer, question))
+    answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
+    self.ask = partial(answer, **accepted(answer, question))
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
 
 @patch
 def _remember_learned(self:Session):
     "After `lr_find`, what learns beside the student is as before, too"
-    self.stack.callback(remember(*self.kd.learned.values()))
-    self.stack.callback(self.kd.eyes.remember())
-    if self.root.along: self.stack.callback(remember_states(self.root.along))
+    kd = self.kd
+    self.stack.callback(remember(*kd.recipe.modules, *kd.learned.values()))
+    self.stack.callback(kd.eyes.remember())
+    self.stack.callback(partial(setattr, kd, 'loading', kd.loading))
+    self.stack.callback(remember_states(self.root.along) if self.root.along else self.root._leave_optimizer)
 
 @patch(as_prop=True)
 def root(self:Session): return self if self.outer is None else self.outer.root
@@ -176,7 +178,7 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #3342ff6b
+# %% ../../../nbs/distill/training/session.ipynb #9607694a
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
@@ -185,6 +187,7 @@ def begin_batch(self:Session):
     if training: self._set_weight()
     asks = self.asks(training)
     if asks and self.ask is None: self.meet()
+    elif asks and self.kd.eyes.model is not self.learn.model: self._look_at(self.learn.model)
     eyes = self.kd.eyes
     if eyes is not None and (asks or training and eyes.compiled): # compiled code must see its hooks from the start
         self.hooks.enter_context(eyes.open())

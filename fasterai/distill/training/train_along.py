@@ -66,7 +66,7 @@ class OptimizerGuests:
     def load_state_dict(self, sd):
         with self.outside() as opt: return opt.load_state_dict(sd)
 
-# %% ../../../nbs/distill/training/train_along.ipynb #3c9e4828
+# %% ../../../nbs/distill/training/train_along.ipynb #08d8f8cd
 class TrainAlong(Callback):
     """Trains `params` with the student's optimizer from `join` to `leave`, clipped by the same norm, and averaged over
     the ranks of a distributed training"""
@@ -94,9 +94,13 @@ class TrainAlong(Callback):
         if self.joined is None or self.learn.opt is self.joined: return
         states = OptimizerGuests.of(self.joined).remove(self.params)
         self.joined = self.learn.opt
+        own = [p.grad for ps in self.joined.param_lists for p in ps if p.grad is not None]
+        if not any(g.any() for g in own): # it was made after the step, so ours were not set to zero with them
+            for p in self.params: p.grad = None
         OptimizerGuests.of(self.joined).add(self.params, states)
 
     def before_batch(self): self.follow()
+    def after_step(self): self.follow()
 
     def before_step(self):
         "Average over the ranks and clip, as the student's gradients are"

@@ -14,7 +14,7 @@ from torch import nn
 
 from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import FitNet
-from helpers import Boom, data, learner, n_hooks, net
+from helpers import Boom, data, learner, n_hooks, net, state
 from kd_helpers import KD, layers, teacher
 
 
@@ -239,3 +239,100 @@ def test_the_window_is_exact_in_whole_batches(k):
         learner(dls=data(n=80)).fit(1, cbs=KD(teacher(), loss, **kw))
         counts.append(len(n))
     assert counts==[10-k, k]
+
+
+# --- what a second review found -----------------------------------------------
+
+def own(): 
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return {'0': nn.Conv2d(4, 8, 1)}
+
+
+def test_lr_find_gives_ones_own_adapters_back_too(tmp_path):
+    adapters = own()
+    kd = KD(teacher(), FitNet, '0', '0', adapters=adapters)
+    learner(cbs=kd, path=tmp_path).lr_find(num_it=12, show_plot=False)
+    assert close(adapters['0'], own()['0'], 1e-9)
+
+
+def test_learned_weights_load_at_any_time_and_survive_lr_find(tmp_path):
+    kd = KD(teacher(), FitNet, **layers)
+    learn = learner(cbs=kd)
+    learn.fit(1)
+    saved = state(kd.learned)
+    learn.fit(2)
+    kd.load_learned(saved)
+    assert kd.loading is None and all(torch.equal(v, saved[k]) for k,v in kd.learned.state_dict().items())
+    fresh = KD(teacher(), FitNet, **layers)
+    fresh.load_learned(saved)
+    other = learner(cbs=fresh, path=tmp_path)
+    other.lr_find(num_it=8, show_plot=False)
+    other.fit(1, lr=0.)
+    assert all(torch.equal(p, saved[k]) for k,p in fresh.learned.named_parameters())
+
+
+def test_a_callback_taken_out_of_a_learner_leaves_it_free():
+    kd,a,b = KD(teacher(), mse),None,learner(net(seed=3))
+    a = learner(cbs=kd)
+    b.add_cb(kd)
+    a.remove_cb(kd)
+    a.fit(1)
+    assert len(a.recorder.values)==1
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_batch'])
+def test_a_validation_within_a_batch_changes_neither_hooks_nor_modes(event):
+    modes,kd = [],KD(teacher(), FitNet, **layers)
+    def validate(l):
+        kept = {k:vars(l).get(k) for k in ('training', 'dl', 'xb', 'yb', 'iter', 'n_iter', 'pct_train')}
+        l.validate()
+        vars(l).update(kept)
+        l.model.train()
+    class Modes(Callback):
+        order = 60
+        def before_step(self): modes.append(all(m.training for m in kd.learned.modules() if m is not kd.learned))
+    learn = learner()
+    learn.fit(2, cbs=[kd, Modes(), At(event, validate, order=30)])
+    assert len(modes)==2*len(learn.dls.train) and all(modes) and len(kd.log.history)==len(modes)
+
+
+def test_terms_on_in_the_middle_of_a_fit_leave_its_teacher_alone():
+    heard = []
+    class Told:
+        def begin(self, learn): heard.append('begin')
+        def end(self): heard.append('end')
+        def answer(self, x): return torch.zeros(len(x), 3)
+    kd = KD(Told(), mse)
+    learn = learner()
+    learn.fit(2, cbs=[kd, At('after_epoch', lambda l: kd.terms_on(l, *map(lambda o: (o,), l.dls.one_batch())))])
+    assert heard==['begin', 'end'] and len(kd.log.history)==2*len(learn.dls.train)
+
+
+def test_a_student_swapped_in_the_middle_is_looked_at_and_a_shared_one_refused():
+    def swap(to):
+        def f(l):
+            l.model = to
+            l.create_opt()
+        return f
+    kd,other = KD(teacher(), FitNet, **layers),net(seed=7)
+    learn = learner()
+    learn.fit(2, cbs=[kd, At('after_epoch', swap(other))])
+    assert kd.eyes.model is other and len(kd.log.history)==2*len(learn.dls.train)
+    t = teacher()
+    before = state(t)
+    with pytest.raises(ValueError, match='share'): learner().fit(2, cbs=[KD(t, mse), At('after_epoch', swap(t))])
+    assert all(torch.equal(v, before[k]) for k,v in t.state_dict().items())
+
+
+def test_losses_that_are_objects_copy_and_names_stay_apart():
+    from dataclasses import dataclass
+    @dataclass
+    class Scaled:
+        by:float
+        def __call__(self, pred, teacher_pred): return self.by*F.mse_loss(pred, teacher_pred)
+    kd = KD(teacher(), Scaled(2.)).replace(weight=0.2)
+    assert kd.recipe.terms[0].loss.by==2. and kd.recipe.weight==0.2
+    def f(pred, teacher_pred): return pred.mean()
+    def f_2(pred, teacher_pred): return pred.mean()
+    assert len({o.name for o in KD(teacher(), [f, f, f_2]).terms})==3

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Normalize
 from fastai.vision.core import TensorImage
@@ -9,6 +10,7 @@ from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import Logits
+from fasterai.distill.teacher.facts import facts_of
 from fasterai.distill.teacher.teacher import Teacher
 from helpers import learner
 
@@ -94,3 +96,36 @@ def test_a_teacher_of_other_channels_says_so():
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     with pytest.raises(ValueError, match='1 channels.*expects 3.*tfms='): learner(student, dls).fit(1, cbs=KD(net))
     learner(student, dls).fit(1, cbs=KD(Teacher(net, tfms=lambda x: x.expand(-1, 3, -1, -1))))
+
+
+def test_one_teacher_of_two_learners_keeps_each_ones_classes(capsys):
+    net = model(3, 1)
+    teacher,seen = Teacher(learner(net, images(list('cab'), names='abc'))),[]
+    def loss(pred, teacher_pred): seen.append((learn.xb[0].as_subclass(torch.Tensor), teacher_pred)); return pred.mean()
+    learn,other = learner(model(3), images(list('abc'))),learner(model(3), images(list('bca'), names='abc'))
+    class Inner(Callback):
+        def after_epoch(self): other.fit(1, cbs=KD(teacher, Logits))
+    learn.fit(2, cbs=[KD(teacher, loss), Inner()])
+    assert len(seen)==6
+    for x,z in seen: torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
+
+
+def test_codes_of_masks_words_and_several_targets_are_told_apart():
+    from types import SimpleNamespace as NS
+    def datasets(*vocabs): return NS(tls=[NS(vocab=v) if v else NS() for v in vocabs])
+    def facts(ds, n_inp=1, **tfms): return facts_of(NS(dls=NS(loaders=[NS(dataset=ds)], n_inp=n_inp, **tfms)))
+    assert facts(datasets(None, ['a', 'b'])).classes==('a', 'b')
+    assert facts(datasets(None, ['a', 'b'], ['x', 'y'])).classes is None # which head is meant?
+    assert facts(datasets(['the', 'a'])).words==('the', 'a') and facts(datasets(['the', 'a'])).classes is None
+    codes = NS(fs=[NS(codes=['sky', 'road'])])
+    assert facts(datasets(None, None), after_item=codes).classes==('sky', 'road')
+
+
+def test_every_image_of_a_batch_is_normalised_anew():
+    from fasterai.distill.teacher.facts import Facts, agree
+    stats = [Facts(normalize=(torch.full((1, 3, 1, 1), m), torch.ones(1, 3, 1, 1))) for m in (0.2, 0.9)]
+    a,b,table = torch.rand(2, 3, 4, 4),torch.rand(2, 3, 4, 4),torch.rand(2, 5)
+    x,y,z = agree(*stats).tfm(a, b, table)
+    torch.testing.assert_close(x, a+0.7)
+    torch.testing.assert_close(y, b+0.7)
+    assert z is table
