@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #f0468758
+# %% ../../nbs/distill/distillation_callback.ipynb #32ce6bdf
+import warnings
 from copy import deepcopy
 from typing import Callable
 
@@ -120,7 +121,7 @@ class KnowledgeDistillationCallback(Callback):
         "Leave all as it was"
         if s := self.teaching: s.end()
 
-# %% ../../nbs/distill/distillation_callback.ipynb #b6820e39
+# %% ../../nbs/distill/distillation_callback.ipynb #312427a4
 def _learn_of(cb): return vars(cb).get('_learn')
 
 def _go_over(cb, learn):
@@ -130,6 +131,7 @@ def _go_over(cb, learn):
     if learn is not None and cb.session:
         raise ValueError("this callback is in the middle of a fit of another Learner: make one for each Learner")
     if learn is None:
+        if cb.session: warnings.warn("taken out of a Learner whose fit goes on: without a teacher from here")
         while cb.session: cb.session.close()
         unwatch(old, cb)
     else: watch(learn, cb)

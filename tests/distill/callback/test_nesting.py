@@ -336,3 +336,12 @@ def test_losses_that_are_objects_copy_and_names_stay_apart():
     def f(pred, teacher_pred): return pred.mean()
     def f_2(pred, teacher_pred): return pred.mean()
     assert len({o.name for o in KD(teacher(), [f, f, f_2]).terms})==3
+
+
+def test_a_callback_taken_out_in_the_middle_says_that_the_fit_goes_on_without_it():
+    def validate_alone(l):
+        with l.removed_cbs(kd): l.validate()
+    kd,learn = KD(teacher(), mse),learner()
+    with pytest.warns(UserWarning, match='goes on: without a teacher'):
+        learn.fit(2, cbs=[kd, At('after_epoch', validate_alone)])
+    assert len(kd.log.history)==len(learn.dls.train) and len(learn.metrics)==0
