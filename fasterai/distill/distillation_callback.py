@@ -29,7 +29,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #035dc272
+# %% ../../nbs/distill/distillation_callback.ipynb #72641e64
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -76,11 +76,6 @@ class KnowledgeDistillationCallback(Callback):
         self._refuse_teacherless()
         self.session = Session(self, self.learn, outer=self.session).open()
 
-    @property
-    def teaching(self):
-        "The session; none outside of a fit, and none in a validation or prediction that somebody asks for within it"
-        return None if self.session is None or self.learn.lock.locked() else self.session
-
     def before_train(self):
         "At the first epoch, bring teacher and student together"
         if s := self.teaching: s.begin_epoch()
@@ -120,6 +115,12 @@ class KnowledgeDistillationCallback(Callback):
     def after_fit(self):
         "Leave all as it was"
         if s := self.teaching: s.end()
+
+# %% ../../nbs/distill/distillation_callback.ipynb #45009c3f
+@patch(as_prop=True)
+def teaching(self:KnowledgeDistillationCallback)->Session:
+    "The session; none outside of a fit, and none in a validation or prediction that somebody asks for within it"
+    return None if self.session is None or self.learn.lock.locked() else self.session
 
 # %% ../../nbs/distill/distillation_callback.ipynb #312427a4
 def _learn_of(cb): return vars(cb).get('_learn')
