@@ -29,7 +29,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #72641e64
+# %% ../../nbs/distill/distillation_callback.ipynb #76208daf
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -60,9 +60,8 @@ class KnowledgeDistillationCallback(Callback):
         self._init_state()
         self.teacher = as_teacher(teacher, **({} if select_teacher is None else dict(select=select_teacher)))
         self.recipe = Recipe.of(
-            loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight,
-            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid,
-            mask=mask)
+            loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight, mask=mask,
+            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
         self._check_teacher_layers()
         self.restart = remember(*self.recipe.modules)
 
