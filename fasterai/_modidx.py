@@ -1796,6 +1796,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'fasterai/distill/teacher/teacher.py'),
                                                   'fasterai.distill.teacher.teacher.Teacher._how': ( 'distill/teacher/teacher.html#teacher._how',
                                                                                                      'fasterai/distill/teacher/teacher.py'),
+                                                  'fasterai.distill.teacher.teacher.Teacher._is_attached_otherwise': ( 'distill/teacher/teacher.html#teacher._is_attached_otherwise',
+                                                                                                                       'fasterai/distill/teacher/teacher.py'),
                                                   'fasterai.distill.teacher.teacher.Teacher._learn_task': ( 'distill/teacher/teacher.html#teacher._learn_task',
                                                                                                             'fasterai/distill/teacher/teacher.py'),
                                                   'fasterai.distill.teacher.teacher.Teacher._one_voice': ( 'distill/teacher/teacher.html#teacher._one_voice',

@@ -192,7 +192,7 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #4add3c0e
+# %% ../../../nbs/distill/teacher/teacher.ipynb #b1fbb61e
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -205,19 +205,25 @@ def begin(self:Teacher,
     ValueError if nobody says what an ensemble is to average, and for classes that the teacher lacks; TypeError or
     ValueError where a cache would be wrong"""
     layers = _as_layers(layers)
-    self.fits.append(_Fit(self.axis, self.average, [net.agreement for net in self.nets]))
+    self.fits.append(_Fit(learn, self.axis, self.average, [net.agreement for net in self.nets]))
     self._learn_task(task_of(learn.loss_func), logits)
     self._agree_with(facts_of(learn))
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
     for net in self.nets: net.follow(full=True)
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
-    if self.cache is None or not record: return
+    if self.cache is None or not record or self._is_attached_otherwise(learn, layers, logits): return
     self.cache.attach(learn, self, layers, logits)
     self.fits[-1].recorded = layers,logits
 
+@patch
+def _is_attached_otherwise(self:Teacher, learn, layers, logits):
+    "Does the cache serve another Learner, or another question, in a fit that is running?"
+    return any(f.recorded not in (None, (layers, logits)) or f.recorded and f.learn is not learn for f in self.fits)
+
 @dataclass
 class _Fit:
-    "What a fit has found, and what the cache is attached for in it: layers, and whether logits"
+    "What a fit of `learn` has found, and what the cache is attached for in it: layers, and whether logits"
+    learn:object
     axis:int
     average:str
     agreements:list
@@ -244,7 +250,7 @@ def _agree_with(self:Teacher, student):
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #dc2c3c1b
+# %% ../../../nbs/distill/teacher/teacher.ipynb #897e7da9
 @patch
 def answer(self:Teacher,
     *xb,         # The student's inputs, one batch
@@ -253,7 +259,8 @@ def answer(self:Teacher,
 )->tuple:
     "What the teacher says about the batch: from the cache, where one is attached for just this question, else computed"
     layers = _as_layers(layers)
-    if self.fits and self.fits[-1].recorded==(layers, logits): return self.cache.ask(*xb)
+    question = layers,logits
+    if any(f.recorded==question and f.learn is self.fits[-1].learn for f in self.fits): return self.cache.ask(*xb)
     return self.compute(*xb, layers=layers, logits=logits)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #89a66a81

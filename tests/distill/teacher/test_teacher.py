@@ -192,9 +192,25 @@ def test_a_cache_is_asked_between_begin_and_end_for_just_that_question(recorded,
     recorded.end(), recorded.end()
     assert log[2:]==['detach'] and torch.equal(recorded(x, layers='3')[0], want) and log[3:]==[]
 
-def test_a_second_begin_ends_the_first(recorded):
-    recorded.begin(learner(make_net())), recorded.begin(learner(make_net()), layers=['1'], logits=False)
-    assert recorded.cache.log==[('attach', (), True), 'detach', ('attach', ('1',), False)]
+def test_a_second_begin_asks_directly_and_the_first_goes_on(recorded, x):
+    "In another Learner, or with another question; the cache stays with the first"
+    first,log = learner(make_net()),recorded.cache.log
+    recorded.begin(first)
+    for other,kw in (first, dict(layers=['1'], logits=False)), (learner(make_net()), {}):
+        recorded.begin(other, **kw)
+        recorded(x, **kw)
+        assert log==[('attach', (), True)]
+        if other is first: recorded(x) # the first question, from the cache
+        recorded.end()
+        assert log.pop()=='ask' if other is first else log==[('attach', (), True)]
+    recorded(x), recorded.end(), recorded.end()
+    assert log==[('attach', (), True), 'ask', 'detach']
+
+def test_a_second_begin_with_the_same_question_shares_the_cache(recorded, x):
+    first,log = learner(make_net()),recorded.cache.log
+    recorded.begin(first), recorded.begin(first)
+    recorded(x), recorded.end(), recorded(x), recorded.end()
+    assert log==[('attach', (), True)]*2+['ask', 'detach', 'ask', 'detach']
 
 class Asks(Callback):
     "Asks a teacher for each training batch, as a distillation does, and compares with `net`"
@@ -213,7 +229,7 @@ def test_a_recorded_teacher_in_a_fit():
     asks = Asks(teacher, net)
     learn = learner(make_net(3), data(32, 8), cbs=asks)
     learn.fit(3)
-    assert asks.worst<1e-6 and teacher.cache.hits==64 and teacher.recorded is None
+    assert asks.worst<1e-6 and teacher.cache.hits==64 and not teacher.fits
     def train_the_teacher(cb):
         with torch.no_grad(): net[8].bias.add_(.1)
     asks.after = train_the_teacher
