@@ -1252,6 +1252,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fasterai/distill/teacher/facts.py'),
                                                 'fasterai.distill.teacher.facts._alike': ( 'distill/teacher/facts.html#_alike',
                                                                                            'fasterai/distill/teacher/facts.py'),
+                                                'fasterai.distill.teacher.facts._columns': ( 'distill/teacher/facts.html#_columns',
+                                                                                             'fasterai/distill/teacher/facts.py'),
                                                 'fasterai.distill.teacher.facts._image_size': ( 'distill/teacher/facts.html#_image_size',
                                                                                                 'fasterai/distill/teacher/facts.py'),
                                                 'fasterai.distill.teacher.facts._is_image': ( 'distill/teacher/facts.html#_is_image',

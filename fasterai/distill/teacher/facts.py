@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers.capture import tensors_in
 from .inputs import Renormalize
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #322614c5
+# %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
 @dataclass(frozen=True)
 class Facts:
     "What is known of the data that a network was trained on; None for what is not"
@@ -24,6 +24,7 @@ class Facts:
     words:tuple=None   # The vocabulary of a text
     normalize:tuple=None # Mean and standard deviation, each `(1, C, 1, 1)`
     size:tuple=None    # Height and width of the images
+    columns:tuple=None # Of a table: how categories are numbered and numbers normalised
 
 def facts_of(
     learn, # A `Learner`, or anything with `dls`
@@ -32,7 +33,7 @@ def facts_of(
     dls = getattr(learn, 'dls', None)
     if dls is None or not getattr(dls, 'loaders', None): return Facts()
     words,classes = _vocabularies(dls)
-    return Facts(classes, words, _statistics(dls), _image_size(dls))
+    return Facts(classes, words, _statistics(dls), _image_size(dls), _columns(dls))
 
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
@@ -64,6 +65,15 @@ def _statistics(dls):
     if found is None or found.mean is None: return None
     return tuple(torch.as_tensor(v, dtype=torch.float32).cpu() for v in (found.mean, found.std))
 
+def _columns(dls):
+    "What fastai's `Categorify` and `Normalize` have found in a table's columns, as text"
+    table = getattr(dls.loaders[0], 'dataset', None)
+    if not hasattr(table, 'cat_names'): return None
+    numbered = {k:list(map(str, v)) for k,v in getattr(table, 'classes', {}).items() if k in table.cat_names}
+    means = [getattr(f, 'means', None) for f in getattr(getattr(table, 'procs', None), 'fs', ())]
+    scaled = [{k:f'{v:.4g}' for k,v in o.items()} for o in means if isinstance(o, dict)]
+    return str(sorted(numbered.items())),str(scaled)
+
 def _image_size(dls):
     "What the last transform with a size makes of an image"
     sizes = [f.size for f in _transforms(dls) if getattr(f, 'size', None) is not None]
@@ -71,7 +81,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #cf43c7bc
+# %% ../../../nbs/distill/teacher/facts.ipynb #0d9a52f8
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -93,6 +103,9 @@ def agree(
     if teacher.words and student.words and teacher.words!=student.words:
         raise ValueError("the teacher reads another vocabulary of words than the student: tokenize and number both "
                          "alike, with `vocab=` of the one for the data of the other")
+    if tfm and teacher.columns and student.columns and teacher.columns!=student.columns:
+        raise ValueError("the teacher's table numbers its categories, or normalises its columns, otherwise than the "
+                         "student's: make both with the same procs (`to.new`), or say tfms=")
     places,said_classes = _pick_classes(teacher, student) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []

@@ -129,3 +129,20 @@ def test_every_image_of_a_batch_is_normalised_anew():
     torch.testing.assert_close(x, a+0.7)
     torch.testing.assert_close(y, b+0.7)
     assert z is table
+
+
+def test_tables_that_number_or_normalise_otherwise_are_refused():
+    import pandas as pd
+    from fastai.tabular.core import Categorify, Normalize as NormalizeTable, TabularPandas
+    def table(cats, shift=0.):
+        df = pd.DataFrame(dict(c=cats*4, x=[float(i)+shift for i in range(len(cats)*4)], y=['n', 'p']*(2*len(cats))))
+        to = TabularPandas(df, [Categorify, NormalizeTable], ['c'], ['x'], y_names='y',
+                           splits=[list(range(4)), list(range(4))])
+        return SimpleNamespace(dls=to.dataloaders(bs=2, num_workers=0))
+    from types import SimpleNamespace
+    from fasterai.distill.teacher.facts import agree
+    a,same,other,moved = (facts_of(table(*o)) for o in ((['u', 'v'],), (['u', 'v'],), (['v', 'w'],), (['u', 'v'], 5.)))
+    assert agree(a, same).lines==()
+    for o in other,moved:
+        with pytest.raises(ValueError, match='same procs'): agree(o, a)
+        assert agree(o, a, tfm=False).tfm is None
