@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from fastai.learner import Learner
 from fastcore.foundation import L
 
-# %% ../../nbs/core/leaving.ipynb #b9a704cc
+# %% ../../nbs/core/leaving.ipynb #b5cdb6cc
 class Fit:
     "A fit that is running: what to undo when it is over, and what a copy of its Learner has no use for"
     def __init__(self):
@@ -43,6 +43,7 @@ class FitWatch:
         s = type(self.learn).__getstate__(self.learn)
         passing = {id(o) for fit in self.fits for o in fit.passing}
         s = {k:v for k,v in s.items() if k not in ('_with_events', '__getstate__') and id(v) not in passing}
+        s['opt'] = s.get('opt') # None for one that holds parameters of a fit: the next fit makes another
         return {**s, **{k: L(o for o in s[k] if id(o) not in passing) for k in ('cbs', '_metrics')}}
 
 # %% ../../nbs/core/leaving.ipynb #4b71f923

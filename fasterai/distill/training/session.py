@@ -157,7 +157,7 @@ def _remember_learned(self:Session):
 @patch(as_prop=True)
 def root(self:Session): return self if self.outer is None else self.outer.root
 
-# %% ../../../nbs/distill/training/session.ipynb #19a244e1
+# %% ../../../nbs/distill/training/session.ipynb #4bf7851a
 @patch
 def _join_optimizer(self:Session):
     "Let what learns beside the student train with its optimizer"
@@ -167,7 +167,7 @@ def _join_optimizer(self:Session):
     if not params: return
     root.along = TrainAlong(params)
     self.learn.add_cb(root.along)
-    root.fit.passing.append(root.along)
+    root.fit.passing += [root.along, self.learn.opt]
     root.along.join()
 
 @patch

@@ -143,6 +143,7 @@ def test_a_copy_in_the_middle_holds_nothing_of_the_distillation(copied):
     assert [m.name for m in got.metrics]==['accuracy'] and not n_hooks(got.model)
     assert not [c for c in got.cbs if type(c).__module__.startswith('fasterai')]
     got.fit(1)
+    assert sum(map(len, got.opt.param_lists))==len(list(got.model.parameters())) and 'state_dict' not in vars(got.opt)
     assert len(got.recorder.values[-1])==3 and [m.name for m in learn.metrics]==['accuracy']
 
 
