@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #32ce6bdf
+# %% ../../nbs/distill/distillation_callback.ipynb #c9eca8e4
 import warnings
 from copy import deepcopy
 from typing import Callable
@@ -21,15 +21,17 @@ from ..core.schedule import Schedule
 from .layers.matching import match_feature_layers
 from .layers.names import get_model_layers, get_module_by_name
 from .losses import SoftTarget
+from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
 from .training.learned import remember
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
+from .training.views import seen_by_student
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #76208daf
+# %% ../../nbs/distill/distillation_callback.ipynb #e4c85914
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -40,7 +42,7 @@ class KnowledgeDistillationCallback(Callback):
     order,_stateattrs = MixedPrecision.order-5,('teacher', 'recipe', 'session', 'log', 'eyes', 'loading', 'restart')
 
     def __init__(self,
-        teacher:nn.Module,                  # A model, a `Learner`, a list of them, or what has `answer(*xb)`
+        teacher:nn.Module,                  # A model, a `Learner`, a list of them, or what has `answer(*xb)`; or None
         loss:Callable|list|dict=SoftTarget, # Distillation loss, or its name; a list, or a dict of loss to weight
         activations_student:str|list|dict=None, # Layers to compare: names, or student's to teacher's
         activations_teacher:str|list=None,  # The teacher's layers, in the order of the student's
@@ -62,8 +64,9 @@ class KnowledgeDistillationCallback(Callback):
         self.recipe = Recipe.of(
             loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight, mask=mask,
             adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
+        self._refuse_nobody()
         self._check_teacher_layers()
-        self.restart = remember(*self.recipe.modules)
+        self.restart = remember(*self.recipe.modules, *self._learning_teacher())
 
     def _init_state(self):
         "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
@@ -139,7 +142,7 @@ def _go_over(cb, learn):
 
 KnowledgeDistillationCallback.learn = property(_learn_of, _go_over, doc="The Learner that the callback is in")
 
-# %% ../../nbs/distill/distillation_callback.ipynb #0667ef5d
+# %% ../../nbs/distill/distillation_callback.ipynb #f6e31893
 @patch
 def __setstate__(self:KnowledgeDistillationCallback, state):
     learn = state.pop('_learn', None)
@@ -151,6 +154,16 @@ def __setstate__(self:KnowledgeDistillationCallback, state):
 def _refuse_teacherless(self:KnowledgeDistillationCallback):
     if self.teacher is None:
         raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
+
+@patch
+def _refuse_nobody(self:KnowledgeDistillationCallback):
+    asking = [o.name for o in self.terms if o.required & {'teacher_pred', 'fm_t'}]
+    if asking and isinstance(self.teacher, Nobody):
+        raise ValueError(f"teacher is None, and {', '.join(asking)} compares the student with one: pass a model")
+
+@patch
+def _learning_teacher(self:KnowledgeDistillationCallback):
+    return [] if self.teacher.learns is None else [self.teacher.learns]
 
 @patch
 def _check_teacher_layers(self:KnowledgeDistillationCallback):
@@ -169,13 +182,21 @@ def loss_names(self:KnowledgeDistillationCallback)->list[str]:
     if len(self.terms)==1: return ['task_loss', 'distill_loss']
     return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
 
-# %% ../../nbs/distill/distillation_callback.ipynb #4d52b045
+# %% ../../nbs/distill/distillation_callback.ipynb #d828cc3e
 @patch(as_prop=True)
 def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
-    "Adapters and learned losses, once the first batch has built them; their `state_dict` is no part of the student's"
+    """Adapters and learned losses, once the first batch has built them, and of a teacher what changes; their
+    `state_dict` is no part of the student's"""
+    modules = self.learns_itself
+    for o in self._learning_teacher() if self.teacher else (): modules['teacher'] = o
+    return nn.ModuleDict(modules)
+
+@patch(as_prop=True)
+def learns_itself(self:KnowledgeDistillationCallback)->dict:
+    "Learned losses and adapters by name, without the teacher's part"
     modules = {o.name:o.base for o in self.terms if isinstance(o.base, nn.Module)}
     if self.eyes and self.eyes.adapters is not None: modules['adapters'] = self.eyes.adapters
-    return nn.ModuleDict(modules)
+    return modules
 
 @patch
 def load_learned(self:KnowledgeDistillationCallback,
@@ -185,13 +206,13 @@ def load_learned(self:KnowledgeDistillationCallback,
     if self.eyes is None or self.eyes.shapes is None: self.loading = state
     else: self.learned.load_state_dict(state)
 
-# %% ../../nbs/distill/distillation_callback.ipynb #61c02d06
+# %% ../../nbs/distill/distillation_callback.ipynb #a9e50a62
 @patch
 def replace(self:KnowledgeDistillationCallback,
     **changes # Arguments of the callback
 ):
     "A new callback with the same teacher and other arguments; losses and adapters that are modules are copied"
-    return type(self)(**{'teacher': self.teacher, **self.recipe.arguments(), **changes})
+    return type(self)(**{'teacher': self.teacher.another(), **self.recipe.arguments(), **changes})
 
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
@@ -201,7 +222,7 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     if id(self.learn) in memo: new.learn = memo[id(self.learn)]
     return new
 
-# %% ../../nbs/distill/distillation_callback.ipynb #d843dffb
+# %% ../../nbs/distill/distillation_callback.ipynb #76b00828
 @patch
 def terms_on(self:KnowledgeDistillationCallback,
     learn,     # The student's `Learner`; its model runs in the mode that it is in
@@ -213,7 +234,7 @@ def terms_on(self:KnowledgeDistillationCallback,
     session = Session(self, learn, self.session if self.session and self.session.learn is learn else None)
     with session.stack:
         session.meet(record=False)
-        with session.eyes_open(): pred = learn.model(*xb)
+        with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
         if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
         return learn.loss_func(pred, *yb),session.lesson(xb, yb, pred)
 

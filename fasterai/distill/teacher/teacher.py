@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #3fe4f6fd
+# %% ../../../nbs/distill/teacher/teacher.ipynb #f0057d9f
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
 from .inputs import Renormalize, resize_batch, statistics_of
 from .network import Network, devices_of, name_of
-from .protocol import AdaptedTeacher, BaseTeacher, shared_with
+from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
 from .recorded.recorded import as_cache
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #ac640300
@@ -287,12 +287,13 @@ def reset(self:Teacher):
     for net in self.nets:
         if hasattr(unwrap(net.net), 'reset'): unwrap(net.net).reset()
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #164e63e5
+# %% ../../../nbs/distill/teacher/teacher.ipynb #0bf56a57
 def as_teacher(
-    teacher, # A Module, a Learner, a list of them, a teacher, or any object with `answer`
+    teacher, # A Module, a Learner, a list of them, a teacher, any object with `answer`, or None: `Nobody`
     **kwargs # For `Teacher`
 )->BaseTeacher:
     "`teacher` as a teacher; one that is a teacher already is returned as it is"
+    if teacher is None: return Nobody()
     if isinstance(teacher, BaseTeacher):
         if not kwargs: return teacher
         raise ValueError(f"{', '.join(kwargs)}: the teacher is a {type(teacher).__name__} already: say it there")

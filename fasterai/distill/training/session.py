@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #9d65853b
+# %% ../../../nbs/distill/training/session.ipynb #29111d52
 from contextlib import ExitStack
 from functools import partial
 
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import distributed as dist, nn
 
 from ...core.leaving import watch
-from ...core.task import logits_of, task_of
+from ...core.task import full_inputs, logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, shared_with
@@ -103,7 +103,7 @@ def _leave_autocast(learn, was_on, kind, error, tb):
         if autocast is None or was_on.get(autocast.device): continue
         if torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
 
-# %% ../../../nbs/distill/training/session.ipynb #703575e1
+# %% ../../../nbs/distill/training/session.ipynb #0dbb0b6b
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -141,9 +141,19 @@ def _begin_teacher(self:Session, record):
     if self.outer is None or self.outer.ask is None:
         self.stack.callback(teacher.end)
         teacher.begin(self.learn, **accepted(teacher.begin, {**question, 'record': record}))
+        self._load_teacher()
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
     self.ask = partial(answer, **accepted(answer, question))
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
+
+@patch
+def _load_teacher(self:Session):
+    "Let a teacher that changes go on from what is to be loaded, before it is asked"
+    kd,learns = self.kd,self.kd.teacher.learns
+    if learns is None or kd.loading is None: return
+    state = {k.removeprefix('teacher.'):v for k,v in kd.loading.items() if k.startswith('teacher.')}
+    learns.load_state_dict(state)
+    kd.loading = {k:v for k,v in kd.loading.items() if not k.startswith('teacher.')}
 
 @patch
 def _remember_learned(self:Session):
@@ -157,11 +167,12 @@ def _remember_learned(self:Session):
 @patch(as_prop=True)
 def root(self:Session): return self if self.outer is None else self.outer.root
 
-# %% ../../../nbs/distill/training/session.ipynb #4bf7851a
+# %% ../../../nbs/distill/training/session.ipynb #89d27215
 @patch
 def _join_optimizer(self:Session):
     "Let what learns beside the student train with its optimizer"
-    root,params = self.root,list(self.kd.learned.train(self.learn.training).parameters())
+    learned = self.kd.learned.train(self.learn.training)
+    root,params = self.root,[p for p in learned.parameters() if p.requires_grad]
     if root.fit is None or root.along and {*map(id, root.along.params)}=={*map(id, params)}: return
     root._leave_optimizer()
     if not params: return
@@ -178,11 +189,12 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #9607694a
+# %% ../../../nbs/distill/training/session.ipynb #8f6e6c35
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
     self.end_batch()
+    vars(self.learn).pop('full_xb', None) # of a batch that an error has ended
     training = self.learn.training
     if training: self._set_weight()
     asks = self.asks(training)
@@ -215,7 +227,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #81bbb206
+# %% ../../../nbs/distill/training/session.ipynb #d5f9abdf
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -258,7 +270,7 @@ def _build_learned(self:Session, outputs):
         if hasattr(o.base, 'build'): o.base.build(**kd.eyes.adapted(o, _detached(outputs)))
         if isinstance(o.base, nn.Module): o.base.to(_device_of(outputs))
     if kd.loading is not None:
-        kd.learned.load_state_dict(kd.loading)
+        nn.ModuleDict(kd.learns_itself).load_state_dict(kd.loading)
         kd.loading = None
     self._join_optimizer()
 
@@ -267,7 +279,7 @@ def _detached(outputs):
     def cut(o): return o.detach() if isinstance(o, torch.Tensor) else o
     return {k: apply(cut, v) for k,v in outputs.items()}
 
-# %% ../../../nbs/distill/training/session.ipynb #62ab855d
+# %% ../../../nbs/distill/training/session.ipynb #7246764e
 @patch
 def teach(self:Session):
     "Add what the teacher says about the batch in hand to the loss that is backpropagated, and write both down"
@@ -275,12 +287,13 @@ def teach(self:Session):
     training = learn.training
     asks = self.asks(training)
     if not (asks or training): return
-    xb,yb = learn.xb,learn.yb
+    xb,yb = full_inputs(learn),learn.yb
     task = learn.loss_grad.as_subclass(torch.Tensor) if len(yb) else None # a subclass costs a detour for each sum
     parts = self.lesson(xb, yb, learn.pred) if asks else {}
     distill = [parts.get(o.name) for o in self.kd.recipe.terms]
     self.kd.log.add([self._task_alone(task), *distill], self.weight, find_bs(xb), training)
     if training: self._mix(task, distill, xb)
+    if training and asks: self._add_own_loss()
 
 @patch
 def _task_alone(self:Session, task):
@@ -300,6 +313,12 @@ def _mix(self:Session, task, distill, xb):
     learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
     learn.loss = loss.detach().clone()
     if task is None: learn.yb = xb[:1]
+
+@patch
+def _add_own_loss(self:Session):
+    "Backpropagate what the teacher itself learns by; the loss that is shown stays the student's"
+    own = self.kd.teacher.own_loss(self.learn)
+    if own is not None: self.learn.loss_grad = self.fit.notes['mixed'] = self.learn.loss_grad + own
 
 # %% ../../../nbs/distill/training/session.ipynb #601e672c
 @patch
