@@ -275,7 +275,7 @@ def _cost_of(learners, dls, min_time):
     bs = min(len(xb[0]) for xb in xbs.values())
     return {n: model_cost(l.model, tuple(x[:bs] for x in xbs[n]), min_time) for n,l in learners.items()}
 
-# %% ../../../nbs/distill/study/compare.ipynb #da9db93a
+# %% ../../../nbs/distill/study/compare.ipynb #e81c6685
 def compare(
     learners:dict,            # Name -> Learner (a bare model gets the first Learner's data, loss and metrics)
     teacher:str='teacher',    # Name of the one to which fidelity is measured; there may be none
@@ -283,7 +283,7 @@ def compare(
     metrics=None,             # fastai metrics for all; None: the learners' own, which must be the same
     dl=None,                  # Labelled DataLoader, e.g. a test set; None: each learner's validation set
     n_boot:int=1000,          # Draws of the bootstrap
-    cost:bool=True,           # Measure size, work and time too
+    cost=True,                # Measure size, work and time too? A dict: name -> what `model_cost` has found before
     min_time:float=0.2,       # Seconds for each timing
     seed:int=0,               # Of the bootstrap
 )->Comparison:
@@ -298,7 +298,7 @@ def compare(
     outs = {n: _predict(n, l, dls[n]) for n,l in learners.items()}
     _check_alike(list(learners), dls, outs)
     scores = {n: {m: _score(found[n][m], l, *outs[n], n_boot, seed) for m in names} for n,l in learners.items()}
-    costs = _cost_of(learners, dls, min_time) if cost else {}
+    costs = _cost_of(learners, dls, min_time) if cost is True else cost or {}
     rows = {}
     for n,l in learners.items():
         row = rows[n] = {}

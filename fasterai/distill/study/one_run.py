@@ -76,25 +76,36 @@ def streams_kept():
     try: yield
     finally: set_random_states(**states)
 
-# %% ../../../nbs/distill/study/one_run.ipynb #573a2b15
+# %% ../../../nbs/distill/study/one_run.ipynb #cd7e3b40
 class Ticks(Callback):
     "A progress bar that spans several trainings, moved on by an epoch"
     order = Recorder.order+1
     def __init__(self,
         epochs:int,         # Of all trainings
-        progress:bool=True, # Show it?
+        progress=True,      # Show it? 'lines': print a line for each epoch instead
     ):
-        self.bar = progress_bar(range(epochs)) if progress and epochs else ()
+        self.bar = progress_bar(range(epochs)) if progress is True and epochs else ()
+        self.lines = progress=='lines'
+        self.what = 'training'
         self.steps = iter(self.bar)
         next(self.steps, None)
 
     def say(self,
         what:str, # Shown beside the bar
     ):
+        self.what = what
         if self.bar: self.bar.comment = what
 
-    def after_epoch(self): next(self.steps, None)
+    def after_epoch(self):
+        next(self.steps, None)
+        if self.lines: print(f'{self.what}, epoch {self.learn.epoch+1} of {self.learn.n_epoch}: {_losses(self.learn)}')
 
     def close(self):
         "Show the bar as complete"
         for _ in self.steps: pass
+
+# %% ../../../nbs/distill/study/one_run.ipynb #35730d4d
+def _losses(learn):
+    "What the epoch's row of the table says, in words"
+    values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.log[1:]))
+    return ', '.join(f'{k} {v:.4g}' for k,v in values.items() if isinstance(v, float) and v==v)
