@@ -38,7 +38,7 @@ def _labels(path, files, pattern):
                          f"names, for example {missed[0]!r}")
     return [m[1] for m in found]
 
-# %% ../../nbs/data/images.ipynb #7f19eaec
+# %% ../../nbs/data/images.ipynb #fb278e62
 def _readable(path):
     "The images below `path` that can be opened, sorted; what cannot is printed"
     files = get_image_files(path)
@@ -52,7 +52,7 @@ def _readable(path):
 def _what_is_wrong(f):
     "Why an image cannot be opened"
     try: Image.open(f)
-    except Image.DecompressionBombError: return f"too large a picture (of more than {2*Image.MAX_IMAGE_PIXELS:,} pixels)"
+    except Image.DecompressionBombError: return f"too large a picture (over {2*Image.MAX_IMAGE_PIXELS:,} pixels)"
     except Exception: pass
     return 'not a readable image'
 
@@ -92,7 +92,7 @@ def _in_8_bits(a):
     "Whole numbers up to 65535 as such up to 255; those that need no more are left"
     return (a if a.max()<256 else a.astype(np.int64).clip(0, 65535)//257).astype(np.uint8)
 
-# %% ../../nbs/data/images.ipynb #1a458abf
+# %% ../../nbs/data/images.ipynb #a12242a6
 def image_dls(
     path:str|Path,         # Folder of images
     size:int=64,           # Height and width to which images are resized, by cropping
@@ -120,5 +120,6 @@ def image_dls(
         splitter=IndexSplitter(valid) if valid else RandomSplitter(valid_pct, seed=seed),
         item_tfms=Resize(size), batch_tfms=augmented + [Normalize.from_stats(*imagenet_stats)])
     dls = block.dataloaders(path, bs=bs, device=device, **kwargs)
-    if not len(dls.train): raise ValueError(f"bs={bs} is more than the {len(dls.train_ds)} training images: no full batch")
+    if not len(dls.train):
+        raise ValueError(f"bs={bs} is more than the {len(dls.train_ds)} training images: no full batch")
     return dls

@@ -134,7 +134,8 @@ def test_teachers_as_people_have_them(images, tmp_path):
     learn.dls,learn.path = first.dls,tmp_path
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
     learn.save('with_optimizer')
-    torch.save({'model_state_dict': {f'module.{k}':v for k,v in learn.model.state_dict().items()}}, tmp_path/'wrapped.pth')
+    state = {f'module.{k}':v for k,v in learn.model.state_dict().items()}
+    torch.save({'model_state_dict': state}, tmp_path/'wrapped.pth')
     for file in tmp_path/'models'/'with_optimizer.pth',tmp_path/'wrapped.pth':
         exp = distill(images, out=tmp_path/file.stem, quick=True, teacher_weights=file, **small)
         assert exp.runs.equals(first.runs) or exp.teacher.state_dict().keys()==first.teacher.state_dict().keys()

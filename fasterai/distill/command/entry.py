@@ -19,7 +19,7 @@ from fastcore.script import CliError, call_parse, parse_cli
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/command/entry.ipynb #ea8d2618
+# %% ../../../nbs/distill/command/entry.ipynb #66aa7031
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid with such; none: handwritten digits
@@ -27,7 +27,7 @@ def fasterai_distill(
     student:str=None,          # Architecture [resnet18; digits digits_net8]
     loss:str='SoftTarget',     # Name of the distillation loss, or several with commas between
     weight:float=None,         # Its weight [that of its source]
-    task_weight:float=None,    # Weight of the task loss [that of its source; what `weight` leaves of 1 if that is given]
+    task_weight:float=None,    # Weight of the task loss [that of its source; what a given `weight` leaves of 1]
     T:float=None,              # Temperature, for losses that have one [that of its source]
     epochs:str=None,           # Length of the students' training, or several: 10,40 [10; digits 10,60]
     teacher_epochs:int=None,   # Length of the teacher's training [the longest of epochs; digits 10]
@@ -37,7 +37,7 @@ def fasterai_distill(
     bs:int=None,               # Batch size [64; digits 25]
     pattern:str=None,          # Regular expression for the class in a file's name, instead of folders
     augment:bool=False,        # Augment the training images?
-    teacher_weights:str=None,  # A trained teacher: .safetensors, a state dict, what learn.save wrote; none: trained here
+    teacher_weights:str=None,  # File of a trained teacher: weights, also of learn.save; none: it is trained here
     trust_pickle:bool=False,   # May teacher_weights be a file of learn.export? Reading one can run any code in it
     pretrained:str=None,       # teacher, student or both: start from ImageNet's weights, which are downloaded
     quick:bool=False,          # Leave out the student alone that trains for as long as distilling takes
@@ -67,7 +67,7 @@ def _all_of(file):
             return ast.literal_eval(node.value)
     return []
 
-# %% ../../../nbs/distill/command/entry.ipynb #ca2300a1
+# %% ../../../nbs/distill/command/entry.ipynb #d71bec06
 def _plain(o):
     "An option in small letters, spelt with `-`"
     name,eq,value = o.partition('=')
@@ -80,7 +80,8 @@ def check_early(
     options = ['--'+k.replace('_', '-').lower() for k in signature(fasterai_distill.__wrapped__).parameters]
     given = [o.partition('=') for o in map(_plain, argv)]
     for name,_,_ in given:
-        if not name.startswith('--') or name in ('--help', '--pdb', '--xtra') or any(o.startswith(name) for o in options): continue
+        known = any(o.startswith(name) for o in [*options, '--help', '--pdb', '--xtra'])
+        if known or not name.startswith('--'): continue
         raise CliError('fasterai_distill: '+unknown_name('option', name, options))
     if argv and not argv[0].startswith('-') and not os.path.isdir(argv[0]):
         raise CliError(f"fasterai_distill: no folder {argv[0]!r}")

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['Folder', 'export']
 
-# %% ../../../nbs/distill/command/folder.ipynb #46861e7c
+# %% ../../../nbs/distill/command/folder.ipynb #f3345921
 import json
 from pathlib import Path
 from pickle import PicklingError
 
-import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 
 from ...core.files import save_weights, whole_file
 from ...data.archs import load_weights
 
-# %% ../../../nbs/distill/command/folder.ipynb #6e95dc47
+# %% ../../../nbs/distill/command/folder.ipynb #19d9074f
 class Folder:
     "Where the results of one plan are kept. Raises ValueError for one that holds others, OSError where it cannot write"
     def __init__(self,
@@ -33,12 +32,13 @@ class Folder:
     def _refuse_others(self):
         file = self.path/'plan.json'
         if not file.exists():
-            if (self.path/'report.html').exists(): raise ValueError(f"out: {str(self.path)!r} has a report of other runs")
-            return
+            if not (self.path/'report.html').exists(): return
+            raise ValueError(f"out: {str(self.path)!r} has a report of other runs")
         there,here = json.loads(file.read_text()),json.loads(json.dumps(self.identity))
         differs = [f"{k} {there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k)!=v]
-        if differs: raise ValueError(f"out: {str(self.path)!r} holds the results of another plan ({'; '.join(differs[:3])}): "
-                                     "give another folder, --out")
+        if not differs: return
+        raise ValueError(f"out: {str(self.path)!r} holds the results of another plan ({'; '.join(differs[:3])}): give "
+                         "another folder, --out")
 
 # %% ../../../nbs/distill/command/folder.ipynb #a3b4b899
 @patch

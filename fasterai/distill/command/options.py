@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'whole_numbers', 'Pictures', 'Networks', 'Ways', 'Training', 'Plan']
 
-# %% ../../../nbs/distill/command/options.ipynb #80ce5e93
+# %% ../../../nbs/distill/command/options.ipynb #f5d0db1d
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from fastai.learner import load_learner
-from fastai.torch_core import set_seed
 from fastcore.basics import patch
 
 from ...core.names import unknown_name
@@ -73,7 +72,7 @@ class Pictures:
         "The teacher's own data; None: the students'"
         return digits_dls() if self.digits else None
 
-# %% ../../../nbs/distill/command/options.ipynb #fae51800
+# %% ../../../nbs/distill/command/options.ipynb #8321815e
 PRETRAINED = 'teacher','student','both'
 
 @dataclass(frozen=True)
@@ -114,7 +113,9 @@ def _exported_model(file, dls):
                          f"{_in_words(a)} there, {_in_words(b)} here; use the callback, which brings the two together")
     return learn.model.eval()
 
-def _same(a, b): return len(a)==len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x==y for x,y in zip(a, b))
+def _same(a, b):
+    def equal(x, y): return torch.equal(x, y) if isinstance(x, torch.Tensor) else x==y
+    return len(a)==len(b) and all(map(equal, a, b))
 
 def _in_words(o): return ', '.join(str(x.flatten().tolist() if isinstance(x, torch.Tensor) else x) for x in o)
 
@@ -211,7 +212,7 @@ class Plan:
         out = Path(out) if out else Path('-'.join(['distilled', pictures.name, networks.student.replace(':', '_')]))
         return cls(pictures, networks, ways, training, out)
 
-# %% ../../../nbs/distill/command/options.ipynb #895dbb5e
+# %% ../../../nbs/distill/command/options.ipynb #7b7a70e4
 @patch
 def identity(self:Plan,
     dls, # The students' data
@@ -220,7 +221,7 @@ def identity(self:Plan,
     pics,nets = self.pictures,self.networks
     weights = nets.weights and str(Path(nets.weights).resolve())
     return dict(images=str(Path(pics.path).resolve()) if pics.path else 'handwritten digits',
-                training_images=len(dls.train_ds), validation_images=len(dls.valid_ds), classes=list(map(str, dls.vocab)),
-                image_size=None if pics.digits else pics.size, batch_size=pics.batch_size, augment=pics.augment,
+                training_images=len(dls.train_ds), validation_images=len(dls.valid_ds),
+                classes=list(map(str, dls.vocab)), image_size=None if pics.digits else pics.size, batch_size=pics.batch_size, augment=pics.augment,
                 teacher=nets.teacher, teacher_weights=weights, pretrained=nets.pretrained, student=nets.student,
                 teacher_epochs=None if weights else self.training.of_teacher, learning_rate=self.training.rate)

@@ -147,15 +147,15 @@ def _counts(exp):
 _of_seed = ("The table and all below it are of the seed with the median difference, its test over images; "
             "what is said above is over seeds.")
 
-# %% ../../../nbs/distill/command/page.ipynb #0e8aee9f
+# %% ../../../nbs/distill/command/page.ipynb #efb0b310
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
     settings:dict=None,  # Shown on the page
     notes=(),            # Warnings that are to stand on it
 ):
-    """Write to `out` the best student (`student.pth`; `student.pkl` for `load_learner`; `student.json`, how an image has
-    to come to it), `table.csv` and `seeds.csv`, and then `report.html` with its plots and `report.csv`"""
+    """Write to `out` the best student (`student.pth`; `student.pkl` for `load_learner`; `student.json`, how an image
+    has to come to it), `table.csv` and `seeds.csv`, and then `report.html` with its plots and `report.csv`"""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _save_student(exp, out)

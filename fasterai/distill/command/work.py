@@ -22,10 +22,10 @@ from ..study.advice import suggest_weights
 from ..study.experiment import Experiment
 from ..study.one_run import fresh_callback, streams_kept
 
-# %% ../../../nbs/distill/command/work.ipynb #9d363544
+# %% ../../../nbs/distill/command/work.ipynb #aa14bfe1
 def set_up(path=None, **kwargs)->tuple:
-    """The `Experiment` that the arguments of `fasterai_distill` describe, its `Plan` and its `Folder`. Raises ValueError
-    or OSError for what cannot work"""
+    """The `Experiment` that the arguments of `fasterai_distill` describe, its `Plan` and its `Folder`. Raises
+    ValueError or OSError for what cannot work"""
     plan = Plan.of(path, **kwargs)
     dls = plan.pictures.dls()
     set_seed(0)
@@ -89,7 +89,7 @@ def _tell_end(exp):
     yield ("The teacher is no better than the student alone: it has little to teach. "
            "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
-# %% ../../../nbs/distill/command/work.ipynb #dfbcec4c
+# %% ../../../nbs/distill/command/work.ipynb #cf4bcabb
 def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     progress = True if sys.stdout.isatty() or 'ipykernel' in sys.modules else 'lines'
@@ -102,8 +102,9 @@ def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
         if not plan.training.quick: exp.run_as_long(plan.training.n_seeds, progress)
         _say(notes, _tell_end(exp))
         write_report(exp, folder.path, _settings(exp, plan), notes)
+    student = folder.path/'student.pkl'
     print(f"\nIn {folder.path}: report.html, its plots and tables, and the distilled student that scored best "
-          f"({exp.best[0]:.1%}): load_learner('{folder.path/'student.pkl'}').predict(item); its weights are student.pth")
+          f"({exp.best[0]:.1%}): load_learner('{student}').predict(item); its weights are student.pth")
     return exp
 
 def _say(notes, lines):

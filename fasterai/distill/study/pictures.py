@@ -67,12 +67,12 @@ def _bare(ax):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-# %% ../../../nbs/distill/study/pictures.ipynb #e4ebb2a0
+# %% ../../../nbs/distill/study/pictures.ipynb #4d8ee0d9
 def sample_images(
     learn:Learner,       # Its validation set
     items:Sequence[int], # Places in it
 )->tuple:
-    "Inputs of a batch of the items, the first target, and the images (H, W) or (H, W, 3) from 0 to 1; None for no images"
+    "Inputs of a batch of the items, its targets, and the images (H, W) or (H, W, 3) from 0 to 1; None for no images"
     b = _batch(learn, items)
     return _inputs(learn, b),b[-1],_images(learn, b)
 

@@ -29,7 +29,7 @@ def versions()->dict:
     return dict(fasterai=fasterai.__version__, fastai=version('fastai'), torch=torch.__version__,
                 python=platform.python_version(), processor=platform.processor() or platform.machine(), gpu=gpu)
 
-# %% ../../../nbs/distill/study/report.ipynb #ee764fe5
+# %% ../../../nbs/distill/study/report.ipynb #c23bbca2
 _page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <!doctype html>
 <html lang="en">
@@ -74,7 +74,10 @@ figure img { width: 100%; image-rendering: auto }
 <h2>{{ name }}</h2>
 <div class="cards">
 {% for png, lines in cards %}
-<figure><img alt="" src="data:image/png;base64,{{ png }}"><figcaption>{% for l in lines %}{{ l }}<br>{% endfor %}</figcaption></figure>
+<figure>
+<img alt="" src="data:image/png;base64,{{ png }}">
+<figcaption>{% for line in lines %}{{ line }}<br>{% endfor %}</figcaption>
+</figure>
 {% endfor %}
 </div>
 {% endfor %}
