@@ -186,7 +186,7 @@ class Training:
     @property
     def rate(self)->float: return _first(self.lr, 1e-2 if self.digits else 1e-3)
 
-# %% ../../../nbs/distill/command/options.ipynb #e88acc0b
+# %% ../../../nbs/distill/command/options.ipynb #64368562
 @dataclass(frozen=True)
 class Plan:
     "What the command was asked to do"
@@ -200,7 +200,7 @@ class Plan:
     def of(cls, path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None,
            epochs=None, teacher_epochs=None, seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False,
            teacher_weights=None, trust_pickle=False, pretrained=None, quick=False, out=None, workers=None):
-        "The plan of the command's arguments"
+        "The plan of the command's arguments; ValueError for what no loss, network or training can be"
         pictures = Pictures(None if path is None else str(path), size, bs, pattern, augment, workers)
         digits = pictures.digits
         weights = None if teacher_weights is None else str(teacher_weights)
@@ -212,7 +212,7 @@ class Plan:
         out = Path(out) if out else Path('-'.join(['distilled', pictures.name, networks.student.replace(':', '_')]))
         return cls(pictures, networks, ways, training, out)
 
-# %% ../../../nbs/distill/command/options.ipynb #7b7a70e4
+# %% ../../../nbs/distill/command/options.ipynb #41275984
 @patch
 def identity(self:Plan,
     dls, # The students' data
@@ -222,6 +222,7 @@ def identity(self:Plan,
     weights = nets.weights and str(Path(nets.weights).resolve())
     return dict(images=str(Path(pics.path).resolve()) if pics.path else 'handwritten digits',
                 training_images=len(dls.train_ds), validation_images=len(dls.valid_ds),
-                classes=list(map(str, dls.vocab)), image_size=None if pics.digits else pics.size, batch_size=pics.batch_size, augment=pics.augment,
+                classes=list(map(str, dls.vocab)), image_size=None if pics.digits else pics.size,
+                batch_size=pics.batch_size, augment=pics.augment,
                 teacher=nets.teacher, teacher_weights=weights, pretrained=nets.pretrained, student=nets.student,
                 teacher_epochs=None if weights else self.training.of_teacher, learning_rate=self.training.rate)
