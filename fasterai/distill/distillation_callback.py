@@ -31,7 +31,7 @@ from .training.views import seen_by_student
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #e4c85914
+# %% ../../nbs/distill/distillation_callback.ipynb #e12c9d5d
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -93,6 +93,10 @@ class KnowledgeDistillationCallback(Callback):
     def after_loss(self):
         "Add what the teacher says to the loss that is backpropagated"
         if s := self.teaching: s.teach()
+
+    def after_cancel_step(self):
+        "A step that is left out, as for gradients that are not finite, changes nothing"
+        if s := self.teaching: s.skip_step()
 
     def after_step(self):
         "Let a teacher that follows the student take its step"
