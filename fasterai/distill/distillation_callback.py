@@ -31,7 +31,7 @@ from .training.views import seen_by_student
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #e12c9d5d
+# %% ../../nbs/distill/distillation_callback.ipynb #e4c85914
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -94,10 +94,6 @@ class KnowledgeDistillationCallback(Callback):
         "Add what the teacher says to the loss that is backpropagated"
         if s := self.teaching: s.teach()
 
-    def after_cancel_step(self):
-        "A step that is left out, as for gradients that are not finite, changes nothing"
-        if s := self.teaching: s.skip_step()
-
     def after_step(self):
         "Let a teacher that follows the student take its step"
         if s := self.teaching: s.after_step()
@@ -127,6 +123,12 @@ class KnowledgeDistillationCallback(Callback):
 def teaching(self:KnowledgeDistillationCallback)->Session:
     "The session; none outside of a fit, and none in a validation or prediction that somebody asks for within it"
     return None if self.session is None or self.learn.lock.locked() else self.session
+
+# %% ../../nbs/distill/distillation_callback.ipynb #2c5a3b53
+@patch
+def after_cancel_step(self:KnowledgeDistillationCallback):
+    "A step that is left out is none"
+    if s := self.teaching: s.fit.notes['skipped'] = self.learn.train_iter
 
 # %% ../../nbs/distill/distillation_callback.ipynb #312427a4
 def _learn_of(cb): return vars(cb).get('_learn')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['average_of', 'step_towards', 'fitted_decay', 'EMA']
 
-# %% ../../../nbs/distill/teacher/following.ipynb #2e8c4d53
+# %% ../../../nbs/distill/teacher/following.ipynb #625a2954
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Callable
 
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -40,7 +40,7 @@ def _unobserved(net):
     finally:
         for m,forward,backward in kept: m._forward_hooks,m._backward_hooks = forward,backward
 
-# %% ../../../nbs/distill/teacher/following.ipynb #f296f374
+# %% ../../../nbs/distill/teacher/following.ipynb #ac92686c
 def average_of(
     student:nn.Module,  # Where the average begins
     buffers:str='copy', # As in `EMA`
@@ -58,7 +58,8 @@ def average_of(
 
 def _refuse_what_cannot_be_copied(student):
     lazy = [n for n,p in student.named_parameters() if is_lazy(p)]
-    if lazy: raise ValueError(f"EMA cannot copy {lazy[0]}, which has no values yet: run a batch through the student first")
+    if lazy:
+        raise ValueError(f"EMA cannot copy {lazy[0]}, which has no values yet: run a batch through the student first")
     if is_placed(student):
         raise ValueError(f"EMA cannot copy the {name_of(student)}, whose parts accelerate has placed: load it whole")
 
@@ -174,15 +175,17 @@ def _look_at(self:EMA, student):
 
 def _shapes(net): return {k:v.shape for k,v in net.state_dict().items()}
 
-# %% ../../../nbs/distill/teacher/following.ipynb #4fb9c1f9
+# %% ../../../nbs/distill/teacher/following.ipynb #e5921526
 @patch
 def _fit_decay(self:EMA, learn):
     "The decay in force, and a word about it where it is our choice; none in `no_logging`"
     if self.decay is not None: return
     steps,was = _steps_of(learn),self.in_force
     self.in_force = fitted_decay(steps)
-    if self.in_force==was or learn.logger is noop or rank_distrib(): return
+    if self.in_force==was or _is_quiet(learn) or rank_distrib(): return
     print(f"EMA: decay {self.in_force:.3g}, fitted to {steps} steps")
+
+def _is_quiet(learn): return getattr(learn.logger, '__name__', '')=='noop'
 
 # %% ../../../nbs/distill/teacher/following.ipynb #02a241a6
 @patch

@@ -189,13 +189,12 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #34a12496
+# %% ../../../nbs/distill/training/session.ipynb #8f6e6c35
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
     self.end_batch()
     vars(self.learn).pop('full_xb', None) # of a batch that an error has ended
-    self.fit.notes.pop('skipped', None)
     training = self.learn.training
     if training: self._set_weight()
     asks = self.asks(training)
@@ -321,7 +320,7 @@ def _add_own_loss(self:Session):
     own = self.kd.teacher.own_loss(self.learn)
     if own is not None: self.learn.loss_grad = self.fit.notes['mixed'] = self.learn.loss_grad + own
 
-# %% ../../../nbs/distill/training/session.ipynb #795f4d42
+# %% ../../../nbs/distill/training/session.ipynb #6f972aae
 @patch
 def begin_epoch(self:Session):
     "A new epoch's log; at the first one, bring teacher and student together"
@@ -349,14 +348,9 @@ def _reset_teacher(self:Session):
     if self.learn._grab_cbs(ModelResetter) and hasattr(self.kd.teacher, 'reset'): self.kd.teacher.reset()
 
 @patch
-def skip_step(self:Session):
-    "The step of this batch was left out, though fastai's `after_step` comes all the same"
-    self.fit.notes['skipped'] = True
-
-@patch
 def after_step(self:Session):
-    "Tell the teacher that the student has changed"
-    if self.ask is None or self.fit.notes.get('skipped'): return
+    "Tell the teacher that the student has changed, if it has"
+    if self.ask is None or self.fit.notes.get('skipped')==self.learn.train_iter: return
     self.kd.teacher.after_step(self.learn)
 
 @patch
