@@ -34,7 +34,7 @@ def fit(learn, epochs, cbs):
 arms = {'alone': None, 'labels smoothed': SmoothLabels,
         'EMA()': following,
         **{f'EMA({d})': partial(following, decay=d) for d in (0.8, 0.9, 0.95, 0.99, 0.999)},
-        'EMA(0.95), not warm': partial(following, decay=0.95, warm=False),
+        **{f'EMA({d}), not warm': partial(following, decay=d, warm=False) for d in (0.95, 0.999)},
         "EMA(), buffers='average'": partial(following, buffers='average'),
         'EMA(), weight 0': partial(following, weight=0.)}
 

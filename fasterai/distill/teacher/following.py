@@ -99,9 +99,9 @@ def _steps_of(learn):
 class EMA(BaseTeacher):
     """The moving average of the student's weights, in eval mode: it follows each real step of the optimizer.
 
-    `model` is the average, after a fit a network as any. Another fit of the same student goes on with it. Of mean teacher
-    (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780), without its second view and its unlabelled images. Raises
-    ValueError for a decay or buffers that cannot be"""
+    `model` is the average, after a fit a network as any. Another fit of the same student goes on with it. Of mean
+    teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780), without its second view and its unlabelled
+    images. Raises ValueError for a decay or buffers that cannot be"""
     def __init__(self,
         decay:float=None,     # What the average keeps of itself in a step; None: fitted to the number of steps
         warm:bool=True,       # Less at first, so that it begins as the plain mean?
