@@ -126,6 +126,12 @@ def teaching(self:KnowledgeDistillationCallback)->Session:
     "The session; none outside of a fit, and none in a validation or prediction that somebody asks for within it"
     return None if self.session is None or self.learn.lock.locked() else self.session
 
+# %% ../../nbs/distill/distillation_callback.ipynb #2c5a3b53
+@patch
+def after_cancel_step(self:KnowledgeDistillationCallback):
+    "A step that is left out is none"
+    if s := self.teaching: s.fit.notes['skipped'] = self.learn.train_iter
+
 # %% ../../nbs/distill/distillation_callback.ipynb #312427a4
 def _learn_of(cb): return vars(cb).get('_learn')
 

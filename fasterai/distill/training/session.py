@@ -320,7 +320,7 @@ def _add_own_loss(self:Session):
     own = self.kd.teacher.own_loss(self.learn)
     if own is not None: self.learn.loss_grad = self.fit.notes['mixed'] = self.learn.loss_grad + own
 
-# %% ../../../nbs/distill/training/session.ipynb #601e672c
+# %% ../../../nbs/distill/training/session.ipynb #6f972aae
 @patch
 def begin_epoch(self:Session):
     "A new epoch's log; at the first one, bring teacher and student together"
@@ -349,8 +349,9 @@ def _reset_teacher(self:Session):
 
 @patch
 def after_step(self:Session):
-    "Tell the teacher that the student has changed"
-    if self.ask is not None: self.kd.teacher.after_step(self.learn)
+    "Tell the teacher that the student has changed, if it has"
+    if self.ask is None or self.fit.notes.get('skipped')==self.learn.train_iter: return
+    self.kd.teacher.after_step(self.learn)
 
 @patch
 def _sum_over_processes(self:Session, sums):
