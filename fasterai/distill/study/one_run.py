@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fresh_callback', 'fit_one_cycle', 'measured', 'quiet', 'measure', 'streams_kept', 'Ticks']
 
-# %% ../../../nbs/distill/study/one_run.ipynb #f6731bfc
+# %% ../../../nbs/distill/study/one_run.ipynb #4bcb397a
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -20,17 +20,19 @@ from fastprogress.fastprogress import progress_bar
 
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
+from ..teacher.protocol import BaseTeacher
 
-# %% ../../../nbs/distill/study/one_run.ipynb #93295d38
+# %% ../../../nbs/distill/study/one_run.ipynb #f293418e
 def fresh_callback(
     arm, # Arguments of `KnowledgeDistillationCallback` (a dict), a function that makes a callback, a callback, or None
 ):
-    "A callback for one run, which shares nothing with other runs but the teacher; None for the task alone"
+    "A callback for one run, which shares nothing with others but a teacher that stays as it is; None: the task alone"
     if arm is None: return None
     if isinstance(arm, Callback): return arm.replace()
     if not isinstance(arm, dict): return arm()
     others = {k:v for k,v in arm.items() if k!='teacher'}
-    return KnowledgeDistillationCallback(arm['teacher'], **deepcopy(others))
+    teacher = arm['teacher'].another() if isinstance(arm['teacher'], BaseTeacher) else arm['teacher']
+    return KnowledgeDistillationCallback(teacher, **deepcopy(others))
 
 # %% ../../../nbs/distill/study/one_run.ipynb #f6756f69
 class _SkipValidation(Callback):
