@@ -2019,6 +2019,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'fasterai/distill/training/session.py'),
                                                    'fasterai.distill.training.session.Session._add_own_loss': ( 'distill/training/session.html#session._add_own_loss',
                                                                                                                 'fasterai/distill/training/session.py'),
+                                                   'fasterai.distill.training.session.Session._answer': ( 'distill/training/session.html#session._answer',
+                                                                                                          'fasterai/distill/training/session.py'),
                                                    'fasterai.distill.training.session.Session._begin_teacher': ( 'distill/training/session.html#session._begin_teacher',
                                                                                                                  'fasterai/distill/training/session.py'),
                                                    'fasterai.distill.training.session.Session._build_learned': ( 'distill/training/session.html#session._build_learned',

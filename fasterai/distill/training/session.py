@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #29111d52
+# %% ../../../nbs/distill/training/session.ipynb #4cc6ed67
+import inspect
 from contextlib import ExitStack
 from functools import partial
 
@@ -227,18 +228,24 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #d5f9abdf
+# %% ../../../nbs/distill/training/session.ipynb #00a3cbdf
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
-    teacher_pred,fm_t = self.ask(*xb)
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
+    teacher_pred,fm_t = self._answer(xb, pred=logits, target=target)
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     with torch.autocast(_device_of(outputs).type, enabled=False): return self._compare(full_precision(outputs))
+
+@patch
+def _answer(self:Session, xb, **batch):
+    "The teacher's, which is told of the `batch` what its `answer` names"
+    named = inspect.signature(self.ask).parameters
+    return self.ask(*xb, **{k:v for k,v in batch.items() if k in named})
 
 @patch
 def _logits(self:Session, pred):
