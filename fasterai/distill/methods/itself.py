@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['kinds', 'by_epoch', 'Kind', 'SelfDistillation']
 
-# %% ../../../nbs/distill/methods/itself.ipynb #5667eacd
+# %% ../../../nbs/distill/methods/itself.ipynb #94563d23
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from math import floor
+from types import MappingProxyType
 from typing import Callable
 
 from fastcore.basics import patch
@@ -34,7 +35,7 @@ def by_epoch(
     "(t+1)/E in epoch t of E"
     return Schedule(_EpochsBegun(epochs))
 
-# %% ../../../nbs/distill/methods/itself.ipynb #eb8237ef
+# %% ../../../nbs/distill/methods/itself.ipynb #8a1512cd
 @dataclass(frozen=True)
 class Kind:
     "What makes a kind of self-distillation: its teacher and its authors' recipe"
@@ -44,13 +45,13 @@ class Kind:
     teacher:type=None      # Who remembers; None: the loss needs nobody
     schedule:Schedule=None # Multiplies `weight`
 
-kinds = dict(
-    last_batch=Kind(partial(SoftTarget, T=3), 1., 1., LastBatch),
-    past=Kind(Mutual, 0.8, None, PastEpoch, by_epoch()),
-    virtual=Kind(VirtualTeacher, 0.1),
-    **{'class': Kind(ClassMates, 1., 1.)})
+kinds = MappingProxyType({
+    'last_batch': Kind(partial(SoftTarget, T=3), 1., 1., LastBatch),
+    'class': Kind(ClassMates, 1., 1.),
+    'past': Kind(Mutual, 0.8, None, PastEpoch, by_epoch()),
+    'virtual': Kind(VirtualTeacher, 0.1)})
 
-# %% ../../../nbs/distill/methods/itself.ipynb #360542ff
+# %% ../../../nbs/distill/methods/itself.ipynb #1cc36204
 class SelfDistillation(KnowledgeDistillationCallback):
     """Distillation without another network: 'last_batch' (DLB, arXiv 2203.16172), 'class' (CS-KD, 2003.13964), 'past'
     (PS-KD, 2006.12000) or 'virtual' (Tf-KD, 1909.11723).
@@ -76,10 +77,10 @@ class SelfDistillation(KnowledgeDistillationCallback):
             schedule=own.schedule if schedule is None else schedule,
             task_weight=own.task_weight if task_weight is None else task_weight, **kwargs)
 
-    def before_fit(self):
+    def before_train(self):
         "Let a schedule by epochs know how many there are"
         if self.recipe: self._count_epochs()
-        super().before_fit()
+        super().before_train()
 
     def before_batch(self):
         "Repeat the last batch, in the training and while there is a distillation"
@@ -93,12 +94,12 @@ def _refuse(kind, kwargs):
     if kind=='last_batch' and kwargs.get('mask') is not None:
         raise ValueError("mask: kind='last_batch' says itself which rows count, those that are repeated")
 
-# %% ../../../nbs/distill/methods/itself.ipynb #dc0aa546
+# %% ../../../nbs/distill/methods/itself.ipynb #c2bdb6ff
 @patch
 def _count_epochs(self:SelfDistillation):
-    schedule = self.recipe.schedule
-    if schedule is None or not isinstance(schedule.sched_func, _EpochsBegun): return
-    self.recipe = dataclasses.replace(self.recipe, schedule=by_epoch(getattr(self.learn, 'n_epoch', 1)))
+    n,curve = self.learn.n_epoch,getattr(self.recipe.schedule, 'sched_func', None)
+    if not isinstance(curve, _EpochsBegun) or curve.epochs==n: return
+    self.recipe = dataclasses.replace(self.recipe, schedule=by_epoch(n))
 
 # %% ../../../nbs/distill/methods/itself.ipynb #0738da80
 @patch
