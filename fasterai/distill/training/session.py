@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #29111d52
+# %% ../../../nbs/distill/training/session.ipynb #bcc3da09
 from contextlib import ExitStack
 from functools import partial
 
@@ -23,7 +23,7 @@ from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
-from ..teacher.protocol import accepted, shared_with
+from ..teacher.protocol import accepted, named, shared_with
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
@@ -227,15 +227,15 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #d5f9abdf
+# %% ../../../nbs/distill/training/session.ipynb #69a746dd
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
-    teacher_pred,fm_t = self.ask(*xb)
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
+    teacher_pred,fm_t = self.ask(*xb, **named(self.ask, dict(pred=logits, target=target)))
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     with torch.autocast(_device_of(outputs).type, enabled=False): return self._compare(full_precision(outputs))
