@@ -5,15 +5,11 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #bcc3da09
+# %% ../../../nbs/distill/training/session.ipynb #73aad51e
 from contextlib import ExitStack
 from functools import partial
 
 import torch
-from fastai.callback.core import (
-    CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-    CancelTrainException, CancelValidException)
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import apply, find_bs
 from fastcore.basics import patch
@@ -24,6 +20,7 @@ from ...core.task import full_inputs, logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, named, shared_with
+from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
@@ -59,10 +56,7 @@ class Session:
         "Context of a forward in which the student's layers are listened to"
         return self.kd.eyes.open()
 
-# %% ../../../nbs/distill/training/session.ipynb #fea39332
-_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-            CancelStepException, CancelTrainException, CancelValidException)
-
+# %% ../../../nbs/distill/training/session.ipynb #8d4d95df
 @patch
 def open(self:Session):
     "Begin: columns in the table, and everything undone when the fit that is running ends"
@@ -72,8 +66,7 @@ def open(self:Session):
     self.fit.passing.append(kd)
     self.stack.callback(partial(setattr, kd, 'session', self.outer))
     self._open_log()
-    was_on = {k:torch.is_autocast_enabled(k) for k in ('cpu', 'cuda')}
-    self.stack.push(partial(_leave_autocast, learn, was_on))
+    self.stack.push(leaving_autocast(learn))
     return self
 
 @patch
@@ -95,15 +88,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-def _leave_autocast(learn, was_on, kind, error, tb):
-    "End the autocast of fastai's `MixedPrecision` after an error, if it was not on before"
-    if error is None or isinstance(error, _cancels): return
-    for mp in learn._grab_cbs(MixedPrecision):
-        autocast = getattr(mp, 'autocast', None)
-        if autocast is None or was_on.get(autocast.device): continue
-        if torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
-
-# %% ../../../nbs/distill/training/session.ipynb #0dbb0b6b
+# %% ../../../nbs/distill/training/session.ipynb #26d44502
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -143,8 +128,14 @@ def _begin_teacher(self:Session, record):
         teacher.begin(self.learn, **accepted(teacher.begin, {**question, 'record': record}))
         self._load_teacher()
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
-    self.ask = partial(answer, **accepted(answer, question))
+    self.ask = _asking(answer, question)
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
+
+def _asking(answer, question):
+    "A function of a batch's inputs and whatever else of the batch a teacher may name"
+    ask = partial(answer, **accepted(answer, question))
+    wanted = tuple(named(answer, dict(pred=None, target=None)))
+    return lambda xb, **batch: ask(*xb, **{k:batch[k] for k in wanted})
 
 @patch
 def _load_teacher(self:Session):
@@ -227,7 +218,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #69a746dd
+# %% ../../../nbs/distill/training/session.ipynb #0d29de4e
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -235,7 +226,7 @@ def lesson(self:Session, xb, yb, pred)->dict:
     fm_s = kd.eyes.maps
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
-    teacher_pred,fm_t = self.ask(*xb, **named(self.ask, dict(pred=logits, target=target)))
+    teacher_pred,fm_t = self.ask(xb, pred=logits, target=target)
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     with torch.autocast(_device_of(outputs).type, enabled=False): return self._compare(full_precision(outputs))
