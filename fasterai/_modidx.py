@@ -789,6 +789,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fasterai/distill/loss/several.py'),
                                                'fasterai.distill.loss.several._of_label': ( 'distill/loss/several.html#_of_label',
                                                                                             'fasterai/distill/loss/several.py'),
+                                               'fasterai.distill.loss.several._refuse_other_needs': ( 'distill/loss/several.html#_refuse_other_needs',
+                                                                                                      'fasterai/distill/loss/several.py'),
                                                'fasterai.distill.loss.several._trust': ( 'distill/loss/several.html#_trust',
                                                                                          'fasterai/distill/loss/several.py'),
                                                'fasterai.distill.loss.several._with_labels': ( 'distill/loss/several.html#_with_labels',

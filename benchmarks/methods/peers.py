@@ -48,4 +48,6 @@ def fit(learn, epochs, cbs=None):
 
 def run():
     cols = ['arm', 'setting', 'seed', 'epochs', 'valid_loss', 'accuracy', 'mean', 'ensemble', 'agreement', 'seconds']
-    return study('peers', few100, arms, fit=fit, cols=cols).run(120, seeds=5, progress=False)
+    found = study('peers', few100, arms, fit=fit, cols=cols)
+    found.run(120, seeds=5, progress=False)
+    return found.run(240, seeds=5, arms=['alone'], progress=False) # as many passes as two networks take

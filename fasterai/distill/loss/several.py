@@ -19,7 +19,7 @@ from .base import OUTPUTS, as_loss, as_logits, as_pair, check_T, kl_div
 from .logits import SoftTarget
 from .padding import kept, labels_of, mean_kept
 
-# %% ../../../nbs/distill/loss/several.ipynb #77f58082
+# %% ../../../nbs/distill/loss/several.ipynb #d2da4e57
 def stacked(
     pred:Tensor,         # Student's predictions `(B, C)`, or of any shape
     teacher_pred:Tensor, # Those of several networks `(K, B, C)`
@@ -27,8 +27,9 @@ def stacked(
     "Both in at least fp32, the teachers' detached. Raises ValueError unless those are predictions like the student's"
     s,t = as_pair(pred, teacher_pred)
     if t.shape[1:]==s.shape: return s, t
-    raise ValueError(f"teacher_pred must hold the answers of several networks, (K, {', '.join(map(str, s.shape))}), got "
-                     f"{tuple(t.shape)}: ask for them with Teacher([...], average='stack')")
+    want = f"(K, {', '.join(map(str, s.shape))})"
+    raise ValueError(f"teacher_pred must hold the answers of several networks, {want}, got {tuple(t.shape)}: "
+                     "ask for them with Teacher([...], average='stack')")
 
 # %% ../../../nbs/distill/loss/several.ipynb #36e06729
 def _cross_entropy(z, target, axis, ignore_index, mask):
@@ -63,7 +64,7 @@ def ConfidentTeachers(
     kl = torch.stack([kl_div(zs/check_T(T), z/T, axis) for z in zts])
     return T**2*mean_kept((w*kl).sum(0), kept(target, zs, axis, ignore_index, mask))
 
-# %% ../../../nbs/distill/loss/several.ipynb #50ed63ef
+# %% ../../../nbs/distill/loss/several.ipynb #d7bd624e
 class _Several:
     "`loss` with the answers of several networks, see `several`"
     def __init__(self, loss, target):
@@ -77,7 +78,8 @@ class _Several:
 
     def __call__(self, pred, teacher_pred, *args, **kwargs):
         s,t = stacked(pred, teacher_pred)
-        if self.target!='each': t = _agreed(s, t, self.target, **{k: kwargs.get(k, v) for k,v in _of_labels.items()})[None]
+        about_labels = {k: kwargs.get(k, v) for k,v in _of_labels.items()}
+        if self.target!='each': t = _agreed(s, t, self.target, **about_labels)[None]
         if not any(p.kind is p.VAR_KEYWORD for p in self.takes.values()):
             kwargs = {k:v for k,v in kwargs.items() if k in self.takes}
         return sum(self.loss(s, z, *args, **kwargs) for z in t)/len(t)
@@ -107,7 +109,7 @@ def _with_labels(loss):
     more = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k,v in known.items()]
     return inspect.Signature([*own, *more])
 
-# %% ../../../nbs/distill/loss/several.ipynb #d46d33c9
+# %% ../../../nbs/distill/loss/several.ipynb #3c49bb20
 _targets = 'each','mean','min'
 
 def several(
@@ -121,18 +123,22 @@ def several(
     bound = {}
     while isinstance(loss, partial): loss,bound = loss.func,{**loss.keywords, **bound}
     if isinstance(loss, nn.Module):
-        raise TypeError(f"several takes a function, got the module {type(loss).__name__}, whose parameters would not be "
-                        "found")
-    needed = [k for k,p in inspect.signature(loss).parameters.items() if k in OUTPUTS and p.default is p.empty]
-    if needed[:2]!=['pred', 'teacher_pred'] or set(needed)&{'fm_s', 'fm_t'}:
-        raise TypeError(f"several takes a loss that compares pred and teacher_pred, got one of {', '.join(needed) or loss}")
+        raise TypeError(f"several takes a function, got the module {type(loss).__name__}, whose parameters would not "
+                        "be found")
+    _refuse_other_needs(loss)
     made = _Several(loss, target)
     return partial(made, **bound) if bound else made
 
-# %% ../../../nbs/distill/loss/several.ipynb #11c73945
+def _refuse_other_needs(loss):
+    needed = [k for k,p in inspect.signature(loss).parameters.items() if k in OUTPUTS and p.default is p.empty]
+    if {'pred', 'teacher_pred'}<={*needed} and not {'fm_s', 'fm_t'}&{*needed}: return
+    raise TypeError("several takes a loss that compares pred and teacher_pred, got one of "
+                    f"{', '.join(needed) or loss}")
+
+# %% ../../../nbs/distill/loss/several.ipynb #f404ab1a
 class DeepMutualLearning(nn.Module):
     """The losses of students that learn from the labels and from one another: cross-entropy, plus the mean of the KL to
-    each of the others, times T². Zhang et al., CVPR 2018, arXiv 1706.00384. ValueError for another number of students"""
+    each of the others, times T². Zhang et al., CVPR 2018, arXiv 1706.00384. ValueError for another number of them"""
     def __init__(self,
         num_students:int=2,     # How many there are, 2 or more
         temperature:float=3.,   # Of the mutual term; the authors have 1
@@ -148,7 +154,8 @@ class DeepMutualLearning(nn.Module):
     )->tuple[Tensor, list]:
         "The sum for all students, and the loss of each"
         zs = list(student_logits)
-        if len(zs)!=self.num_students: raise ValueError(f"need the logits of {self.num_students} students, got {len(zs)}")
+        if len(zs)!=self.num_students:
+            raise ValueError(f"need the logits of {self.num_students} students, got {len(zs)}")
         def others(i): return torch.stack([z.detach() for j,z in enumerate(zs) if j!=i])
         mutual = several(partial(SoftTarget, T=self.temperature))
         losses = [F.cross_entropy(z, labels) + mutual(z, others(i)) for i,z in enumerate(zs)]

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['MutualLearning']
 
-# %% ../../../nbs/distill/methods/mutual.ipynb #583e1dff
+# %% ../../../nbs/distill/methods/mutual.ipynb #55152afa
 from copy import deepcopy
 from functools import partial
 from typing import Callable
 
-import torch
 from fastai.learner import Metric, ValueMetric
 from fastcore.basics import GetAttr, patch
-from torch import nn
 
 from ...core.task import full_inputs, logits_of, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
@@ -25,10 +23,10 @@ from ..teacher.ensemble import ensemble_logits
 from ..teacher.peers import Peers
 from ..teacher.teacher import Teacher
 
-# %% ../../../nbs/distill/methods/mutual.ipynb #122172e9
+# %% ../../../nbs/distill/methods/mutual.ipynb #1492445b
 class MutualLearning(KnowledgeDistillationCallback):
-    """Train networks beside the Learner's model, each by the labels and by the others' answers. Zhang et al. (DML), CVPR
-    2018, arXiv 1706.00384; `target='mean'` and `'min'`: Guo et al. (KDCL), CVPR 2020.
+    """Train networks beside the Learner's model, each by the labels and by the others' answers. Zhang et al. (DML),
+    CVPR 2018, arXiv 1706.00384; `target='mean'` and `'min'`: Guo et al. (KDCL), CVPR 2020.
 
     The peers train with the optimizer's last group, at its learning rate. The table shows the student's `task_loss` and
     `mutual_loss`, and in validation the first metric of each peer and of all together. Raises TypeError for what is no
@@ -39,7 +37,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         peers,                # A network or several, of any architecture
         loss:Callable|str|list|dict=partial(SoftTarget, T=3), # On the logits of two networks
         weight:float=1.,      # Of the mutual loss, beside 1 for the task's
-        target:str='each',    # Who is followed: 'each' of the others; or the 'mean' or 'min' of all logits, as `several` has it
+        target:str='each',    # Who is followed: 'each' of the others; or 'mean' or 'min' of all, as in `several`
         schedule=None,        # Multiplies `weight` over the training
         **kwargs              # More arguments of `KnowledgeDistillationCallback`, such as `start_pct` and `select`
     ):

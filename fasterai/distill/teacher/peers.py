@@ -73,11 +73,11 @@ def own_loss(self:Peers, learn):
 
 def _without(stack, i): return torch.cat([stack[:i], stack[i+1:]])
 
-# %% ../../../nbs/distill/teacher/peers.ipynb #f2995bf7
+# %% ../../../nbs/distill/teacher/peers.ipynb #298ac5f0
 @patch
 def begin(self:Peers, learn, layers=(), logits=True, as_student=None):
     "Go to the student's device. ValueError for shared weights, equal starts, or maps that a loss asks for"
-    if layers: raise ValueError(f"peers compare logits, and the loss asks for the layers {', '.join(layers)} of a teacher")
+    if layers: raise ValueError(f"peers compare logits, and the loss asks for a teacher's layers {', '.join(layers)}")
     student = unwrap(learn.model)
     self.learns.to(next(iter(devices_of(student)), torch.device('cpu')))
     names = ['the student', *(f'peer {i}' for i in range(1, len(self.learns)+1))]
@@ -101,6 +101,7 @@ def _refuse_alike(a, b, who):
                      "each other: build them anew, or give them another start")
 
 def _same_start(a, b):
-    if any('drop' in type(m).__name__.lower() and getattr(m, 'p', 1) for net in (a, b) for m in net.modules()): return False
+    modules = [*a.modules(), *b.modules()]
+    if any('drop' in type(m).__name__.lower() and getattr(m, 'p', 1) for m in modules): return False
     ps,qs = list(a.parameters()),list(b.parameters())
     return len(ps)==len(qs) and all(p.shape==q.shape and torch.equal(p, q.to(p.device)) for p,q in zip(ps, qs))

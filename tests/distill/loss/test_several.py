@@ -99,7 +99,8 @@ def test_shares_of_the_classes_in_place_of_labels():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_and_autocast(dtype):
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        got = ConfidentTeachers(student.to(dtype), logits.to(dtype), y),several(SoftTarget)(student.to(dtype), logits.to(dtype))
+        s,t = student.to(dtype),logits.to(dtype)
+        got = ConfidentTeachers(s, t, y),several(SoftTarget)(s, t)
     assert all(o.dtype==torch.float32 for o in got)
 
 def test_terms_read_their_needs_and_hyper_parameters():

@@ -110,9 +110,12 @@ def test_of_one_step_no_gradient_crosses():
 
 def dropped(seed=0): return net(4, seed=seed, head=(nn.Dropout(),))
 
-@pytest.mark.parametrize('make', [lambda: KnowledgeDistillationCallback(net(8, seed=1), SoftTarget, weight=0),
-                                  lambda: KnowledgeDistillationCallback(Peers(dropped(1)), several(SoftTarget), weight=0),
-                                  lambda: MutualLearning(dropped(1), weight=0)], ids=['kd', 'peers', 'mutual'])
+KD = KnowledgeDistillationCallback
+unweighted = dict(kd=lambda: KD(net(8, seed=1), SoftTarget, weight=0),
+                  peers=lambda: KD(Peers(dropped(1)), several(SoftTarget), weight=0),
+                  mutual=lambda: MutualLearning(dropped(1), weight=0))
+
+@pytest.mark.parametrize('make', unweighted.values(), ids=unweighted)
 def test_weight_0_is_plain_training_bit_for_bit(make):
     def trained(cbs):
         torch.manual_seed(0)
@@ -207,7 +210,8 @@ def test_columns_of_the_peers_and_their_ensemble():
     learn = learner(nets()[0], metrics=[accuracy])
     ml = MutualLearning(nets(3)[1:])
     learn.fit(2, cbs=ml)
-    names = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'mutual_loss', 'peer_1', 'peer_2', 'ensemble', 'time']
+    names = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'mutual_loss', 'peer_1', 'peer_2',
+             'ensemble', 'time']
     assert learn.recorder.metric_names==names
     row = dict(zip(names[1:], learn.recorder.values[-1]))
     x,y = (torch.cat(o) for o in zip(*learn.dls.valid))
@@ -246,7 +250,8 @@ def test_an_ensemble_needs_a_student():
 
 # Nothing stays, and all goes on
 
-events = ['before_epoch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch', 'before_validate', 'after_epoch']
+events = ['before_epoch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch', 'before_validate',
+          'after_epoch']
 
 @pytest.mark.parametrize('exc', [KeyboardInterrupt(), CancelFitException()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize('event', events)
@@ -286,7 +291,8 @@ def test_resumed_is_uninterrupted(tmp_path):
     learn = learner(first[0])
     learn.fit(2, .05, cbs=[ml, Stop()])
     learned = deepcopy(ml.learned.state_dict())
-    assert {k.split('.')[0] for k in learned}=={'teacher'} and not any(k.startswith('teacher') for k in learn.model.state_dict())
+    assert {k.split('.')[0] for k in learned}=={'teacher'}
+    assert not any(k.startswith('teacher') for k in learn.model.state_dict())
     second = [first[0], net(5, seed=8), net(6, seed=9)]
     again = MutualLearning(second[1:])
     again.load_learned(learned)
@@ -378,7 +384,7 @@ def test_confident_teachers_in_a_fit():
 def test_a_stack_of_probabilities_is_warned_of():
     def odds(pair): return nn.Sequential(net(4, seed=pair), nn.Softmax(1))
     with pytest.warns(UserWarning, match='answers are probabilities'):
-        learner().fit(1, cbs=KnowledgeDistillationCallback(Teacher([odds(1), odds(2)], average='stack'), ConfidentTeachers))
+        learner().fit(1, cbs=KD(Teacher([odds(1), odds(2)], average='stack'), ConfidentTeachers))
 
 def test_a_stack_is_not_recorded_and_not_weighted():
     with pytest.raises(ValueError, match='one for each network'): Teacher(nets(), average='stack', cache=True)
