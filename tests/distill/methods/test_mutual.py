@@ -22,6 +22,7 @@ from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.loss.several import ConfidentTeachers, DeepMutualLearning, several
 from fasterai.distill.losses import BinaryKD, DecoupledKD, FitNet, SoftTarget
 from fasterai.distill.methods.mutual import MutualLearning
+from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.peers import Peers
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.views import StudentSees
@@ -390,3 +391,16 @@ def test_a_stack_is_not_recorded_and_not_weighted():
     with pytest.raises(ValueError, match='one for each network'): Teacher(nets(), average='stack', cache=True)
     with pytest.raises(ValueError, match='averages nothing'):
         Teacher(nets(), average='stack', weights=[1, 2])(torch.randn(2, 3, 8, 8))
+
+def test_advice_on_peers_and_on_a_stack():
+    "It leaves the peers as they were, and judges several teachers by their average"
+    learn = learner(dls=data(64))
+    a,b = net(8, seed=1),net(8, seed=2)
+    stack = suggest_weights(learn, KD(Teacher([a, b], average='stack'), ConfidentTeachers))
+    whole = suggest_weights(learn, KD(Teacher([a, b]), SoftTarget))
+    def judged(advice): return [o for o in advice.notes if 'no better than the student' in o]
+    assert judged(stack)==judged(whole) and stack['loss']
+    ml = MutualLearning(b)
+    before,modes = state(b),flags(b)
+    assert suggest_weights(learn, ml).table.loc['SoftTarget'].gradient>0
+    assert same(before, state(b)) and flags(b)==modes and not ml.teacher.outs
