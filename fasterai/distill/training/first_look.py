@@ -36,7 +36,7 @@ def _warn_of_probabilities(teacher_pred, axis):
     warnings.warn("the teacher's answers are probabilities (0 or more, and their sum is one), where logits are "
                   "expected: give their logarithm, Teacher(model, select=lambda p: p.clamp(min=1e-8).log())")
 
-# %% ../../../nbs/distill/training/first_look.ipynb #37f270a8
+# %% ../../../nbs/distill/training/first_look.ipynb #e97299c9
 def check_first(
     outputs:dict,       # What student and teacher put out on the first batch
     terms:tuple,        # The `Term`s that will compare it
@@ -46,5 +46,11 @@ def check_first(
     "Look at the first batch; True. ValueError for a class axis that nobody knows, warnings for what looks wrong"
     _refuse_unknown_axis(outputs['pred'], terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
-    _warn_of_probabilities(outputs['teacher_pred'], facts.get('axis', 1))
+    _warn_of_probabilities(outputs['teacher_pred'], _axis_of_teacher(outputs, facts.get('axis', 1)))
     return True
+
+def _axis_of_teacher(outputs, axis):
+    "The class axis of the teacher's answer, which is one further on where several are stacked"
+    z,t = outputs['pred'],outputs['teacher_pred']
+    stacked = isinstance(z, torch.Tensor) and t is not None and t.ndim==z.ndim+1
+    return axis+1 if stacked and axis>=0 else axis
