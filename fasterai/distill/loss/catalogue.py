@@ -62,12 +62,13 @@ def make(self:LossInfo,
     if self.kind=='learned': return self.loss(**hypers)
     return partial(self.loss, **hypers) if hypers else self.loss
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #0bfaf964
+# %% ../../../nbs/distill/loss/catalogue.ipynb #715fa8c3
 _both = 'digits','cifar10_small'
-_prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in ('prediction', 'map', 'relation'))
+_compared = 'prediction','map','relation'
+_prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in _compared)
 _embedding,_learned = (partial(LossInfo, kind=o) for o in ('embedding', 'learned'))
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #784508d0
+# %% ../../../nbs/distill/loss/catalogue.ipynb #e2b5d6d1
 _predictions = [
     _prediction(SoftTarget, 'Hinton et al.', '2015', '1503.02531', 0.9, 'RepDistiller', 0.1, dict(T=4), measured=_both,
                 note='3 beside 1 at T=1 on ImageNet (mmrazor)'),
@@ -78,7 +79,7 @@ _predictions = [
     _prediction(NKD, 'Yang et al.', 'ICCV 2023', '2303.13005', 1, 'authors', hypers=dict(T=1, gamma=1.5),
                 note='T=3 and gamma=3.5 on CIFAR-100'),
     _prediction(RLD, 'Sun et al.', 'ICCV 2025', '2408.07703', 1, 'authors', hypers=dict(T=4, beta=8, T_alpha=1),
-                note='beta=0.5 at T=1 on ImageNet'),
+                measured=(), note='beta=0.5 at T=1 on ImageNet'),
     _prediction(HardTarget, 'Touvron et al.', 'ICML 2021', '2012.12877', 0.5, 'authors', 0.5),
     _prediction(DIST, 'Huang et al.', 'NeurIPS 2022', '2205.10536', 2, 'authors', hypers=dict(T=4),
                 note='T=1 on ImageNet'),

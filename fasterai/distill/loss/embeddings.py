@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_embeddings', 'Cosine', 'Embedding', 'Affinity', 'Queue', 'Projected', 'NoTask']
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #91977108
+# %% ../../../nbs/distill/loss/embeddings.ipynb #e5f03bcf
 from typing import Callable
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.task import logits_of
 from .base import as_loss, as_pair, check_T, gram, kl_div, unit
-from .padding import mean_kept, mean_loss, present
+from .padding import mean_kept, mean_loss, only, pairs_among, present
 
 # %% ../../../nbs/distill/loss/embeddings.ipynb #210a840f
 def as_embeddings(
@@ -40,7 +40,7 @@ def _refuse_width(s, t, loss):
                      f"learns a linear map between them, end the student in nn.Linear({s}, {t}), or take Affinity, "
                      "which does not mind")
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #a892b1fb
+# %% ../../../nbs/distill/loss/embeddings.ipynb #2df380fc
 @as_loss
 def Cosine(
     pred:Tensor,         # Student embeddings `(B, D)`, or tokens `(B, N, D)`
@@ -54,11 +54,12 @@ def Cosine(
     if not 0<=smooth<=1: raise ValueError(f"smooth must be a share from 0 to 1, got {smooth}")
     s,t = as_embeddings(pred, teacher_pred, 'Cosine')
     keep = present(mask, s, axis=-1)
+    s,t = only(s, keep), only(t, keep)
     gap = (unit(s)-unit(t)).square().sum(-1, keepdim=True)/2
     loss = mean_kept(gap, keep)
     return (1-smooth)*loss + smooth*mean_loss(F.smooth_l1_loss, s, t, keep) if smooth else loss
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #ec4a31dc
+# %% ../../../nbs/distill/loss/embeddings.ipynb #94ae8384
 @as_loss
 def Embedding(
     pred:Tensor,         # Student embeddings `(B, D)`, or tokens `(B, N, D)`
@@ -69,13 +70,14 @@ def Embedding(
     """Mean squared error of embeddings of length 1, over samples and features. Yang et al. (CLIP-KD), CVPR 2024,
     arXiv 2307.12732. ValueError for other samples or another width"""
     s,t = as_embeddings(pred, teacher_pred, 'Embedding')
-    return mean_loss(F.mse_loss, unit(s), unit(t), present(mask, s, axis=-1))
+    keep = present(mask, s, axis=-1)
+    return mean_loss(F.mse_loss, unit(only(s, keep)), unit(only(t, keep)), keep)
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #65b77c37
+# %% ../../../nbs/distill/loss/embeddings.ipynb #92e50d9a
 def _affinities(x, there):
     "Cosines `(B, B)` among samples, or of first with second embeddings, and which of them count; None for all"
-    u = unit(x)
-    pairs = None if there is None else there.unsqueeze(1) & there
+    u = unit(x if there is None else only(x, there.view(-1, *[1]*(x.ndim-1))))
+    pairs = pairs_among(there)
     if x.ndim==3: return gram(u[:, 0], u[:, 1]),pairs
     others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     return gram(u),others if pairs is None else pairs & others
@@ -85,7 +87,7 @@ def _rows_kl(zs, zt, among, there=None):
     if among is not None: zs,zt = (z.masked_fill(~among, torch.finfo(z.dtype).min) for z in (zs, zt))
     return mean_kept(kl_div(zs, zt, 1), there)
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #49a4e93a
+# %% ../../../nbs/distill/loss/embeddings.ipynb #1937229b
 @as_loss
 def Affinity(
     pred:Tensor,          # Student embeddings `(B, D)`, or two of each sample `(B, 2, D)`
@@ -101,16 +103,15 @@ def Affinity(
     if s.ndim==3 and s.shape[1]!=2:
         raise ValueError(f"Affinity compares samples (B, D), or two embeddings of each (B, 2, D), got {tuple(s.shape)}")
     there = None if mask is None else present(mask, s[:, 0] if s.ndim==3 else s, axis=-1).squeeze(-1)
-    zs,among = _affinities(s, there)
-    zt,_ = _affinities(t, there)
+    (zs,among),(zt,_) = (_affinities(x, there) for x in (s, t))
     zs,zt = zs/check_T(T), zt/check_T(T if T_teacher is None else T_teacher)
     loss = _rows_kl(zs, zt, among, there)
     return loss if s.ndim==2 else (loss + _rows_kl(zs.T, zt.T, among, there))/2
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #7c19e3ec
+# %% ../../../nbs/distill/loss/embeddings.ipynb #f8487ecd
 class Queue(nn.Module):
-    """KL divergence of the similarities to the teacher's embeddings of the last `size` samples. Fang et al. (SEED), ICLR
-    2021, arXiv 2101.04731. ValueError for a size or a temperature that is not positive"""
+    """KL divergence of the similarities to the teacher's embeddings of the last `size` samples. Fang et al. (SEED),
+    ICLR 2021, arXiv 2101.04731. ValueError for a size or a temperature that is not positive"""
     def __init__(self,
         size:int=8192,        # Embeddings to keep; no fewer than a batch has
         T:float=0.07,         # Temperature of the student's cosines
@@ -124,6 +125,18 @@ class Queue(nn.Module):
         self.register_buffer('past', None)   # `(size, D)`, the newest first
         self.register_buffer('filled', None) # which of them are there
 
+    @as_loss
+    def build(self,
+        pred:Tensor,         # Student embeddings of one batch
+        teacher_pred:Tensor, # Teacher embeddings, whose width the queue has
+    ):
+        "An empty queue, unless there is one of this width"
+        shape = self.size,teacher_pred.shape[-1]
+        if self.past is not None and self.past.shape==shape: return self
+        self.past = torch.zeros(shape, device=pred.device)
+        self.filled = torch.zeros(self.size, dtype=torch.bool, device=pred.device)
+        return self
+
     def forward(self,
         pred:Tensor,         # Student embeddings `(B, D)`, or tokens `(B, N, D)`, in the teacher's space
         teacher_pred:Tensor, # Teacher embeddings, same shape
@@ -133,8 +146,8 @@ class Queue(nn.Module):
         "The loss; in training the teacher's embeddings are kept. ValueError for another width, or too large a batch"
         s,t = as_embeddings(pred, teacher_pred, 'Queue')
         keep = present(mask, s, axis=-1)
+        s,t = (unit(only(x, keep)).flatten(0, -2) for x in (s, t))
         keep = None if keep is None else keep.flatten()
-        s,t = unit(s.flatten(0, -2)),unit(t.flatten(0, -2))
         self.build(s, t)
         if self.training: self._push(t, keep)
         past = self.past.to(s)
@@ -142,20 +155,7 @@ class Queue(nn.Module):
 
     def extra_repr(self): return f"size={self.size}, T={self.T:g}, T_teacher={self.T_teacher:g}"
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #cca6409a
-@patch
-@as_loss
-def build(self:Queue,
-    pred:Tensor,         # Student embeddings of one batch
-    teacher_pred:Tensor, # Teacher embeddings, whose width the queue has
-)->Queue:
-    "An empty queue, unless there is one of this width"
-    shape = self.size,teacher_pred.shape[-1]
-    if self.past is None or self.past.shape!=shape:
-        self.past = torch.zeros(shape, device=pred.device)
-        self.filled = torch.zeros(self.size, dtype=torch.bool, device=pred.device)
-    return self
-
+# %% ../../../nbs/distill/loss/embeddings.ipynb #446d92ad
 @patch
 @torch.no_grad()
 def _push(self:Queue, t, keep):
@@ -166,7 +166,7 @@ def _push(self:Queue, t, keep):
     self.past = torch.cat([t.to(self.past), self.past])[:self.size]
     self.filled = torch.cat([there, self.filled])[:self.size]
 
-# %% ../../../nbs/distill/loss/embeddings.ipynb #0645177b
+# %% ../../../nbs/distill/loss/embeddings.ipynb #54293469
 class Projected(nn.Module):
     "A loss on embeddings of unequal width: a linear map of the student's to the teacher's, trained along"
     def __init__(self,
@@ -178,6 +178,20 @@ class Projected(nn.Module):
             raise TypeError(f"loss must be a function or an nn.Module such as Queue(), got {loss!r}")
         self.loss = loss
         self.projection = None # made when the first embeddings come
+
+    @as_loss
+    def build(self,
+        pred:Tensor,         # Student embeddings of one batch
+        teacher_pred:Tensor, # Teacher embeddings of it
+    ):
+        """Make the map for embeddings like these, unless there is one. Its first values come from a copy of the global
+        CPU random stream, which does not advance. ValueError for what are no embeddings"""
+        s,t = as_embeddings(pred, teacher_pred, 'Projected', same_width=False)
+        if self.projection is None:
+            with torch.random.fork_rng(devices=[]): self.projection = nn.Linear(s.shape[-1], t.shape[-1])
+            self.projection.to(s.device, s.dtype)
+        if hasattr(self.loss, 'build'): self.loss.build(t, t)
+        return self
 
     def forward(self,
         pred:Tensor,         # Student embeddings `(B, D)`, or tokens `(B, N, D)`
@@ -197,22 +211,6 @@ class Projected(nn.Module):
     def _check_widths(self, s, t):
         got,made = (s.shape[-1], t.shape[-1]),(self.projection.in_features, self.projection.out_features)
         if got!=made: raise ValueError(f"Projected was built for the widths {made}, got {got}: make another one")
-
-# %% ../../../nbs/distill/loss/embeddings.ipynb #c7f46684
-@patch
-@as_loss
-def build(self:Projected,
-    pred:Tensor,         # Student embeddings of one batch
-    teacher_pred:Tensor, # Teacher embeddings of it
-)->Projected:
-    """Make the map for embeddings like these, unless there is one. Its first values come from a copy of the global CPU
-    random stream, which does not advance. ValueError for what are no embeddings"""
-    s,t = as_embeddings(pred, teacher_pred, 'Projected', same_width=False)
-    if self.projection is None:
-        with torch.random.fork_rng(devices=[]): self.projection = nn.Linear(s.shape[-1], t.shape[-1])
-        self.projection.to(s.device, s.dtype).train(self.training)
-    if hasattr(self.loss, 'build'): self.loss.build(t, t)
-    return self
 
 # %% ../../../nbs/distill/loss/embeddings.ipynb #b3a33eda
 def NoTask(
