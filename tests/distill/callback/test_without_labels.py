@@ -1,4 +1,4 @@
-"A Learner without labels, taught by embeddings: what trains, what is asked once, what is saved, and what is left behind"
+"A Learner without labels, taught by embeddings: what trains, is asked once, is saved, and is left behind"
 import copy
 import random
 from functools import partial
@@ -51,12 +51,13 @@ def test_a_student_trains_without_labels(loss):
     assert losses.notna().all() and losses[-4:].mean()<losses[:4].mean() and kd.log.history.task_loss.isna().all()
     assert not same(first, state(learn.model))
     assert same(before[0], state(t)) and flags(t)==before[1] and not n_hooks(t, learn.model)
-    assert learn.recorder.metric_names[-2]=='valid_distill_loss' and learn.recorder.values[-1][-1]<learn.recorder.values[0][-1]
+    assert learn.recorder.metric_names[-2]=='valid_distill_loss'
+    assert learn.recorder.values[-1][-1]<learn.recorder.values[0][-1]
 
 
 def test_the_loop_by_hand():
     "The same steps as a loop of a few lines, with a projection"
-    x,t = Pictures().x,teacher(8).eval()
+    t = teacher(8).eval()
     order = unlabelled().train
     order.rng = random.Random(0)
     batches = [b[0] for _ in range(2) for b in order]
@@ -70,8 +71,9 @@ def test_the_loop_by_hand():
         opt.step(), opt.zero_grad()
     learn = learn_from(model=model, cbs=KD(t, loss, weight=1, task_weight=0))
     learn.fit(2, wd=0.)
-    for a,b in zip([*hand_model.parameters(), *hand_map.parameters()], [*model.parameters(), *loss.projection.parameters()]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for by_hand,module in ((hand_model, model), (hand_map, loss.projection)):
+        for a,b in zip(by_hand.parameters(), module.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_labels_that_only_measure_teach_nothing():
@@ -89,8 +91,8 @@ def test_labels_that_only_measure_teach_nothing():
 def test_another_width_is_refused_before_the_first_step():
     learn = learn_from()
     first = state(learn.model)
-    with pytest.raises(ValueError, match=r'Cosine: the student.s embeddings have 8 features and the teacher.s 16: take Projected\(Cosine\)'):
-        learn.fit(1, cbs=KD(teacher(8), Cosine))
+    said = r'Cosine: the student.s embeddings have 8 features and the teacher.s 16: take Projected\(Cosine\)'
+    with pytest.raises(ValueError, match=said): learn.fit(1, cbs=KD(teacher(8), Cosine))
     assert same(first, state(learn.model))
     for loss in (Affinity, Projected(Queue(size=24))): learn_from().fit(1, cbs=KD(teacher(8), loss))
 
