@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stage', 'find_stages', 'FeaturePairs', 'match_feature_layers']
 
-# %% ../../../nbs/distill/layers/matching.ipynb #b36db458
+# %% ../../../nbs/distill/layers/matching.ipynb #504ce7c2
 from dataclasses import dataclass
 from math import prod
 
@@ -13,6 +13,7 @@ import pandas as pd
 from fastai.learner import Learner
 from torch import nn, Tensor
 
+from ...core.task import seen_by_model
 from .names import unwrap
 from .trace import trace
 
@@ -212,10 +213,10 @@ def _differences(a, b):
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
 
-# %% ../../../nbs/distill/layers/matching.ipynb #3aa85613
+# %% ../../../nbs/distill/layers/matching.ipynb #15816b24
 def _network(who, o, xb):
     "The network that `o` stands for, and its inputs"
-    if isinstance(o, Learner): o = o.model
+    if isinstance(o, Learner): o,xb = o.model,seen_by_model(o, xb)
     if isinstance(o, nn.Module): return unwrap(o),xb
     models = o if isinstance(o, (list, tuple)) else getattr(o, 'models', None)
     if models: return _network(who, models[0], _first_inputs(o, xb))
@@ -224,7 +225,7 @@ def _network(who, o, xb):
 def _first_inputs(teacher, xb):
     "What the first network of a `Teacher` gets for the student's inputs `xb`"
     net = next(iter(getattr(teacher, 'nets', ())), None)
-    tfm = getattr(net, 'tfm', None)
+    tfm = net and (net.tfm or net.agreement.tfm)
     if tfm is None: return xb
     out = tfm(*xb)
     return tuple(out) if isinstance(out, (tuple, list)) else (out,)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Experiment']
 
-# %% ../../../nbs/distill/study/experiment.ipynb #721c550a
+# %% ../../../nbs/distill/study/experiment.ipynb #f862c770
+from copy import deepcopy
 from typing import Callable, Sequence
 
 import pandas as pd
@@ -18,7 +19,7 @@ from torch import nn
 
 from ...core.plots import COLORS, GREY, new_axes
 from ...core.seeds import same_start
-from ...core.task import split_batch
+from ...core.task import seen_by_model, split_batch
 from ..layers.capture import as_found
 from ..losses import SoftTarget
 from .measure import model_cost
@@ -26,7 +27,7 @@ from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
 from .study import Study
 from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #7e2f691c
+# %% ../../../nbs/distill/study/experiment.ipynb #4bb8c165
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
@@ -37,6 +38,7 @@ class Experiment:
         lr:float=1e-3,             # Highest learning rate, for all
         metrics=accuracy,          # fastai metrics; the first is the one that counts
         loss_func:Callable=None,   # Of the task; None: the data's
+        cbs:list=None,             # Callbacks of the students' Learners, such as `StudentSees`; each gets a copy
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
         store_attr(but='kd')
@@ -52,19 +54,21 @@ class Experiment:
     )->Learner:
         "A Learner of `model`, as all of the experiment's are"
         if model is None: model = self.make_student()
-        return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr)
+        cbs = None if model is self.teacher else deepcopy(self.cbs)
+        return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr, cbs=cbs)
 
     def _metric(self): return self.learner(self.teacher).metrics[0].name
 
-# %% ../../../nbs/distill/study/experiment.ipynb #9134f703
+# %% ../../../nbs/distill/study/experiment.ipynb #69b87a7e
 @patch
 def check(self:Experiment):
     "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
     fresh_callback(self._arm())
     xb = split_batch(self.dls, self.dls.one_batch())[0]
-    for who,model in (('teacher',self.teacher), ('student',self.make_student())):
+    for who,learn in (('teacher',self.learner(self.teacher)), ('student',self.learner())):
+        model = learn.model
         try:
-            with as_found(model): out = model.to(xb[0].device)(*xb)
+            with as_found(model): out = model.to(xb[0].device)(*seen_by_model(learn, xb))
         except Exception as e:
             raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(xb[0].shape)}: {e}") from e
         if self.metrics is accuracy: _check_logits(f'{who} {type(model).__name__}', out, (len(xb[0]), self.dls.c))
@@ -132,7 +136,7 @@ def typical(self:Experiment)->tuple:
     r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
     return self.pairs[r.epochs, r.seed]
 
-# %% ../../../nbs/distill/study/experiment.ipynb #b34868f4
+# %% ../../../nbs/distill/study/experiment.ipynb #541002f4
 @patch
 def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
 
@@ -140,8 +144,8 @@ def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[
 def table(self:Experiment)->pd.DataFrame:
     "The metric (mean and standard deviation over the seeds), parameters, size and latency of teacher and students"
     xb = tuple(x[:1] for x in split_batch(self.dls, self.dls.one_batch())[0])
-    models = dict(teacher=self.teacher, student=self.make_student())
-    cost = {k:model_cost(m.to(xb[0].device), xb) for k,m in models.items()}
+    learners = dict(teacher=self.learner(self.teacher), student=self.learner())
+    cost = {k:model_cost(l.model.to(xb[0].device), seen_by_model(l, xb)) for k,l in learners.items()}
     rows = [('teacher', '', self._teacher_score(), float('nan'))]
     for n,g in self.runs.groupby('epochs'):
         rows += [(f'student {k}', n, g[k].mean(), g[k].std()) for k in ('alone', 'distilled')]

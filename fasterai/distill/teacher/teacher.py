@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #f0057d9f
+# %% ../../../nbs/distill/teacher/teacher.ipynb #f107b9e6
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from ...core.task import logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
-from .facts import agree, facts_of, other_channels
+from .facts import agree, facts_of, other_channels, other_inputs, unmet
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
 from .inputs import Renormalize, resize_batch, statistics_of
@@ -37,7 +37,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #3e33a21e
+# %% ../../../nbs/distill/teacher/teacher.ipynb #26b0718c
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -56,9 +56,10 @@ class Teacher(BaseTeacher):
         average=None,       # 'softmax', 'sigmoid' or 'none', as in `ensemble_logits`; None: as the task says
         classes=None,       # Names of its classes in the order of its logits; None: as its Learner's data says
         normalize=None,     # How its images were normalised, `(mean, std)` or a `Normalize`; None: as its data says
+        size=None,          # Side, or (height, width), that images are resized to for it; None: they stay as they are
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
-        self.facts = [_with(facts_of(m), classes, normalize) for m in _as_list(models)] # of the data of each
+        self.facts = [_with(facts_of(m), classes, normalize, size) for m in _as_list(models)] # of the data of each
         self.models = _as_modules(models)
         self.weights = _as_weights(weights, len(self.models))
         self.select = select
@@ -73,6 +74,7 @@ class Teacher(BaseTeacher):
         self.device = None   # of the last batch
         self.checked = False # was an answer seen, and found finite?
         self.fits = []       # that are running with this teacher, the last one on top
+        for net,facts in zip(self.nets, self.facts): net.agreement = unmet(facts)
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'fits')}
     def __setstate__(self, state):
@@ -94,11 +96,12 @@ def _as_module(m):
     if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
     raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #7e34423a
-def _with(facts, classes, normalize):
+# %% ../../../nbs/distill/teacher/teacher.ipynb #15809505
+def _with(facts, classes, normalize, size):
     "`facts` with what the caller says"
     said = {} if classes is None else dict(classes=tuple(map(str, classes)))
     if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
+    if size is not None: said |= dict(size=(size, size) if isinstance(size, int) else tuple(size), own_size=True)
     return replace(facts, **said)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #eed914c2
@@ -168,10 +171,13 @@ def to(self:Teacher,
         for net in self.nets: net.to(self.device)
     return self
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #9ac77f06
+# %% ../../../nbs/distill/teacher/teacher.ipynb #e4af7515
 @patch
 def _ask_first(self:Teacher, net, xb, layers, logits):
     try: return self._ask(net, xb, layers, logits)
+    except TypeError as e:
+        if why := other_inputs(net.source, xb): raise TypeError(why) from e
+        raise
     except RuntimeError as e:
         if why := other_channels(net.source, xb): raise ValueError(why) from e
         dtype = net.plan and net.plan.dtype
