@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core.leaving import unwatch, watch
 from ..core.schedule import Schedule
-from ..core.task import seen_by_model
+from ..core.task import seen_by_student
 from .layers.matching import match_feature_layers
 from .layers.names import get_model_layers, get_module_by_name
 from .losses import SoftTarget
@@ -234,7 +234,7 @@ def terms_on(self:KnowledgeDistillationCallback,
     session = Session(self, learn, self.session if self.session and self.session.learn is learn else None)
     with session.stack:
         session.meet(record=False)
-        with session.eyes_open(): pred = learn.model(*seen_by_model(learn, xb))
+        with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
         if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
         return learn.loss_func(pred, *yb),session.lesson(xb, yb, pred)
 

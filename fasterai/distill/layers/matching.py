@@ -13,7 +13,7 @@ import pandas as pd
 from fastai.learner import Learner
 from torch import nn, Tensor
 
-from ...core.task import seen_by_model
+from ...core.task import seen_by_student
 from .names import unwrap
 from .trace import trace
 
@@ -213,10 +213,10 @@ def _differences(a, b):
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
 
-# %% ../../../nbs/distill/layers/matching.ipynb #15816b24
+# %% ../../../nbs/distill/layers/matching.ipynb #89d5dbb3
 def _network(who, o, xb):
     "The network that `o` stands for, and its inputs"
-    if isinstance(o, Learner): o,xb = o.model,seen_by_model(o, xb)
+    if isinstance(o, Learner): o,xb = o.model,seen_by_student(o, xb)
     if isinstance(o, nn.Module): return unwrap(o),xb
     models = o if isinstance(o, (list, tuple)) else getattr(o, 'models', None)
     if models: return _network(who, models[0], _first_inputs(o, xb))
@@ -225,7 +225,7 @@ def _network(who, o, xb):
 def _first_inputs(teacher, xb):
     "What the first network of a `Teacher` gets for the student's inputs `xb`"
     net = next(iter(getattr(teacher, 'nets', ())), None)
-    tfm = net and (net.tfm or net.agreement.tfm)
+    tfm = getattr(net, 'tfm', None)
     if tfm is None: return xb
     out = tfm(*xb)
     return tuple(out) if isinstance(out, (tuple, list)) else (out,)

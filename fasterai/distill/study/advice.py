@@ -20,7 +20,7 @@ from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
 from ...core.names import unknown_name
-from ...core.task import logits_of, seen_by_model, split_batch, task_of
+from ...core.task import logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..teacher.forward import device_of, size_of
 from ..layers.capture import as_found, to_model
@@ -105,7 +105,7 @@ def _judge(learn, kd, n):
     with as_found(learn.model):
         for xb,yb in _batches(learn, 1, n):
             if not yb: return None
-            pred = learn.model(*seen_by_model(learn, xb))
+            pred = learn.model(*seen_by_student(learn, xb))
             pair = logits_of(pred, kd.recipe.select, 'student'),kd.teacher(*xb)[0]
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1

@@ -25,7 +25,7 @@ from torch import nn
 from ...core.names import unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
-from ...core.task import seen_by_model, split_batch, task_of
+from ...core.task import seen_by_student, split_batch, task_of
 from ..layers.capture import as_found
 from ..loss.base import kl_div
 from .measure import model_cost
@@ -273,7 +273,7 @@ def _cost_of(learners, dls, min_time):
     "What each model costs, on batches of one size, so that throughput and memory compare"
     xbs = {n: _first_inputs(dls[n]) for n in learners}
     bs = min(len(xb[0]) for xb in xbs.values())
-    xbs = {n: seen_by_model(l, tuple(x[:bs] for x in xbs[n])) for n,l in learners.items()}
+    xbs = {n: seen_by_student(l, tuple(x[:bs] for x in xbs[n])) for n,l in learners.items()}
     return {n: model_cost(l.model, xbs[n], min_time) for n,l in learners.items()}
 
 # %% ../../../nbs/distill/study/compare.ipynb #da9db93a

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...core.plots import COLORS, GREY, new_axes
 from ...core.seeds import same_start
-from ...core.task import seen_by_model, split_batch
+from ...core.task import seen_by_student, split_batch
 from ..layers.capture import as_found
 from ..losses import SoftTarget
 from .measure import model_cost
@@ -68,7 +68,7 @@ def check(self:Experiment):
     for who,learn in (('teacher',self.learner(self.teacher)), ('student',self.learner())):
         model = learn.model
         try:
-            with as_found(model): out = model.to(xb[0].device)(*seen_by_model(learn, xb))
+            with as_found(model): out = model.to(xb[0].device)(*seen_by_student(learn, xb))
         except Exception as e:
             raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(xb[0].shape)}: {e}") from e
         if self.metrics is accuracy: _check_logits(f'{who} {type(model).__name__}', out, (len(xb[0]), self.dls.c))
@@ -145,7 +145,7 @@ def table(self:Experiment)->pd.DataFrame:
     "The metric (mean and standard deviation over the seeds), parameters, size and latency of teacher and students"
     xb = tuple(x[:1] for x in split_batch(self.dls, self.dls.one_batch())[0])
     learners = dict(teacher=self.learner(self.teacher), student=self.learner())
-    cost = {k:model_cost(l.model.to(xb[0].device), seen_by_model(l, xb)) for k,l in learners.items()}
+    cost = {k:model_cost(l.model.to(xb[0].device), seen_by_student(l, xb)) for k,l in learners.items()}
     rows = [('teacher', '', self._teacher_score(), float('nan'))]
     for n,g in self.runs.groupby('epochs'):
         rows += [(f'student {k}', n, g[k].mean(), g[k].std()) for k in ('alone', 'distilled')]

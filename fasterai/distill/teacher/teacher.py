@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #f107b9e6
+# %% ../../../nbs/distill/teacher/teacher.ipynb #57278c22
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ from fastai.torch_core import PrettyString, rank_distrib
 from fastcore.basics import patch
 
 from ...core.cost import best_time, flops
-from ...core.task import logits_of, task_of
+from ...core.task import logits_of, task_of, views_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
-from .facts import agree, facts_of, other_channels, other_inputs, unmet
+from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
-from .inputs import Renormalize, resize_batch, statistics_of
+from .inputs import OwnInputs, Renormalize, resize_batch, statistics_of
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
 from .recorded.recorded import as_cache
@@ -37,7 +37,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #26b0718c
+# %% ../../../nbs/distill/teacher/teacher.ipynb #a1c867a1
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -56,7 +56,7 @@ class Teacher(BaseTeacher):
         average=None,       # 'softmax', 'sigmoid' or 'none', as in `ensemble_logits`; None: as the task says
         classes=None,       # Names of its classes in the order of its logits; None: as its Learner's data says
         normalize=None,     # How its images were normalised, `(mean, std)` or a `Normalize`; None: as its data says
-        size=None,          # Side, or (height, width), that images are resized to for it; None: they stay as they are
+        size=None,          # Side, or (height, width), to which images are resized for it; None: they stay as they are
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
         self.facts = [_with(facts_of(m), classes, normalize, size) for m in _as_list(models)] # of the data of each
@@ -67,14 +67,13 @@ class Teacher(BaseTeacher):
         self.axis,self.average = self.given
         self.cache = cache
         plan = Plan(as_dtype(dtype), channels_last, fuse, compile)
-        self.nets = [Network(m, f, plan) for m,f in zip(self.models, _one_each(tfms, len(self.models)))]
+        self.nets = [Network(m, f, plan) for m,f in zip(self.models, _shown(models, tfms, size))]
         self._forget_fit()
 
     def _forget_fit(self):
         self.device = None   # of the last batch
         self.checked = False # was an answer seen, and found finite?
         self.fits = []       # that are running with this teacher, the last one on top
-        for net,facts in zip(self.nets, self.facts): net.agreement = unmet(facts)
 
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'fits')}
     def __setstate__(self, state):
@@ -96,20 +95,31 @@ def _as_module(m):
     if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
     raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #15809505
+# %% ../../../nbs/distill/teacher/teacher.ipynb #0dd75275
 def _with(facts, classes, normalize, size):
     "`facts` with what the caller says"
     said = {} if classes is None else dict(classes=tuple(map(str, classes)))
     if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
-    if size is not None: said |= dict(size=(size, size) if isinstance(size, int) else tuple(size), own_size=True)
+    if size is not None: said['size'] = None # nothing to say of it
     return replace(facts, **said)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #eed914c2
+# %% ../../../nbs/distill/teacher/teacher.ipynb #db01b4f2
 def _as_weights(weights, n):
     if weights is None: return
     w = [float(o) for o in weights]
     if len(w)!=n or min(w)<=0: raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
     return w
+
+def _shown(models, tfms, size):
+    "For each network what its batch goes through, as given or as it has learned"
+    models = _as_list(models)
+    if tfms is not None and size is not None:
+        raise ValueError("size: tfms= is given, and is all that the batch goes through; resize there (`resize_batch`)")
+    return [_own_inputs(m, size) if f is None else f for m,f in zip(models, _one_each(tfms, len(models)))]
+
+def _own_inputs(model, size):
+    views = views_of(model)
+    return OwnInputs(size, views) if views or size is not None else None
 
 def _one_each(tfms, n):
     if not isinstance(tfms, (list, tuple)): return [tfms]*n
@@ -246,13 +256,15 @@ def _learn_task(self:Teacher, task, logits):
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #18136903
+# %% ../../../nbs/distill/teacher/teacher.ipynb #71bd5c18
+def _leaves_facts_to_us(tfm): return tfm is None or isinstance(tfm, OwnInputs)
+
 @patch
 def _agree_with(self:Teacher, student):
     "Find out for each network how to ask it so that its answers are about the student's data"
     for net,facts in zip(self.nets, self.facts):
         said = net.agreement.lines
-        net.agreement = agree(facts, student, pick=self.select is None, tfm=net.tfm is None)
+        net.agreement = agree(facts, student, pick=self.select is None, tfm=_leaves_facts_to_us(net.tfm))
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 
