@@ -23,8 +23,10 @@ def split_batch(
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(b[:n]),tuple(b[n:])
 
-# %% ../../nbs/core/task.ipynb #4701786b
-def _viewers(learn): return sorted((cb for cb in getattr(learn, 'cbs', ()) if 'view' in vars(cb)), key=lambda cb: cb.order)
+# %% ../../nbs/core/task.ipynb #d113e935
+def _viewers(learn):
+    found = [cb for cb in getattr(learn, 'cbs', ()) if 'view' in vars(cb)]
+    return sorted(found, key=lambda cb: cb.order)
 
 def views_of(
     learn,               # A Learner

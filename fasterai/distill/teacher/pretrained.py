@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagenet_classes', 'body_and_head', 'pretrained_teacher']
 
-# %% ../../../nbs/distill/teacher/pretrained.ipynb #39c5dd8e
+# %% ../../../nbs/distill/teacher/pretrained.ipynb #2ad649f5
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from torchvision import models as tv
 from ...core.names import unknown_name
 from ...data.archs import available_archs, load_weights
 from .facts import agree, facts_of
-from .inputs import OwnInputs
+from .inputs import OwnInputs, not_said
 from .teacher import Teacher
 
 # %% ../../../nbs/distill/teacher/pretrained.ipynb #b5b54a8e
@@ -113,16 +113,13 @@ def pretrained_teacher(
     elif _has_imagenet_classes(model): known['classes'] = imagenet_classes(classes)
     return Teacher(model.eval(), **{**known, **kwargs})
 
-# %% ../../../nbs/distill/teacher/pretrained.ipynb #346aa326
+# %% ../../../nbs/distill/teacher/pretrained.ipynb #d8bb0cab
 @patch
 def sees(self:Teacher,
     dls, # `DataLoaders`, or a Learner with them
 )->callable:
     "What the first network is shown of a batch of `dls`: a function from the batch's inputs to the network's"
     learn = dls if hasattr(dls, 'dls') else SimpleNamespace(dls=dls)
-    return OwnInputs(views=self._ways_to(self.nets[0], self.facts[0], facts_of(learn)))
-
-@patch
-def _ways_to(self:Teacher, net, facts, student):
-    agreed = agree(facts, student, pick=False, tfm=net.tfm is None or isinstance(net.tfm, OwnInputs)).tfm
-    return tuple(f for f in (agreed, net.tfm) if f is not None)
+    tfm = self.nets[0].tfm
+    agreed = agree(self.facts[0], facts_of(learn), pick=False, tfm=not_said(tfm)).tfm
+    return OwnInputs(views=tuple(f for f in (agreed, tfm) if f is not None))

@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #57278c22
+# %% ../../../nbs/distill/teacher/teacher.ipynb #82866fb4
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ from fastai.torch_core import PrettyString, rank_distrib
 from fastcore.basics import patch
 
 from ...core.cost import best_time, flops
-from ...core.task import logits_of, task_of, views_of
+from ...core.task import logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
 from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
-from .inputs import OwnInputs, Renormalize, resize_batch, statistics_of
+from .inputs import Renormalize, not_said, own_inputs, resize_batch, statistics_of
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
 from .recorded.recorded import as_cache
@@ -37,7 +37,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #a1c867a1
+# %% ../../../nbs/distill/teacher/teacher.ipynb #b9e7608f
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -67,7 +67,7 @@ class Teacher(BaseTeacher):
         self.axis,self.average = self.given
         self.cache = cache
         plan = Plan(as_dtype(dtype), channels_last, fuse, compile)
-        self.nets = [Network(m, f, plan) for m,f in zip(self.models, _shown(models, tfms, size))]
+        self.nets = [Network(m, f, plan) for m,f in zip(self.models, own_inputs(_as_list(models), tfms, size))]
         self._forget_fit()
 
     def _forget_fit(self):
@@ -103,28 +103,12 @@ def _with(facts, classes, normalize, size):
     if size is not None: said['size'] = None # nothing to say of it
     return replace(facts, **said)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #db01b4f2
+# %% ../../../nbs/distill/teacher/teacher.ipynb #a34b5320
 def _as_weights(weights, n):
     if weights is None: return
     w = [float(o) for o in weights]
     if len(w)!=n or min(w)<=0: raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
     return w
-
-def _shown(models, tfms, size):
-    "For each network what its batch goes through, as given or as it has learned"
-    models = _as_list(models)
-    if tfms is not None and size is not None:
-        raise ValueError("size: tfms= is given, and is all that the batch goes through; resize there (`resize_batch`)")
-    return [_own_inputs(m, size) if f is None else f for m,f in zip(models, _one_each(tfms, len(models)))]
-
-def _own_inputs(model, size):
-    views = views_of(model)
-    return OwnInputs(size, views) if views or size is not None else None
-
-def _one_each(tfms, n):
-    if not isinstance(tfms, (list, tuple)): return [tfms]*n
-    if len(tfms)!=n: raise ValueError(f"tfms has {len(tfms)} entries for {n} networks")
-    return tfms
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #8ef66f68
 @patch
@@ -256,15 +240,13 @@ def _learn_task(self:Teacher, task, logits):
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #71bd5c18
-def _leaves_facts_to_us(tfm): return tfm is None or isinstance(tfm, OwnInputs)
-
+# %% ../../../nbs/distill/teacher/teacher.ipynb #ae60c510
 @patch
 def _agree_with(self:Teacher, student):
     "Find out for each network how to ask it so that its answers are about the student's data"
     for net,facts in zip(self.nets, self.facts):
         said = net.agreement.lines
-        net.agreement = agree(facts, student, pick=self.select is None, tfm=_leaves_facts_to_us(net.tfm))
+        net.agreement = agree(facts, student, pick=self.select is None, tfm=not_said(net.tfm))
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 
