@@ -116,10 +116,11 @@ def _state_dict(o, own, name):
         if wrapped: o = {k.removeprefix(p): v for k,v in o.items()}
     return o
 
-# %% ../../nbs/data/archs.ipynb #ac935e45
+# %% ../../nbs/data/archs.ipynb #81d9488a
 def load_weights(
     model:nn.Module,  # Gets the weights
     file:str|Path,    # `.safetensors`, or what `torch.save` or `learn.save` wrote: a state dict, bare, or inside a dict
+    by_order:bool=False, # Are its tensors those of `model`, one by one, under other names?
 )->nn.Module:
     """Load a state dict into `model`, and return it. Raises FileNotFoundError, or ValueError where the file cannot be
     read safely, its weights are of another model, or not finite; the model is then as it was"""
@@ -127,13 +128,14 @@ def load_weights(
     if not file.is_file(): raise FileNotFoundError(f"no file {str(file)!r} with weights")
     own = model.state_dict()
     sd = _state_dict(_read(file), own, file.name)
+    if by_order: sd = _renamed(sd, own, file.name)
     _refuse_others_weights(sd, own, file.name)
     bad = [k for k,v in sd.items() if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()]
     if bad: raise ValueError(f"the weights in {file.name} are NaN or infinite: {_some(bad)}")
     model.load_state_dict(sd)
     return model
 
-# %% ../../nbs/data/archs.ipynb #f56825f8
+# %% ../../nbs/data/archs.ipynb #9ce5d1ae
 def _refuse_others_weights(sd, own, name):
     "ValueError if the state dict `sd` is not one of a model whose state dict is `own`"
     no_tensor = [k for k,v in sd.items() if k in own and isinstance(own[k], Tensor) and not isinstance(v, Tensor)]
@@ -147,6 +149,11 @@ def _refuse_others_weights(sd, own, name):
     hint = _fastai_hint if '0.0.weight' in sd else ''
     raise ValueError(f"the weights in {name} are not those of this model with its number of classes: "
                      f"{'; '.join(problems)}{hint}")
+
+def _renamed(sd, own, name):
+    "The tensors of `sd` under the names `own`"
+    if len(sd)==len(own): return dict(zip(own, sd.values()))
+    raise ValueError(f"by_order: {name} has {len(sd)} tensors, and this model {len(own)}")
 
 def _some(names):
     "A few of them"

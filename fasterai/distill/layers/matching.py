@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stage', 'find_stages', 'FeaturePairs', 'match_feature_layers']
 
-# %% ../../../nbs/distill/layers/matching.ipynb #89b214d9
+# %% ../../../nbs/distill/layers/matching.ipynb #c4cbd9ff
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from fastcore.basics import tuplify
 from torch import nn, Tensor
 
-from ...core.task import split_batch
+from ...core.task import seen_by_student, split_batch
 from .capture import to_model
 from .names import unwrap
 from .trace import trace
@@ -216,10 +216,10 @@ def _differences(a, b):
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
 
-# %% ../../../nbs/distill/layers/matching.ipynb #6e1a7f07
+# %% ../../../nbs/distill/layers/matching.ipynb #7a7eaaf4
 def _network(who, o, xb):
     "The network that `o` stands for, and its inputs"
-    if isinstance(o, Learner): o = o.model
+    if isinstance(o, Learner): o,xb = o.model,seen_by_student(o, xb)
     if isinstance(o, nn.Module): return unwrap(o),xb
     models = o if isinstance(o, (list, tuple)) else getattr(o, 'models', None)
     if models: return _network(who, models[0], _first_inputs(o, xb))

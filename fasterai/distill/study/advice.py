@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #e26315f9
+# %% ../../../nbs/distill/study/advice.ipynb #0e3d7812
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,7 @@ from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
 from ...core.names import unknown_name
-from ...core.task import logits_of, split_batch, task_of
+from ...core.task import logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..teacher.ensemble import ensemble_logits
 from ..teacher.forward import device_of, size_of
@@ -111,7 +111,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #df2fb4d6
+# %% ../../../nbs/distill/study/advice.ipynb #38e0fd43
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
     None without labels"""
@@ -119,7 +119,8 @@ def _judge(learn, kd, n):
     with as_found(learn.model):
         for xb,yb in _batches(learn, 1, n):
             if not yb: return None
-            pair = logits_of(learn.model(*xb), kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
+            pred = learn.model(*seen_by_student(learn, xb))
+            pair = logits_of(pred, kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
             if right: vals = [float((p.argmax(_class_axis(learn))==y).float().mean()) for p in pair]

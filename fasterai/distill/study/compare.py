@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'plot_compare', 'attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']
 
-# %% ../../../nbs/distill/study/compare.ipynb #613683ee
+# %% ../../../nbs/distill/study/compare.ipynb #26a39904
 from contextlib import contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from torch import nn
 from ...core.names import unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
-from ...core.task import split_batch, task_of
+from ...core.task import seen_by_student, split_batch, task_of
 from ..layers.capture import as_found
 from ..loss.base import kl_div
 from .measure import model_cost
@@ -273,12 +273,13 @@ def _first_inputs(dl):
     "The inputs of a batch, for which no random number is drawn"
     with torch.random.fork_rng([]): return split_batch(dl, tuplify(dl.one_batch()))[0]
 
-# %% ../../../nbs/distill/study/compare.ipynb #adc607a5
+# %% ../../../nbs/distill/study/compare.ipynb #538d5cd4
 def _cost_of(learners, dls, min_time):
     "What each model costs, on batches of one size, so that throughput and memory compare"
     xbs = {n: _first_inputs(dls[n]) for n in learners}
     bs = min(len(xb[0]) for xb in xbs.values())
-    return {n: model_cost(l.model, tuple(x[:bs] for x in xbs[n]), min_time) for n,l in learners.items()}
+    xbs = {n: seen_by_student(l, tuple(x[:bs] for x in xbs[n])) for n,l in learners.items()}
+    return {n: model_cost(l.model, xbs[n], min_time) for n,l in learners.items()}
 
 # %% ../../../nbs/distill/study/compare.ipynb #78a5801d
 def compare(

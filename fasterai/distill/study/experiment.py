@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Experiment']
 
-# %% ../../../nbs/distill/study/experiment.ipynb #385ecdd0
+# %% ../../../nbs/distill/study/experiment.ipynb #29cb9fda
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from ...core.plots import COLORS, GREY, new_axes, plain
 from ...core.seeds import same_start
-from ...core.task import split_batch
+from ...core.task import seen_by_student, split_batch
 from ..layers.capture import as_found
 from ..losses import SoftTarget
 from .measure import model_cost
@@ -28,7 +29,7 @@ from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
 from .study import Study
 from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #b9db7052
+# %% ../../../nbs/distill/study/experiment.ipynb #a7e7bfd0
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
@@ -41,6 +42,7 @@ class Experiment:
         loss_func:Callable=None,   # Of the task; None: the data's
         arms:dict=None,            # Name -> other arguments of the callback, for several ways to distil
         folder=None,               # Keeps runs and students, and an experiment goes on from it; None: in memory
+        cbs:list=None,             # Callbacks of the students' Learners, such as `StudentSees`; each gets a copy
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
         store_attr(but='kd,arms')
@@ -56,19 +58,21 @@ class Experiment:
     )->Learner:
         "A Learner of `model`, as all of the experiment's are"
         if model is None: model = self.make_student()
-        return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr)
+        cbs = None if model is self.teacher else deepcopy(self.cbs)
+        return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr, cbs=cbs)
 
     def _metric(self): return self.learner(self.teacher).metrics[0].name
 
-# %% ../../../nbs/distill/study/experiment.ipynb #0109b715
+# %% ../../../nbs/distill/study/experiment.ipynb #0bc3b65e
 @patch
 def check(self:Experiment):
     "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
     for arm in self.arms.values(): fresh_callback(arm)
     xb = split_batch(self.dls, self.dls.one_batch())[0]
-    for who,model in (('teacher',self.teacher), ('student',self.make_student())):
+    for who,learn in (('teacher',self.learner(self.teacher)), ('student',self.learner())):
+        model = learn.model
         try:
-            with as_found(model): out = model.to(xb[0].device)(*xb)
+            with as_found(model): out = model.to(xb[0].device)(*seen_by_student(learn, xb))
         except Exception as e:
             raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(xb[0].shape)}: {e}") from e
         if self.metrics is accuracy: _check_logits(f'{who} {type(model).__name__}', out, (len(xb[0]), self.dls.c))
@@ -166,14 +170,14 @@ def _typical_run(self:Experiment):
     r = runs.iloc[(runs[self.best_arm]-runs.alone).argsort().iloc[(len(runs)-1)//2]]
     return int(r.epochs),int(r.seed)
 
-# %% ../../../nbs/distill/study/experiment.ipynb #be98bec2
+# %% ../../../nbs/distill/study/experiment.ipynb #bd099663
 @patch(as_prop=True)
 def costs(self:Experiment)->dict:
     "What teacher and student cost, by `model_cost` of a batch; measured once"
     if self.measured is None:
         with torch.random.fork_rng([]): xb = split_batch(self.dls, self.dls.valid.one_batch())[0]
-        models = dict(teacher=self.teacher, student=self.make_student())
-        self.measured = {k:model_cost(m.to(xb[0].device), xb) for k,m in models.items()}
+        learners = dict(teacher=self.learner(self.teacher), student=self.learner())
+        self.measured = {k:model_cost(l.model.to(xb[0].device), seen_by_student(l, xb)) for k,l in learners.items()}
     return self.measured
 
 @patch

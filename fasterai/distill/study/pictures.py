@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_images', 'plot_soft_targets', 'attention_map', 'plot_attention', 'plot_similarity']
 
-# %% ../../../nbs/distill/study/pictures.ipynb #219416ef
+# %% ../../../nbs/distill/study/pictures.ipynb #6f1a4c83
 from typing import Sequence
 
 import torch
@@ -15,7 +15,7 @@ from fastai.torch_core import to_device
 from torch import nn
 
 from ...core.plots import COLORS, new_axes, plain
-from ...core.task import logits_of, split_batch
+from ...core.task import logits_of, seen_by_student, split_batch
 from ..layers.adapters import token_grid
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import layer_pairs
@@ -35,11 +35,11 @@ def _batch(learn, items):
 
 def _inputs(learn, b): return split_batch(learn.dls, b)[0]
 
-# %% ../../../nbs/distill/study/pictures.ipynb #077d5172
+# %% ../../../nbs/distill/study/pictures.ipynb #36db934a
 def _ask_student(learn, xb, layers=()):
     "Predictions and maps of `layers`, without a graph"
-    model = learn.model
-    with as_found(model), Capture(model, layers, kind='layer of the student') as c: pred = model(*to_model(model, xb))
+    model,xb = learn.model,seen_by_student(learn, to_model(learn.model, xb))
+    with as_found(model), Capture(model, layers, kind='layer of the student') as c: pred = model(*xb)
     return _plain(logits_of(pred, who='student')),[_plain(m) for m in c.maps.values()]
 
 def _ask_teacher(teacher, xb, layers=()):

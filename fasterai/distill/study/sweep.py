@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'Sweep', 'sweep']
 
-# %% ../../../nbs/distill/study/sweep.ipynb #7b1e855f
+# %% ../../../nbs/distill/study/sweep.ipynb #b42a785b
 import inspect
 from itertools import product
 from typing import Callable, Sequence
@@ -19,6 +19,7 @@ from torch import nn
 
 from ...core.names import unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
+from ...core.task import views_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..loss.terms import as_terms, with_hypers
 from ..losses import SoftTarget
@@ -27,6 +28,7 @@ from .run_log import cell
 from .setting import setting_text, teacher_text
 from .study import Study
 from .summary import at_equal_epochs, by_arm, lower_is_better
+from ..training.views import StudentSees
 
 # %% ../../../nbs/distill/study/sweep.ipynb #320d76e9
 presets = dict(temperature={'T':[1, 2, 3, 5, 10]},       # how soft the targets are
@@ -209,7 +211,7 @@ def sweep(
     study.run(epochs, list(seeds), progress=progress)
     return Sweep(study.log.frame([*judged, *study.finished().values()]), params, study.metrics)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #2a09a65e
+# %% ../../../nbs/distill/study/sweep.ipynb #6f4717bf
 def _judge(study, teacher):
     "The row of the teacher, judged as the student is; none for several"
     row = dict(run='teacher', setting=setting_text(teacher=teacher_text(teacher), data=study.own['data']))
@@ -217,5 +219,7 @@ def _judge(study, teacher):
     if not study.log.find(**row) and isinstance(model, nn.Module):
         with streams_kept():
             like = study.make_learner()
-            study.log.add({**row, **measure(Learner(like.dls, model, loss_func=like.loss_func, metrics=like.metrics))})
+            sees = [StudentSees(f) for f in views_of(teacher)] # a student, once, of what it had learned to see
+            judged = Learner(like.dls, model, loss_func=like.loss_func, metrics=like.metrics, cbs=sees)
+            study.log.add({**row, **measure(judged)})
     return [r for r in [study.log.find(**row)] if r]

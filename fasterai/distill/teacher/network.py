@@ -97,7 +97,7 @@ def opts(self:Network)->dict:
     "What was asked for that may change an answer"
     return {k:getattr(self.asked, k) for k in ('dtype', 'channels_last', 'fuse')}
 
-# %% ../../../nbs/distill/teacher/network.ipynb #a6059de9
+# %% ../../../nbs/distill/teacher/network.ipynb #f2056817
 @patch
 def __call__(self:Network,
     xb:tuple,         # A batch of the student's inputs
@@ -107,8 +107,8 @@ def __call__(self:Network,
     axis:int=1,       # Their class axis
 )->tuple:
     "What the network returned (None if it could be stopped before), and the maps"
-    tfm = self.tfm or self.agreement.tfm
-    if tfm is not None: xb = _as_tuple(tfm(*xb))
+    for tfm in (self.agreement.tfm, self.tfm):
+        if tfm is not None: xb = _as_tuple(tfm(*xb))
     self.follow()
     self._make_ready(xb, layers, select, axis)
     if self.home==self.device: return self._engine(xb, layers, logits)(xb)

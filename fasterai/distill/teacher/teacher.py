@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #f0057d9f
+# %% ../../../nbs/distill/teacher/teacher.ipynb #82866fb4
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -25,10 +25,10 @@ from ...core.task import logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
-from .facts import agree, facts_of, other_channels
+from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
-from .inputs import Renormalize, resize_batch, statistics_of
+from .inputs import Renormalize, not_said, own_inputs, resize_batch, statistics_of
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
 from .recorded.recorded import as_cache
@@ -37,7 +37,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #b3c1c5f4
+# %% ../../../nbs/distill/teacher/teacher.ipynb #8a23f0ac
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -56,9 +56,10 @@ class Teacher(BaseTeacher):
         average=None,       # 'softmax', 'sigmoid', 'none' or 'stack', as in `ensemble_logits`; None: as the task says
         classes=None,       # Names of its classes in the order of its logits; None: as its Learner's data says
         normalize=None,     # How its images were normalised, `(mean, std)` or a `Normalize`; None: as its data says
+        size=None,          # Side, or (height, width), to which images are resized for it; None: they stay as they are
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
-        self.facts = [_with(facts_of(m), classes, normalize) for m in _as_list(models)] # of the data of each
+        self.facts = [_with(facts_of(m), classes, normalize, size) for m in _as_list(models)] # of the data of each
         self.models = _as_modules(models)
         self.weights = _as_weights(weights, len(self.models))
         self.select = select
@@ -67,7 +68,7 @@ class Teacher(BaseTeacher):
         self.axis,self.average = self.given
         self.cache = cache
         plan = Plan(as_dtype(dtype), channels_last, fuse, compile)
-        self.nets = [Network(m, f, plan) for m,f in zip(self.models, _one_each(tfms, len(self.models)))]
+        self.nets = [Network(m, f, plan) for m,f in zip(self.models, own_inputs(_as_list(models), tfms, size))]
         self._forget_fit()
 
     def _forget_fit(self):
@@ -95,24 +96,20 @@ def _as_module(m):
     if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
     raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #7e34423a
-def _with(facts, classes, normalize):
+# %% ../../../nbs/distill/teacher/teacher.ipynb #0dd75275
+def _with(facts, classes, normalize, size):
     "`facts` with what the caller says"
     said = {} if classes is None else dict(classes=tuple(map(str, classes)))
     if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
+    if size is not None: said['size'] = None # nothing to say of it
     return replace(facts, **said)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #0d887564
+# %% ../../../nbs/distill/teacher/teacher.ipynb #157009ec
 def _as_weights(weights, n):
     if weights is None: return
     w = [float(o) for o in weights]
     if len(w)!=n or min(w)<=0: raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
     return w
-
-def _one_each(tfms, n):
-    if not isinstance(tfms, (list, tuple)): return [tfms]*n
-    if len(tfms)!=n: raise ValueError(f"tfms has {len(tfms)} entries for {n} networks")
-    return tfms
 
 def _refuse_recorded_stack(average, cache):
     if average!='stack' or cache in (None, False): return
@@ -173,10 +170,13 @@ def to(self:Teacher,
         for net in self.nets: net.to(self.device)
     return self
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #9ac77f06
+# %% ../../../nbs/distill/teacher/teacher.ipynb #e4af7515
 @patch
 def _ask_first(self:Teacher, net, xb, layers, logits):
     try: return self._ask(net, xb, layers, logits)
+    except TypeError as e:
+        if why := other_inputs(net.source, xb): raise TypeError(why) from e
+        raise
     except RuntimeError as e:
         if why := other_channels(net.source, xb): raise ValueError(why) from e
         dtype = net.plan and net.plan.dtype
@@ -245,13 +245,13 @@ def _learn_task(self:Teacher, task, logits):
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #18136903
+# %% ../../../nbs/distill/teacher/teacher.ipynb #ae60c510
 @patch
 def _agree_with(self:Teacher, student):
     "Find out for each network how to ask it so that its answers are about the student's data"
     for net,facts in zip(self.nets, self.facts):
         said = net.agreement.lines
-        net.agreement = agree(facts, student, pick=self.select is None, tfm=net.tfm is None)
+        net.agreement = agree(facts, student, pick=self.select is None, tfm=not_said(net.tfm))
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 
