@@ -21,7 +21,7 @@ def _mse(zs, zt, axis): return F.mse_loss(zs.softmax(axis), zt.softmax(axis), re
 
 _kinds = dict(label=_label, mse=_mse, kl=kl_div)
 
-# %% ../../../nbs/distill/loss/consistency.ipynb #5a75e120
+# %% ../../../nbs/distill/loss/consistency.ipynb #e8632bc3
 @as_loss
 def Consistency(
     pred:Tensor,           # Student logits `(B, C)`, or any shape with the classes on `axis`: of the strong view
@@ -35,8 +35,8 @@ def Consistency(
     mask:Tensor=None,      # Which positions count, `(B, N)`, `(B, H, W)` or `(B,)`
 )->Tensor: # Scalar
     """Disagreement with a teacher that is sure, mean over all rows. Sohn et al. (FixMatch), NeurIPS 2020, arXiv
-    2001.07685; 'mse' of Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780. ValueError for unequal shapes, one class,
-    an unknown `kind` or a threshold that is no probability"""
+    2001.07685; 'mse' of Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780. ValueError for unequal shapes, one
+    class, an unknown `kind` or a threshold that is no probability"""
     if kind not in _kinds: raise ValueError(unknown_name('kind', kind, _kinds))
     if not isinstance(threshold, Tensor) and not 0<=threshold<=1:
         raise ValueError(f"threshold must be a probability, 0 to 1, got {threshold}")
