@@ -115,7 +115,7 @@ def _mixed(dl, dataset, ratio):
     vars(res).pop('get_idxs', None) # one that `dl` has of its own is asked through `labelled`
     return res
 
-# %% ../../nbs/data/unlabelled.ipynb #3e2567b4
+# %% ../../nbs/data/unlabelled.ipynb #ba41edd9
 def mix_unlabelled(
     dls:DataLoaders,  # One class a row
     items:Sequence,   # Without labels: what the `Datasets` start from (files, say), else rows of inputs
@@ -131,8 +131,8 @@ def mix_unlabelled(
     if not ratio>0 or not round(dl.bs*ratio):
         raise ValueError(f"ratio must add rows to a batch of {dl.bs}, got {ratio}")
     if not len(dl): raise ValueError(f"the {len(ds)} labelled rows make no batch of {dl.bs}: lower bs")
-    targets = [_no_label(ds[0][dl.n_inp:])]*len(items)
-    return with_train(dls, _mixed(dl, Extended(ds, inputs_of(ds, items), targets, dl.n_inp), ratio))
+    inputs,no_label = inputs_of(ds, items),_no_label(ds[0][dl.n_inp:])
+    return with_train(dls, _mixed(dl, Extended(ds, inputs, [no_label]*len(inputs), dl.n_inp), ratio))
 
 # %% ../../nbs/data/unlabelled.ipynb #03343e01
 def _no_label(labels):

@@ -40,12 +40,13 @@ class NoisyStudent:
     def __repr__(self): return self.table.to_string(index=False, float_format='{:.4g}'.format, na_rep='')
     def _repr_html_(self): return self.table.to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #78839100
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #51f978cc
 class _Rounds:
     "The trainings of a noisy student"
     def __init__(self, makers, dls, items, epochs, labels, fit, path, seed, ticks):
         store_attr()
         self.path = None if path is None else Path(path)
+        self.data = None if path is None else _text_of(dls)
 
     def start(self, i, data):
         "An untrained Learner for `data`"
@@ -89,13 +90,19 @@ def _refuse_flat(loss_func):
     raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
                      "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #6a352479
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #a18f4b40
 @patch
 def _setting(self:_Rounds, i, learn):
     if self.path is None: return ''
-    with streams_kept():
-        return setting_text(epochs=self.epochs[:i+1], items=list(map(str, self.items)), seed=self.seed, **self.labels,
-                            student=learner_text(learn), data=data_text(self.dls))
+    return setting_text(epochs=self.epochs[:i+1], items=list(map(str, self.items)), seed=self.seed, **self.labels,
+                        student=learner_text(learn), data=self.data)
+
+def _text_of(dls):
+    "`data_text`, after which the shuffling goes on as before"
+    rngs = [dl.rng for dl in dls.loaders]
+    with streams_kept(): text = data_text(dls)
+    for dl,rng in zip(dls.loaders, rngs): dl.rng = rng
+    return text
 
 @patch
 def _save(self:_Rounds, i, learn, row, setting):
