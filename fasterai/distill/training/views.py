@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from torch import Tensor
 
-# %% ../../../nbs/distill/training/views.ipynb #c29f6d2b
+# %% ../../../nbs/distill/training/views.ipynb #a0f14f20
 class StudentSees(Callback):
     """The student sees `f(*xb)`; a teacher is asked about the whole batch, `learn.full_xb`.
 
@@ -21,11 +21,10 @@ class StudentSees(Callback):
     order = MixUp.order+1 # both sides see what is mixed
     def __init__(self,
         f:Callable|int|slice, # From the inputs to the student's: a function, the number of an input, or a slice
-        training:bool=False,  # In training alone? For a view that is harder than what is to come
     ):
         if not callable(f) and not isinstance(f, (int, slice)):
             raise TypeError(f"StudentSees: f must be a function of the inputs, a number or a slice, got {f!r}")
-        self.f,self.only_training = f,training
+        self.f = f
 
     def sees(self,
         xb:tuple, # Inputs of a batch
@@ -39,7 +38,6 @@ class StudentSees(Callback):
     def before_batch(self):
         "Keep the whole batch, and show the student its part"
         learn = self.learn
-        if self.only_training and not learn.training: return
         learn.full_xb = tuple(learn.xb)
         learn.xb = self.sees(learn.full_xb)
 
