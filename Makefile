@@ -10,14 +10,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(bin)/ruff check
-	$(bin)/nbdev-test --n-workers 2 --skip-folder-re '^(tutorials|howto)'
+	$(bin)/nbdev-test --n-workers 2 --skip-folder-re '^(tutorials|howto|families)'
 	$(bin)/python -m pytest
 
 # After editing a notebook: export, clean, store the outputs, and write the README.
 prepare: export PYTHONWARNINGS=ignore
 prepare: $(VENV)/.installed-dev
 	$(bin)/nbdev-export
-	$(bin)/nbdev-test --save --n-workers 2 --skip-folder-re '^(tutorials|howto)'
+	$(bin)/nbdev-test --save --n-workers 2 --skip-folder-re '^(tutorials|howto|families)'
 	$(bin)/nbdev-clean
 	$(MAKE) readme
 
@@ -25,7 +25,7 @@ readme: $(VENV)/.installed-dev
 	$(bin)/python -m nbconvert --config docs/readme.py > README.md
 
 # Train what the tutorials train and store their outputs; `make tutorials NB=nbs/howto/own_loss.ipynb` does one. Needs the data sets, or a network.
-NB ?= nbs/tutorials/*.ipynb nbs/howto/*.ipynb
+NB ?= nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/families/*.ipynb
 tutorials: export PYTHONWARNINGS=ignore
 tutorials: $(VENV)/.installed-dev
 	$(bin)/python -m nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=3600 $(NB)

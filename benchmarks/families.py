@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import fastai.callback.progress  # gives Learner `no_bar`
-import fastai.callback.schedule  # gives Learner `fit_one_cycle`
+import fastai.callback.schedule  # noqa: F401 (gives Learner `fit_one_cycle`)
 import pandas as pd
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 root = Path(__file__).parent.parent
-notebooks = sorted(f for d in ('tutorials', 'howto') for f in (root/'nbs'/d).glob('*.ipynb'))
+notebooks = sorted(f for d in ('tutorials', 'howto', 'families') for f in (root/'nbs'/d).glob('*.ipynb'))
 pytestmark = pytest.mark.slow
 
 
@@ -39,6 +39,7 @@ def fast(data, tmp_path, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(data))
     monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])  # which a notebook's shell replaces
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(root/'benchmarks')  # whose runs the pages of the families show
     monkeypatch.setattr(Learner, 'fit', lambda self, n_epoch, *args,
                         **kw: fit(self, kw.get('start_epoch', 0)+1, *args, **kw))
     monkeypatch.setattr(Experiment, 'run', lambda self, epochs=1, seeds=1: run(self, 1, 2))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lin', 'cos', 'one_shot', 'iterative', 'agp', 'one_cycle', 'dsd', 'Schedule', 'sched_oneshot', 'sched_iterative',
-           'sched_agp', 'sched_onecycle', 'sched_dsd', 'available_schedules', 'as_schedule']
+           'sched_agp', 'sched_onecycle', 'sched_dsd', 'sched_ramp_up', 'ramp_up', 'available_schedules', 'as_schedule']
 
 # %% ../../nbs/core/schedule.ipynb #b787500c
 import inspect
@@ -60,7 +60,7 @@ def _takes_pos_only(f):
     required = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind<2]
     return len(required)==1
 
-# %% ../../nbs/core/schedule.ipynb #01a7e04b
+# %% ../../nbs/core/schedule.ipynb #8ae244f9
 def sched_oneshot(start, end, pos): "All at once"; return end
 
 def sched_iterative(start, end, pos, n_steps=3):
@@ -79,6 +79,17 @@ def sched_dsd(start, end, pos):
     "Up by a cosine, and down again (dense-sparse-dense: Han et al., ICLR 2017, arXiv 1607.04381)"
     return sched_cos(start, end, 1-abs(2*pos-1))
 
+def sched_ramp_up(start, end, pos):
+    "Up like one side of a bell (temporal ensembling: Laine and Aila, ICLR 2017, arXiv 1610.02242)"
+    return start + (end-start)*math.exp(-5*(1-pos)**2)
+
+# %% ../../nbs/core/schedule.ipynb #c1379bde
+def ramp_up(
+    share:float=0.3, # Share of the training after which the value is reached
+)->Schedule:
+    "Up like one side of a bell within the first `share` of the training, and constant from there"
+    return Schedule(sched_ramp_up, end_pct=share)
+
 # %% ../../nbs/core/schedule.ipynb #a60e4d13
 lin       = Schedule(sched_lin)
 cos       = Schedule(sched_cos)
@@ -88,8 +99,9 @@ agp       = Schedule(sched_agp, start_pct=0.2)
 one_cycle = Schedule(sched_onecycle)
 dsd       = Schedule(sched_dsd)
 
-# %% ../../nbs/core/schedule.ipynb #3d45dcef
-_schedules = dict(lin=lin, cos=cos, one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, dsd=dsd)
+# %% ../../nbs/core/schedule.ipynb #bd464064
+_schedules = dict(lin=lin, cos=cos, one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, dsd=dsd,
+                  ramp_up=ramp_up())
 
 def available_schedules()->list[str]:
     "Names of the ready-made schedules"
@@ -99,6 +111,7 @@ def as_schedule(
     s:Schedule|Callable|str, # A schedule, one's name, or a function that `Schedule` takes
 )->Schedule:
     "`s` as a `Schedule`; ValueError for an unknown name"
+    if s is ramp_up: return ramp_up()
     if isinstance(s, str):
         if s not in _schedules: raise ValueError(unknown_name('schedule', s, _schedules))
         return _schedules[s]

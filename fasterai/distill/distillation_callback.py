@@ -31,7 +31,7 @@ from .training.views import seen_by_student
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #e4c85914
+# %% ../../nbs/distill/distillation_callback.ipynb #e26899fa
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -58,12 +58,14 @@ class KnowledgeDistillationCallback(Callback):
         select_teacher:Callable=None,       # From the teacher's, for a model; as `Teacher(model, select=)`
         valid:bool=False,                   # Ask the teacher in validation too, for a column `valid_distill_loss`?
         mask:str|int|Callable=None,         # Which positions count: a name or number of inputs, or a function
+        **hypers                            # Of the losses: `T=4` goes to each that has a temperature
     ):
         self._init_state()
         self.teacher = as_teacher(teacher, **({} if select_teacher is None else dict(select=select_teacher)))
         self.recipe = Recipe.of(
             loss, activations_student, activations_teacher, weight, schedule, task_weight=task_weight, mask=mask,
-            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid)
+            adapters=adapters, schedules=schedules, start_pct=start_pct, end_pct=end_pct, select=select, valid=valid,
+            hypers=hypers)
         self._refuse_nobody()
         self._check_teacher_layers()
         self.restart = remember(*self.recipe.modules, *self._learning_teacher())
@@ -123,6 +125,12 @@ class KnowledgeDistillationCallback(Callback):
 def teaching(self:KnowledgeDistillationCallback)->Session:
     "The session; none outside of a fit, and none in a validation or prediction that somebody asks for within it"
     return None if self.session is None or self.learn.lock.locked() else self.session
+
+# %% ../../nbs/distill/distillation_callback.ipynb #2c5a3b53
+@patch
+def after_cancel_step(self:KnowledgeDistillationCallback):
+    "A step that is left out is none"
+    if s := self.teaching: s.fit.notes['skipped'] = self.learn.train_iter
 
 # %% ../../nbs/distill/distillation_callback.ipynb #312427a4
 def _learn_of(cb): return vars(cb).get('_learn')

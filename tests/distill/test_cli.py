@@ -36,7 +36,7 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
     pytest.importorskip('timm')
     torch.save(make_model('timm:resnet10t', 2).state_dict(), tmp_path/'t.pth')
     exp = distill(images, loss='Attention', weight=0.9, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small)
-    assert exp.kd['activations_student']['student'] and len(exp.runs)==1
+    assert exp.arms['distilled']['activations_student']['student'] and len(exp.runs)==1
     table = pd.read_csv(tmp_path/'out'/'table.csv')
     assert table.model.tolist()==['teacher','student alone','student distilled'] and table.parameters.min()>1e6
     student = load_weights(make_model('timm:resnet10t', 2), tmp_path/'out'/'student.pth').eval()
@@ -47,7 +47,7 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
     assert torch.allclose(student(x).softmax(1)[0], probs, atol=1e-5)
     page = (tmp_path/'out'/'report.html').read_text()
     assert 'distilled' in page and 'timm:resnet10t' in page
-    assert page.count('data:image/png')==3 and '<script' not in page
+    assert page.count('data:image/png')==4+8 and '<script' not in page # four figures, eight pictures
 
 
 def test_a_teacher_that_is_no_better_is_named_and_vision_learners_weights_are_explained(images, tmp_path, capsys):
@@ -94,10 +94,73 @@ def test_weights_of_another_number_of_classes(images, tmp_path):
                 out=tmp_path/'out')
 
 
+def test_another_loss_and_more_seeds_find_the_teacher_and_the_runs_of_before(images, tmp_path, capsys):
+    pytest.importorskip('timm')
+    args = small | dict(out=tmp_path/'out', quick=True)
+    first = distill(images, **args)
+    teacher = (tmp_path/'out'/'teacher.pth').read_bytes()
+    again = distill(images, loss='SoftTarget,Attention', seeds=2, **args)
+    assert 'an earlier run has trained' in capsys.readouterr().out
+    assert (tmp_path/'out'/'teacher.pth').read_bytes()==teacher
+    assert again.runs.alone[0]==first.runs.alone[0] and list(again.arms)==['SoftTarget', 'Attention']
+    assert len(pd.read_csv(tmp_path/'out'/'runs.csv'))==2+1+2*2 # alone twice, distilled once, two losses of two seeds
+    with pytest.raises(ValueError, match='image_size 16 there, 24 here'): distill(images, **args | dict(size=24))
+
+
+def test_a_run_that_is_stopped_loses_nothing(images, tmp_path, monkeypatch):
+    pytest.importorskip('timm')
+    from fasterai.distill.study.study import Study
+    train,calls = Study.train,[]
+    def stopped(self, *args):
+        calls.append(args[:3])
+        if len(calls)==2: raise KeyboardInterrupt
+        return train(self, *args)
+    args = small | dict(out=tmp_path/'out', quick=True, epochs=2)
+    monkeypatch.setattr(Study, 'train', stopped)
+    with pytest.raises(KeyboardInterrupt): distill(images, **args)
+    files = {f.name for f in (tmp_path/'out').iterdir()}
+    assert files=={'plan.json', 'teacher.pth', 'teacher.pkl', 'runs.csv', 'students'}
+    assert load_learner(tmp_path/'out'/'teacher.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
+    exp = distill(images, **args)
+    assert [o[0] for o in calls]==['alone', 'distilled', 'distilled']
+    whole = distill(images, **args | dict(out=tmp_path/'other'))
+    assert exp.runs.equals(whole.runs)
+
+
+def test_teachers_as_people_have_them(images, tmp_path):
+    pytest.importorskip('timm')
+    first = distill(images, out=tmp_path/'out', quick=True, **small)
+    learn = load_learner(tmp_path/'out'/'teacher.pkl')
+    learn.dls,learn.path = first.dls,tmp_path
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    learn.save('with_optimizer')
+    state = {f'module.{k}':v for k,v in learn.model.state_dict().items()}
+    torch.save({'model_state_dict': state}, tmp_path/'wrapped.pth')
+    for file in tmp_path/'models'/'with_optimizer.pth',tmp_path/'wrapped.pth':
+        exp = distill(images, out=tmp_path/file.stem, quick=True, teacher_weights=file, **small)
+        assert exp.runs.equals(first.runs) or exp.teacher.state_dict().keys()==first.teacher.state_dict().keys()
+    pkl = tmp_path/'out'/'teacher.pkl'
+    with pytest.raises(ValueError, match='trust_pickle'):
+        distill(images, out=tmp_path/'p', teacher_weights=pkl, **small)
+    exp = distill(images, out=tmp_path/'p', quick=True, teacher_weights=pkl, trust_pickle=True, **small)
+    assert exp.runs.equals(first.runs)
+    learn = load_learner(tmp_path/'p'/'student.pkl')
+    learn.export(tmp_path/'again.pkl') # exports once more
+    assert load_learner(tmp_path/'again.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
+
+
+def test_output_without_a_terminal_has_a_line_for_each_epoch(images, tmp_path, capsys):
+    pytest.importorskip('timm')
+    distill(images, out=tmp_path/'out', quick=True, **small | dict(epochs=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert [l.split(':')[0] for l in lines if ', epoch ' in l]==[
+        f'{o}, epoch {i} of 2' for o in ('teacher', 'seed 0, alone', 'seed 0, distilled') for i in (1, 2)]
+
+
 @pytest.mark.skipif(not command.exists(), reason='the package is not installed')
 def test_the_command_says_errors_in_a_line():
     res = subprocess.run([command, 'nowhere'], capture_output=True, text=True)
-    assert res.returncode==1 and res.stderr.strip().splitlines()[-1]=="fasterai_distill: no folder 'nowhere'"
+    assert res.returncode==1 and res.stderr=="fasterai_distill: no folder 'nowhere'\n"
     for way in ('--teacher_weights', '--teacher-weights'):
         res = subprocess.run([command, '.', way, 'nothing.pth', '--T', '4', '--loss=Attention'], capture_output=True,
                              text=True, cwd=Path(__file__).parent)

@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['Stage', 'find_stages', 'FeaturePairs', 'match_feature_layers']
 
-# %% ../../../nbs/distill/layers/matching.ipynb #b36db458
+# %% ../../../nbs/distill/layers/matching.ipynb #89b214d9
 from dataclasses import dataclass
 from math import prod
 
 import pandas as pd
+import torch
 from fastai.learner import Learner
+from fastcore.basics import tuplify
 from torch import nn, Tensor
 
+from ...core.task import split_batch
+from .capture import to_model
 from .names import unwrap
 from .trace import trace
 
@@ -212,7 +216,7 @@ def _differences(a, b):
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
 
-# %% ../../../nbs/distill/layers/matching.ipynb #3aa85613
+# %% ../../../nbs/distill/layers/matching.ipynb #6e1a7f07
 def _network(who, o, xb):
     "The network that `o` stands for, and its inputs"
     if isinstance(o, Learner): o = o.model
@@ -232,21 +236,28 @@ def _first_inputs(teacher, xb):
 def match_feature_layers(
     student:nn.Module|Learner,  # The student
     teacher:nn.Module|Learner,  # The teacher; also a `Teacher`: its first network, on what its `tfms` make of `x`
-    x:Tensor|tuple,             # One batch of inputs, labels not included; a batch of one will do
+    x:Tensor|tuple=None,        # A batch of inputs (one sample will do), or `DataLoaders`; None: the student's data
 )->FeaturePairs:
     """Pairs of layers for a feature loss, from shallow to deep; both models stay as they are. ValueError if one has no
     hidden state, TypeError for a teacher without networks"""
-    xb = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    xb = _as_inputs(student, x)
     steps_s,stages_s = _traced('student', student, xb)
     steps_t,stages_t = _traced('teacher', teacher, xb)
     pairs = [(s.pre, t.pre) if s.pre and t.pre else (s.name, t.name) for s,t in _pair(stages_s, stages_t)]
     rows = [_row(steps_s[s], steps_t[t]) for s,t in pairs]
     return FeaturePairs([s for s,_ in pairs], [t for _,t in pairs], rows)
 
+def _as_inputs(student, x):
+    "Of a batch as it is, or the first inputs of `DataLoaders`, for which no random number is drawn"
+    dls = getattr(student, 'dls', None) if x is None else x
+    if dls is None: raise TypeError("x: give a batch of inputs or `DataLoaders`; the student is no Learner with data")
+    if not hasattr(dls, 'one_batch'): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    with torch.random.fork_rng([]): return split_batch(dls, tuplify(dls.one_batch()))[0]
+
 def _traced(who, model, xb):
     "Steps and stages of a network; ValueError if it has none"
     m,xb = _network(who, model, xb)
-    steps = trace(m, *xb)
+    steps = trace(m, *to_model(m, xb))
     stages = _stages(m, steps)
     if stages: return steps,stages
     raise ValueError(f"nothing to pair: the {who} ({type(m).__name__}) has no hidden state, "

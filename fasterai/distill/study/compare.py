@@ -252,13 +252,18 @@ def _difference(r, m):
     diff,low,high,p = (r[f'{m}_{k}'] for k in ('diff', 'diff_lo', 'diff_hi', 'p'))
     return f"{diff:+.4f} [{low:+.4f}, {high:+.4f}], p {'< 0.001' if p<0.001 else format(p, '.3f')}"
 
-# %% ../../../nbs/distill/study/compare.ipynb #d78dfbaf
+# %% ../../../nbs/distill/study/compare.ipynb #d19d3615
 def _role(arg, name, default, learners):
     if name is None or name in learners or name==default: return name if name in learners else None
     raise ValueError(f"{arg}: {unknown_name('learner', name, learners)}")
 
+def _named(learners):
+    names = [type(getattr(l, 'model', l)).__name__ for l in learners]
+    return {n if names.count(n)==1 else f'{n} {names[:i+1].count(n)}': l for i,(n,l) in enumerate(zip(names, learners))}
+
 def _as_learners(learners):
-    "All as Learners"
+    "All as Learners; those of a list by the names of their networks' classes"
+    if isinstance(learners, (list, tuple)): learners = _named(learners)
     first = next((l for l in learners.values() if isinstance(l, Learner)), None)
     if not learners: raise ValueError("learners is empty: give a dict of name -> Learner")
     if first is None: raise ValueError("learners must hold at least one Learner")
@@ -275,15 +280,15 @@ def _cost_of(learners, dls, min_time):
     bs = min(len(xb[0]) for xb in xbs.values())
     return {n: model_cost(l.model, tuple(x[:bs] for x in xbs[n]), min_time) for n,l in learners.items()}
 
-# %% ../../../nbs/distill/study/compare.ipynb #da9db93a
+# %% ../../../nbs/distill/study/compare.ipynb #78a5801d
 def compare(
-    learners:dict,            # Name -> Learner (a bare model gets the first Learner's data, loss and metrics)
+    learners:dict|list,       # Name -> Learner (a bare model gets the first's data, loss and metrics), or a list
     teacher:str='teacher',    # Name of the one to which fidelity is measured; there may be none
     baseline:str='alone',     # Name of the one against which the others are tested; there may be none
     metrics=None,             # fastai metrics for all; None: the learners' own, which must be the same
     dl=None,                  # Labelled DataLoader, e.g. a test set; None: each learner's validation set
     n_boot:int=1000,          # Draws of the bootstrap
-    cost:bool=True,           # Measure size, work and time too
+    cost=True,                # Measure size, work and time too? A dict: name -> what `model_cost` has found before
     min_time:float=0.2,       # Seconds for each timing
     seed:int=0,               # Of the bootstrap
 )->Comparison:
@@ -298,7 +303,7 @@ def compare(
     outs = {n: _predict(n, l, dls[n]) for n,l in learners.items()}
     _check_alike(list(learners), dls, outs)
     scores = {n: {m: _score(found[n][m], l, *outs[n], n_boot, seed) for m in names} for n,l in learners.items()}
-    costs = _cost_of(learners, dls, min_time) if cost else {}
+    costs = _cost_of(learners, dls, min_time) if cost is True else cost or {}
     rows = {}
     for n,l in learners.items():
         row = rows[n] = {}

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Experiment']
 
-# %% ../../../nbs/distill/study/experiment.ipynb #721c550a
+# %% ../../../nbs/distill/study/experiment.ipynb #385ecdd0
+import math
+from pathlib import Path
 from typing import Callable, Sequence
 
 import pandas as pd
@@ -16,7 +18,7 @@ from fastai.metrics import accuracy
 from fastcore.basics import patch, store_attr
 from torch import nn
 
-from ...core.plots import COLORS, GREY, new_axes
+from ...core.plots import COLORS, GREY, new_axes, plain
 from ...core.seeds import same_start
 from ...core.task import split_batch
 from ..layers.capture import as_found
@@ -26,7 +28,7 @@ from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
 from .study import Study
 from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #7e2f691c
+# %% ../../../nbs/distill/study/experiment.ipynb #b9db7052
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
@@ -37,14 +39,16 @@ class Experiment:
         lr:float=1e-3,             # Highest learning rate, for all
         metrics=accuracy,          # fastai metrics; the first is the one that counts
         loss_func:Callable=None,   # Of the task; None: the data's
+        arms:dict=None,            # Name -> other arguments of the callback, for several ways to distil
+        folder=None,               # Keeps runs and students, and an experiment goes on from it; None: in memory
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
-        store_attr(but='kd')
+        store_attr(but='kd,arms')
         self.kd = kd
+        self.arms = {k: dict(teacher=teacher, loss=loss) | kd | v for k,v in (arms or {'distilled': {}}).items()}
         self.study = None
+        self.measured = None # costs of teacher and student
         self.check()
-
-    def _arm(self): return dict(teacher=self.teacher, loss=self.loss, **self.kd)
 
     def learner(self,
         model:nn.Module=None,  # None: a new student
@@ -56,11 +60,11 @@ class Experiment:
 
     def _metric(self): return self.learner(self.teacher).metrics[0].name
 
-# %% ../../../nbs/distill/study/experiment.ipynb #9134f703
+# %% ../../../nbs/distill/study/experiment.ipynb #0109b715
 @patch
 def check(self:Experiment):
     "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
-    fresh_callback(self._arm())
+    for arm in self.arms.values(): fresh_callback(arm)
     xb = split_batch(self.dls, self.dls.one_batch())[0]
     for who,model in (('teacher',self.teacher), ('student',self.make_student())):
         try:
@@ -73,90 +77,127 @@ def _check_logits(who, out, shape):
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
     if got!=shape: raise ValueError(f"{who} must give one logit for each of the {shape[1]} classes, {shape}, got {got}")
 
-# %% ../../../nbs/distill/study/experiment.ipynb #9d8626c5
+# %% ../../../nbs/distill/study/experiment.ipynb #f01a19a2
 @patch
 def train_teacher(self:Experiment,
     epochs:int,            # Length of the training
     dls:DataLoaders=None,  # The teacher's own data, perhaps more than the students have; None: theirs
     seed:int=0,            # Of the batches
+    progress=True,         # Show a bar? 'lines': a line per epoch
 ):
     "Train the teacher alone, with a progress bar"
     learn = self.learner(self.teacher, dls)
     same_start(learn.dls, seed)
-    ticks = Ticks(epochs)
+    ticks = Ticks(epochs, progress)
     ticks.say('teacher')
     with quiet(learn): fit_one_cycle(learn, epochs, ticks)
     ticks.close()
 
-# %% ../../../nbs/distill/study/experiment.ipynb #e3f3c499
+# %% ../../../nbs/distill/study/experiment.ipynb #684792f9
 @patch
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
     seeds:int|Sequence[int]=8,   # Number of seeds, or the seeds
+    progress=True,               # Show a bar? 'lines': a line per epoch
 )->Experiment:
     "Train all students that have not been trained yet, with a progress bar; returns self"
-    if self.study is None: self.study = Study(self.learner, dict(alone=None, distilled=self._arm()), keep=True)
-    self.study.run(epochs, seeds)
+    if self.study is None: self.study = self._new_study()
+    self.study.run(epochs, seeds, progress=progress)
     return self
 
-# %% ../../../nbs/distill/study/experiment.ipynb #c63513b4
+@patch
+def _new_study(self:Experiment):
+    folder = self.folder and Path(self.folder)
+    kept = dict(path=folder/'runs.csv', keep=folder/'students') if folder else dict(keep=True)
+    return Study(self.learner, dict(alone=None, **self.arms), **kept)
+
+@patch
+def run_as_long(self:Experiment,
+    seeds:int|Sequence[int]=8,   # As for `run`
+    progress=True,               # As for `run`
+):
+    "Train the student alone for as long as the slowest way to distil took at the greatest length"
+    seconds = self.study.named()[lambda d: d.epochs==self.runs.epochs.max()].groupby('arm').seconds.median()
+    longer = math.ceil(self.runs.epochs.max()*seconds.max()/seconds['alone'] - 0.1)
+    self.study.run([longer], seeds, ['alone'], progress, keep=False)
+
+# %% ../../../nbs/distill/study/experiment.ipynb #fb2ef7b0
 @patch(as_prop=True)
 def runs(self:Experiment)->pd.DataFrame:
-    "A row for each length and seed: the metric of the student alone and distilled"
-    if self.study is None: return pd.DataFrame(columns=['epochs', 'seed', 'alone', 'distilled'])
+    "A row for each length and seed: the metric of the student alone, and in a column for each arm distilled"
+    arms = 'alone',*self.arms
+    if self.study is None: return pd.DataFrame(columns=['epochs', 'seed', *arms])
     named = self.study.named().set_index(['epochs', 'seed'])[['arm', self._metric()]]
-    both = {arm: named[named.arm==arm][self._metric()] for arm in ('alone', 'distilled')}
-    return pd.DataFrame(both, index=both['alone'].index).dropna().reset_index()
+    found = {arm: named[named.arm==arm][self._metric()] for arm in arms}
+    return pd.DataFrame(found, index=found['alone'].index).dropna().reset_index()
+
+@patch(as_prop=True)
+def best_arm(self:Experiment)->str:
+    "The way to distil with the best mean at the greatest length"
+    means = self._longest()[list(self.arms)].mean()
+    return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
 
 @patch(as_prop=True)
 def pairs(self:Experiment)->dict:
-    "(epochs, seed) -> the students alone and distilled, of the longest training"
+    "(epochs, seed) -> the students alone and distilled, of the longest training and the best arm"
     models = self.study.models if self.study else {}
-    both = [k[1:] for k in models if k[0]=='distilled']
-    return {k: (models['alone', *k], models['distilled', *k]) for k in both}
+    both = [k[1:] for k in models if k[0]==self.best_arm and ('alone', *k[1:]) in models]
+    return {k: (models['alone', *k], models[self.best_arm, *k]) for k in both}
 
 @patch
 def _longest(self:Experiment): return self.runs[self.runs.epochs==self.runs.epochs.max()]
 
-# %% ../../../nbs/distill/study/experiment.ipynb #12618e5a
+# %% ../../../nbs/distill/study/experiment.ipynb #b40af95d
 @patch(as_prop=True)
 def best(self:Experiment)->tuple:
     "Metric of the distilled student that scored best at the greatest length, and that student"
-    r = self._longest().sort_values('distilled', ascending=not lower_is_better(self._metric())).iloc[-1]
-    return r.distilled,self.pairs[r.epochs, r.seed][1]
+    runs,name = self._longest(),self.best_arm
+    r = runs.sort_values(name, ascending=not lower_is_better(self._metric())).iloc[-1]
+    return r[name],self.study.models[name, int(r.epochs), int(r.seed)]
 
 @patch(as_prop=True)
 def typical(self:Experiment)->tuple:
     "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
-    runs = self._longest()
-    r = runs.iloc[(runs.distilled-runs.alone).argsort().iloc[(len(runs)-1)//2]]
-    return self.pairs[r.epochs, r.seed]
+    return tuple(self.study.models[arm, *self._typical_run()] for arm in ('alone', self.best_arm))
 
-# %% ../../../nbs/distill/study/experiment.ipynb #b34868f4
+@patch
+def _typical_run(self:Experiment):
+    runs = self._longest()
+    r = runs.iloc[(runs[self.best_arm]-runs.alone).argsort().iloc[(len(runs)-1)//2]]
+    return int(r.epochs),int(r.seed)
+
+# %% ../../../nbs/distill/study/experiment.ipynb #be98bec2
+@patch(as_prop=True)
+def costs(self:Experiment)->dict:
+    "What teacher and student cost, by `model_cost` of a batch; measured once"
+    if self.measured is None:
+        with torch.random.fork_rng([]): xb = split_batch(self.dls, self.dls.valid.one_batch())[0]
+        models = dict(teacher=self.teacher, student=self.make_student())
+        self.measured = {k:model_cost(m.to(xb[0].device), xb) for k,m in models.items()}
+    return self.measured
+
 @patch
 def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
 
 @patch
 def table(self:Experiment)->pd.DataFrame:
     "The metric (mean and standard deviation over the seeds), parameters, size and latency of teacher and students"
-    xb = tuple(x[:1] for x in split_batch(self.dls, self.dls.one_batch())[0])
-    models = dict(teacher=self.teacher, student=self.make_student())
-    cost = {k:model_cost(m.to(xb[0].device), xb) for k,m in models.items()}
+    cost = self.costs
     rows = [('teacher', '', self._teacher_score(), float('nan'))]
     for n,g in self.runs.groupby('epochs'):
-        rows += [(f'student {k}', n, g[k].mean(), g[k].std()) for k in ('alone', 'distilled')]
+        rows += [(f'student {k}', n, g[k].mean(), g[k].std()) for k in ('alone', *self.arms)]
     df = pd.DataFrame(rows, columns=['model', 'epochs', self._metric(), 'sd'])
     for k,name in dict(params='parameters', size_mb='size (MB)', latency_ms='latency (ms)').items():
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
-# %% ../../../nbs/distill/study/experiment.ipynb #bb6d7157
+# %% ../../../nbs/distill/study/experiment.ipynb #8e8431ef
 @patch
 def tests(self:Experiment)->dict:
-    """For each length of training the paired test of distilled against alone, p adjusted for their number; empty with
-    fewer than two seeds"""
+    """For each length of training the paired test of the best arm against alone, p adjusted for the number of all that
+    are made; empty with fewer than two seeds"""
     found = self.study.tests(self._metric()) if self.study else {}
-    return {n:t for (_,n),t in sorted(found.items())}
+    return {n:t for (arm,n),t in sorted(found.items()) if arm==self.best_arm}
 
 @patch
 def verdict(self:Experiment,
@@ -165,29 +206,33 @@ def verdict(self:Experiment,
     "What distilling did, in a line for each length of training"
     if not (found := self.tests()): return "One seed is an anecdote: run several to know whether distilling helped."
     seeds = self.runs.epochs.value_counts()
+    if len(self.arms)>1: return self.study.verdict(self._metric(), alpha)
     say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)
     return '\n'.join(f'{n} epochs: {in_words(t, seeds[n], **say)}' for n,t in found.items())
 
-# %% ../../../nbs/distill/study/experiment.ipynb #2cf59614
+# %% ../../../nbs/distill/study/experiment.ipynb #7646fc3e
 @patch
 def learners(self:Experiment)->dict:
-    "The teacher and the `typical` students as `Learner`s, for `compare` and its plots"
-    alone,distilled = self.typical
-    return {k:self.learner(m) for k,m in dict(teacher=self.teacher, alone=alone, distilled=distilled).items()}
+    "The teacher and the students of the typical seed as `Learner`s, for `compare` and its plots"
+    students = {arm: self.study.models[arm, *self._typical_run()] for arm in ('alone', *self.arms)}
+    return {k:self.learner(m) for k,m in {'teacher': self.teacher, **students}.items()}
 
-# %% ../../../nbs/distill/study/experiment.ipynb #da0f9900
+# %% ../../../nbs/distill/study/experiment.ipynb #991c392d
 @patch
 def plot(self:Experiment):
-    "Each seed's two students joined by a line, for each length of training, and the teacher; returns the axes"
+    "Each seed's students joined by a line, for each length of training, and the teacher; returns the axes"
     groups = list(self.runs.groupby('epochs'))
     metric = self._metric()
     teacher = self._teacher_score()
-    axs = new_axes(1, len(groups), size=(2.6, 3), sharey=True)[0]
+    arms = ['alone', *self.arms]
+    at = range(len(arms))
+    axs = new_axes(1, len(groups), size=(1+0.8*len(arms), 3), sharey=True)[0]
     for ax,(n,g) in zip(axs, groups):
-        ax.plot([0,1], g[['alone', 'distilled']].T, 'o-', color=GREY, alpha=0.6, ms=4)
-        ax.plot([0,1], g[['alone', 'distilled']].mean(), 'o-', color=COLORS[1], lw=2.5)
+        ax.plot(at, g[arms].T, 'o-', color=GREY, alpha=0.6, ms=4)
+        ax.plot(at, g[arms].mean(), 'o-', color=COLORS[1], lw=2.5)
         ax.axhline(teacher, color=COLORS[0], ls='--', lw=1)
-        ax.set(title=f'{n} epochs', xticks=[0,1], xticklabels=['alone', 'distilled'], xlim=(-0.3, 1.3))
+        ax.set(title=f'{n} epochs', xticks=at, xlim=(-0.3, len(arms)-0.7))
+        ax.set_xticklabels(map(plain, arms), rotation=0 if len(arms)<3 else 30, ha='center' if len(arms)<3 else 'right')
     axs[0].set_ylabel(metric)
     axs[0].annotate('teacher', (-0.25, teacher), va='bottom', color=COLORS[0], fontsize=8)
     return axs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fresh_callback', 'fit_one_cycle', 'measured', 'quiet', 'measure', 'streams_kept', 'Ticks']
 
-# %% ../../../nbs/distill/study/one_run.ipynb #f6731bfc
+# %% ../../../nbs/distill/study/one_run.ipynb #4bcb397a
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -20,17 +20,19 @@ from fastprogress.fastprogress import progress_bar
 
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
+from ..teacher.protocol import BaseTeacher
 
-# %% ../../../nbs/distill/study/one_run.ipynb #93295d38
+# %% ../../../nbs/distill/study/one_run.ipynb #f293418e
 def fresh_callback(
     arm, # Arguments of `KnowledgeDistillationCallback` (a dict), a function that makes a callback, a callback, or None
 ):
-    "A callback for one run, which shares nothing with other runs but the teacher; None for the task alone"
+    "A callback for one run, which shares nothing with others but a teacher that stays as it is; None: the task alone"
     if arm is None: return None
     if isinstance(arm, Callback): return arm.replace()
     if not isinstance(arm, dict): return arm()
     others = {k:v for k,v in arm.items() if k!='teacher'}
-    return KnowledgeDistillationCallback(arm['teacher'], **deepcopy(others))
+    teacher = arm['teacher'].another() if isinstance(arm['teacher'], BaseTeacher) else arm['teacher']
+    return KnowledgeDistillationCallback(teacher, **deepcopy(others))
 
 # %% ../../../nbs/distill/study/one_run.ipynb #f6756f69
 class _SkipValidation(Callback):
@@ -76,25 +78,36 @@ def streams_kept():
     try: yield
     finally: set_random_states(**states)
 
-# %% ../../../nbs/distill/study/one_run.ipynb #573a2b15
+# %% ../../../nbs/distill/study/one_run.ipynb #cd7e3b40
 class Ticks(Callback):
     "A progress bar that spans several trainings, moved on by an epoch"
     order = Recorder.order+1
     def __init__(self,
         epochs:int,         # Of all trainings
-        progress:bool=True, # Show it?
+        progress=True,      # Show it? 'lines': print a line for each epoch instead
     ):
-        self.bar = progress_bar(range(epochs)) if progress and epochs else ()
+        self.bar = progress_bar(range(epochs)) if progress is True and epochs else ()
+        self.lines = progress=='lines'
+        self.what = 'training'
         self.steps = iter(self.bar)
         next(self.steps, None)
 
     def say(self,
         what:str, # Shown beside the bar
     ):
+        self.what = what
         if self.bar: self.bar.comment = what
 
-    def after_epoch(self): next(self.steps, None)
+    def after_epoch(self):
+        next(self.steps, None)
+        if self.lines: print(f'{self.what}, epoch {self.learn.epoch+1} of {self.learn.n_epoch}: {_losses(self.learn)}')
 
     def close(self):
         "Show the bar as complete"
         for _ in self.steps: pass
+
+# %% ../../../nbs/distill/study/one_run.ipynb #35730d4d
+def _losses(learn):
+    "What the epoch's row of the table says, in words"
+    values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.log[1:]))
+    return ', '.join(f'{k} {v:.4g}' for k,v in values.items() if isinstance(v, float) and v==v)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_report']
 
-# %% ../../../nbs/distill/study/report.ipynb #431bed0d
+# %% ../../../nbs/distill/study/report.ipynb #fb66f6ff
 import base64
 import io
 import platform
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from PIL import Image
 
 # %% ../../../nbs/distill/study/report.ipynb #b5d69ea8
 def versions()->dict:
@@ -28,7 +29,7 @@ def versions()->dict:
     return dict(fasterai=fasterai.__version__, fastai=version('fastai'), torch=torch.__version__,
                 python=platform.python_version(), processor=platform.processor() or platform.machine(), gpu=gpu)
 
-# %% ../../../nbs/distill/study/report.ipynb #7d0a9a4d
+# %% ../../../nbs/distill/study/report.ipynb #c23bbca2
 _page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <!doctype html>
 <html lang="en">
@@ -42,14 +43,44 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #8884; font-variant-numeric: tabular-nums }
 img { max-width: 100%; height: auto }
+.cards { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; width: 9rem; font-size: .85rem }
+figure img { width: 100%; image-rendering: auto }
+.headline { font-size: 1.4rem; line-height: 1.35; font-weight: 600 }
+.notes { border-left: 3px solid #d9733a; padding-left: 1rem }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
+{% if headline %}
+<p class="headline">{{ headline }}</p>
+{% endif %}
 {% for line in summary.splitlines() %}
 <p>{{ line }}</p>
 {% endfor %}
+{% if notes %}
+<ul class="notes">
+{% for note in notes %}
+<li>{{ note }}</li>
+{% endfor %}
+</ul>
+{% endif %}
 {{ table|safe }}
+{% for name, html in tables.items() %}
+<h2>{{ name }}</h2>
+{{ html|safe }}
+{% endfor %}
+{% for name, cards in pictures.items() if cards %}
+<h2>{{ name }}</h2>
+<div class="cards">
+{% for png, lines in cards %}
+<figure>
+<img alt="" src="data:image/png;base64,{{ png }}">
+<figcaption>{% for line in lines %}{{ line }}<br>{% endfor %}</figcaption>
+</figure>
+{% endfor %}
+</div>
+{% endfor %}
 {% for name, png in figures.items() %}
 <h2>{{ name }}</h2>
 <img alt="{{ name }}" src="data:image/png;base64,{{ png }}">
@@ -96,7 +127,7 @@ def _drawn(figures):
             warnings.warn(f"the figure {title!r} cannot be drawn and is left out: {type(e).__name__}: {e}")
     return pngs
 
-# %% ../../../nbs/distill/study/report.ipynb #6a6f1602
+# %% ../../../nbs/distill/study/report.ipynb #e72c195a
 def save_report(
     folder,                # Made if it is not there
     table:pd.DataFrame,    # From `compare`, or any other table
@@ -104,6 +135,11 @@ def save_report(
     settings:dict=None,    # What made the results: arguments, seeds
     title:str='Did it work?',
     summary:str='',        # Lines of text below the title
+    *,
+    headline:str='',       # One sentence in large letters
+    notes=(),              # Lines that warn
+    tables:dict=None,      # Title -> another table
+    pictures:dict=None,    # Title -> list of (image, lines of text): arrays (H, W) or (H, W, 3) from 0 to 1
 )->Path:
     """Write `report.csv`, a PNG of each figure and `report.html` (self-contained); returns the path of the page.
     Warns of a figure that cannot be drawn"""
@@ -115,6 +151,22 @@ def save_report(
     shown = table.readable().T if hasattr(table, 'readable') else table
     encoded = {k:base64.b64encode(png).decode() for k,png in pngs.items()}
     page = folder/'report.html'
-    page.write_text(_page.render(title=title, summary=summary, table=shown.to_html(border=0), figures=encoded,
-                                 lists=dict(Settings=settings, Versions=versions())), encoding='utf-8')
+    more = {k:_html(t) for k,t in (tables or {}).items()}
+    text = _page.render(title=title, headline=headline, summary=summary, notes=notes, table=_html(shown), tables=more,
+                        figures=encoded, pictures={k:_cards(v) for k,v in (pictures or {}).items()},
+                        lists=dict(Settings=settings, Versions=versions()))
+    page.write_text(text, encoding='utf-8')
     return page
+
+def _cards(pictures): return [(_encoded_image(img), lines) for img,lines in pictures]
+
+def _encoded_image(img):
+    "A small PNG of an array, as text"
+    f,pixels = io.BytesIO(),Image.fromarray((255*img).round().astype(np.uint8))
+    if pixels.width<96: pixels = pixels.resize([o*(96//pixels.width) for o in pixels.size], Image.Resampling.NEAREST)
+    pixels.save(f, format='png')
+    return base64.b64encode(f.getvalue()).decode()
+
+def _html(table):
+    "A table, styled or not"
+    return table.to_html(border=0) if isinstance(table, pd.DataFrame) else table.to_html()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study']
 
-# %% ../../../nbs/distill/study/study.ipynb #46c3d0da
+# %% ../../../nbs/distill/study/study.ipynb #0def0e52
 import time
 from typing import Callable, Sequence
 
@@ -19,10 +19,11 @@ from ...core.seeds import same_start
 from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet, streams_kept
 from .run_log import RunLog
 from .setting import data_text, learner_text, setting_text, teacher_text, weights_of
+from .students import Students
 from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
                                             lower_is_better, plot_gains, summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #246060eb
+# %% ../../../nbs/distill/study/study.ipynb #47414815
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
     and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
@@ -33,7 +34,7 @@ class Study:
         baseline:str=None,      # The arm to compare with; None: the first of the task alone, if there is one
         fit:Callable=fit_one_cycle, # `fit(learn, epochs, cbs)`; may return a dict of numbers to keep
         measure:Callable=measure,   # `measure(learn)` gives a trained learner's numbers by name
-        keep:bool=False,        # Keep the students of the longest training, in `models`?
+        keep=False,             # Keep the students of the longest training, in `models`? True, or a folder for them
         rows:dict=None,         # Name -> columns by which the log knows an arm, beside `setting`; None: `arm`
         cols:list=None,         # Columns of the log, if they are not those
     ):
@@ -43,7 +44,7 @@ class Study:
         self.rows = {k:dict(rows[k]) if rows else dict(arm=k) for k in arms}
         self.fit = fit
         self.measure = measure
-        self.models = {} if keep else None
+        self.models = Students(self._new_student, None if keep is True else keep) if keep else None
         self.asked = {} # (arm, epochs, seed) -> columns by which the log knows the run
         self.starts = {} # seed -> fingerprint of the first weights
         self._set_baseline(baseline)
@@ -86,7 +87,7 @@ def _setting(self:Study, arm):
     given = {k:v for k,v in arm.items() if k!='teacher'}
     return setting_text(**given, teacher=teacher_text(arm['teacher']), **own)
 
-# %% ../../../nbs/distill/study/study.ipynb #471c3c4e
+# %% ../../../nbs/distill/study/study.ipynb #39b4a698
 @patch
 def _ask(self:Study, todo):
     "Note the runs of `todo`, and let go of those that a change has made others"
@@ -95,15 +96,17 @@ def _ask(self:Study, todo):
     self.asked = {k:v for k,v in self.asked.items() if k[0] not in rows or v==key(*k)}
     new = {k:key(*k) for k in todo}
     self.asked.update(new)
+    if self.models is not None: self.models.look_for(self.asked)
     return [k for k in todo if not self.log.find(**new[k])]
 
-# %% ../../../nbs/distill/study/study.ipynb #335d7bde
+# %% ../../../nbs/distill/study/study.ipynb #4b04090a
 @patch
 def train(self:Study,
     arm:str,    # Name of the arm
     epochs:int, # Length of the training
     seed:int,   # Of weights and batches
     cbs=None,   # More callbacks
+    keep=True,  # Keep the student, if the study does?
 )->dict:
     """Train once and return the run's numbers. Raises ValueError if `make_learner` gives other weights for the same
     seed"""
@@ -119,16 +122,19 @@ def train(self:Study,
         began = time.perf_counter()
         with quiet(learn), learn.added_cbs(cbs): more = self.fit(learn, epochs, kd)
         seconds = dict(seconds=round(time.perf_counter()-began, 2))
-        self._keep(learn, arm, epochs, seed)
+        if keep: self._keep(learn, arm, epochs, seed)
         return {**seconds, **(more if isinstance(more, dict) else {}), **self.measure(learn)}
 
-# %% ../../../nbs/distill/study/study.ipynb #4c5f230d
+# %% ../../../nbs/distill/study/study.ipynb #a7b8530e
 @patch
 def _keep(self:Study, learn, arm, epochs, seed):
-    if self.models is None: return
-    longest = max((n for _,n,_ in self.models), default=0)
-    if epochs>longest: self.models.clear()
-    if epochs>=longest: self.models[arm, epochs, seed] = learn.model
+    key = arm,epochs,seed
+    if self.models is not None and key in self.asked: self.models.add(key, self.asked[key], learn.model)
+
+@patch
+def _new_student(self:Study):
+    "To load weights into"
+    with streams_kept(): return self.make_learner().model
 
 # %% ../../../nbs/distill/study/study.ipynb #505f2202
 def _listed(name, o):
@@ -138,13 +144,14 @@ def _listed(name, o):
     if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
     return o
 
-# %% ../../../nbs/distill/study/study.ipynb #a1de4a31
+# %% ../../../nbs/distill/study/study.ipynb #a4d3a9e5
 @patch
 def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
     seeds:int|Sequence[int]=3,  # Number of seeds, or the seeds
     arms:Sequence[str]=None,    # Names of the arms to train; None: all
-    progress:bool=True,         # Show a bar?
+    progress=True,              # Show a bar? 'lines': a line per epoch, where there is no terminal
+    keep:bool=True,             # Keep the students, if the study does?
 )->Study:
     """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, or no or
     equal seeds"""
@@ -156,7 +163,7 @@ def run(self:Study,
     ticks = Ticks(sum(n for _,n,_ in missing), progress)
     for a,n,s in missing:
         ticks.say(f'seed {s}, {a}')
-        self.log.add({**self.asked[a, n, s], **self.train(a, n, s, ticks)})
+        self.log.add({**self.asked[a, n, s], **self.train(a, n, s, ticks, keep)})
     ticks.close()
     return self
 

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'Sweep', 'sweep']
 
-# %% ../../../nbs/distill/study/sweep.ipynb #a1dae048
+# %% ../../../nbs/distill/study/sweep.ipynb #7b1e855f
 import inspect
-from functools import partial
 from itertools import product
 from typing import Callable, Sequence
 
@@ -21,7 +20,7 @@ from torch import nn
 from ...core.names import unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ..distillation_callback import KnowledgeDistillationCallback
-from ..loss.terms import as_terms
+from ..loss.terms import as_terms, with_hypers
 from ..losses import SoftTarget
 from .one_run import fit_one_cycle, measure, streams_kept
 from .run_log import cell
@@ -29,11 +28,11 @@ from .setting import setting_text, teacher_text
 from .study import Study
 from .summary import at_equal_epochs, by_arm, lower_is_better
 
-# %% ../../../nbs/distill/study/sweep.ipynb #af6c69d1
+# %% ../../../nbs/distill/study/sweep.ipynb #320d76e9
 presets = dict(temperature={'T':[1, 2, 3, 5, 10]},       # how soft the targets are
                soft_hard={'weight':[0., 0.5, 1.]})       # labels only, both, teacher only
 
-_cb_args = [p for p in inspect.signature(KnowledgeDistillationCallback).parameters if p!='teacher']
+_cb_args = [p for p in inspect.signature(KnowledgeDistillationCallback).parameters if p not in ('teacher', 'hypers')]
 
 def _values(grid):
     "The grid with a list of values for each name"
@@ -66,26 +65,12 @@ def _text(name, v):
     if ' at 0x' not in s: return s
     raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
 
-# %% ../../../nbs/distill/study/sweep.ipynb #2f692816
-def _bind(loss, hypers):
-    "One loss with those of `hypers` that it names"
-    mine = {k:v for k,v in hypers.items() if k in as_terms(loss)[0].hypers}
-    if mine and isinstance(loss, nn.Module):
-        raise ValueError(f"a loss that is a module has its hyper-parameters set already, got {', '.join(mine)} in "
-                         "the grid: put the modules themselves there, {'loss': [...]}")
-    return partial(loss, **mine) if mine else loss
-
-def _with(loss, hypers):
-    "`loss`, which may be several, with `hypers` bound"
-    if isinstance(loss, dict): return {_bind(l, hypers):w for l,w in loss.items()}
-    return [_bind(l, hypers) for l in loss] if isinstance(loss, (list, tuple)) else _bind(loss, hypers)
-
-# %% ../../../nbs/distill/study/sweep.ipynb #f9a89751
+# %% ../../../nbs/distill/study/sweep.ipynb #206e3a42
 def _arm(teacher, loss, point, kwargs):
     "Arguments of a point's callback"
     of_cb = {k:v for k,v in point.items() if k in _cb_args and k!='loss'}
     hypers = {k:v for k,v in point.items() if k not in _cb_args}
-    return dict(teacher=teacher, loss=_with(point.get('loss', loss), hypers), **of_cb, **kwargs)
+    return dict(teacher=teacher, loss=with_hypers(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
 # %% ../../../nbs/distill/study/sweep.ipynb #5b27fcf8
 class Sweep:

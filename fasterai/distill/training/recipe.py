@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNSAID_WEIGHT', 'Recipe']
 
-# %% ../../../nbs/distill/training/recipe.ipynb #3c12ec24
+# %% ../../../nbs/distill/training/recipe.ipynb #8f395fb1
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Callable
 
 from fastcore.basics import patch
@@ -19,7 +20,7 @@ from ...core.names import unknown_name
 from ...core.schedule import Schedule, as_schedule
 from ..layers.names import layer_pairs
 from ..loss.catalogue import recipe_of
-from ..loss.terms import Term, as_terms
+from ..loss.terms import FROM_TASK, Term, as_terms, with_hypers
 
 # %% ../../../nbs/distill/training/recipe.ipynb #506aad3e
 class _Unsaid(float): "A default, told from the same number that somebody says"
@@ -33,6 +34,15 @@ def _by_name(name, weight, task_weight):
     if task_weight is None: task_weight = found['task_weight']
     return found['loss'],weight,task_weight
 
+# %% ../../../nbs/distill/training/recipe.ipynb #0031f5ec
+def _with_hypers(loss, hypers):
+    known = {k for o in as_terms(loss) for k in o.hypers} - {*FROM_TASK}
+    for k in hypers:
+        if k in known: continue
+        names = [*known, 'teacher', *(n for n in signature(Recipe.of).parameters if n!='hypers')]
+        raise TypeError(f"KnowledgeDistillationCallback: {unknown_name('argument', k, names)}")
+    return with_hypers(loss, hypers)
+
 # %% ../../../nbs/distill/training/recipe.ipynb #6e6f6a5a
 def _layers(terms, student, teacher):
     "Names of both sides' layers"
@@ -42,7 +52,7 @@ def _layers(terms, student, teacher):
     names = list(layer_pairs(student or teacher, student or teacher)[0]) if student or teacher else []
     return (names, []) if named=={'fm_s'} else ([], names)
 
-# %% ../../../nbs/distill/training/recipe.ipynb #f347cc99
+# %% ../../../nbs/distill/training/recipe.ipynb #f1406f39
 @dataclass(frozen=True)
 class Recipe:
     "What is trained. Raises ValueError for weights, adapters, windows, schedules or layers that cannot be"
@@ -68,9 +78,10 @@ class Recipe:
     @classmethod
     def of(cls, loss, activations_student=None, activations_teacher=None, weight=UNSAID_WEIGHT, schedule=None, *,
            task_weight=None, adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False,
-           mask=None):
-        "The recipe of a callback's arguments"
+           mask=None, hypers=None):
+        "The recipe of a callback's arguments. TypeError for a hyper-parameter that no loss has"
         if isinstance(loss, str): loss,weight,task_weight = _by_name(loss, weight, task_weight)
+        if hypers: loss = _with_hypers(loss, hypers)
         weight = float(weight)
         terms = tuple(as_terms(loss))
         layers_s,layers_t = _layers(terms, activations_student, activations_teacher)

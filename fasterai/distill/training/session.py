@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #2ae2bca6
+# %% ../../../nbs/distill/training/session.ipynb #c679482c
 from contextlib import ExitStack
 from functools import partial
 
@@ -23,7 +23,7 @@ from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
-from ..teacher.protocol import accepted, shared_with
+from ..teacher.protocol import accepted, named, shared_with
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
@@ -227,15 +227,15 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #565da868
+# %% ../../../nbs/distill/training/session.ipynb #dbbb5ecc
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
-    teacher_pred,fm_t = self.ask(*xb)
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
+    teacher_pred,fm_t = self.ask(*xb, **named(self.ask, dict(pred=logits, target=target)))
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     device = _device_of(outputs).type
@@ -322,7 +322,7 @@ def _add_own_loss(self:Session):
     own = self.kd.teacher.own_loss(self.learn)
     if own is not None: self.learn.loss_grad = self.fit.notes['mixed'] = self.learn.loss_grad + own
 
-# %% ../../../nbs/distill/training/session.ipynb #601e672c
+# %% ../../../nbs/distill/training/session.ipynb #6f972aae
 @patch
 def begin_epoch(self:Session):
     "A new epoch's log; at the first one, bring teacher and student together"
@@ -351,8 +351,9 @@ def _reset_teacher(self:Session):
 
 @patch
 def after_step(self:Session):
-    "Tell the teacher that the student has changed"
-    if self.ask is not None: self.kd.teacher.after_step(self.learn)
+    "Tell the teacher that the student has changed, if it has"
+    if self.ask is None or self.fit.notes.get('skipped')==self.learn.train_iter: return
+    self.kd.teacher.after_step(self.learn)
 
 @patch
 def _sum_over_processes(self:Session, sums):

@@ -101,7 +101,7 @@ def draw(self:Trace, rows):
     b = self.make(rows)
     return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #e4058028
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #7bdd9a7d
 def innermost(
     dl, # A DataLoader, perhaps inside a `DistributedDL`
 ):
@@ -110,24 +110,25 @@ def innermost(
     return dl
 
 def check_dl(
-    dl, # What `innermost` gives
+    dl,          # What `innermost` gives
+    who='cache', # Who asks, for the error
 ):
     "TypeError or ValueError where the samples of a batch have no number, with the remedy"
     if not isinstance(dl, DataLoader):
         kind = f'{type(dl).__module__}.{type(dl).__name__}'
-        raise TypeError(f"cache: a {kind} does not say which samples are in a batch; "
+        raise TypeError(f"{who}: a {kind} does not say which samples are in a batch; "
                         "give `DataLoaders` a fastai TfmdDL of the same dataset")
     if not dl.indexed or dl.n is None:
-        raise TypeError("cache: an iterable dataset has no indices to remember its samples by; "
+        raise TypeError(f"{who}: an iterable dataset has no indices to remember its samples by; "
                         "use one with `__getitem__` and `__len__`")
     if isinstance(dl.__dict__.get('after_batch'), _AfterBatch):
-        raise ValueError("cache: another one is attached to this DataLoader; `detach` it first")
+        raise ValueError(f"{who}: another one is attached to this DataLoader; `detach` it first")
     if 'create_batches' in dl.__dict__ or type(dl).create_batches is not DataLoader.create_batches:
-        raise TypeError(f"cache: a {type(dl).__name__} has `create_batches` of its own, "
+        raise TypeError(f"{who}: a {type(dl).__name__} has `create_batches` of its own, "
                         "and which samples it puts in a batch is unknown; "
                         "let it change `create_batch`, which makes one batch of its items")
     if dl.prebatched:
-        raise TypeError("cache: bs=None hands over ready-made batches, whose samples have no indices; "
+        raise TypeError(f"{who}: bs=None hands over ready-made batches, whose samples have no indices; "
                         "let the DataLoader make the batches")
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #1c9599e2

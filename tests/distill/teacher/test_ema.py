@@ -1,0 +1,436 @@
+"The average that follows the student: exactly, after real steps only, and as part of every way to fit"
+import copy, pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import CancelBatchException, CancelFitException, CancelStepException, Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import Learner  # noqa: F401  with `lr_find` and `fine_tune`
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
+from torch import nn
+
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
+from fasterai.distill.losses import Attention, FitNet, SoftTarget
+from fasterai.distill.teacher.following import EMA, average_of, fitted_decay, step_towards
+from helpers import Boom, data, flags, learner, n_hooks, net, same, state
+
+values = [1., 0.5, -0.25, 2., 1.5]
+warm = [1., 0.75, 0.4166666666666667, 0.8125, 0.95]
+plain = [1., 0.95, 0.83, 0.947, 1.0023]
+
+
+def close(a, b, tol=1e-6):
+    "Parameters and buffers"
+    a,b = a.state_dict(),b.state_dict()
+    return a.keys()==b.keys() and all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=tol) for k in a)
+
+
+class Number(nn.Module):
+    "A network of one number, which is also its running statistic"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.register_buffer('stat', torch.zeros(1, dtype=torch.float64))
+        self.register_buffer('count', torch.zeros((), dtype=torch.long))
+    def be(self, v, i): self.w.data.fill_(v); self.stat.fill_(v); self.count.fill_(i)
+    def forward(self, x): return x*self.w
+
+
+@pytest.mark.parametrize('is_warm,want', [(True, warm), (False, plain)])
+@pytest.mark.parametrize('buffers', ['copy', 'average'])
+def test_golden_averages(is_warm, want, buffers):
+    student = Number()
+    student.be(values[0], 0)
+    averaged,got,stats = average_of(student, buffers),[values[0]],[values[0]]
+    for i,v in enumerate(values[1:], 1):
+        student.be(v, i)
+        step_towards(averaged, student, 0.9, is_warm)
+        got.append(averaged.module.w.item())
+        stats.append(averaged.module.stat.item())
+        assert averaged.module.count==i # counts are copied
+    assert got==pytest.approx(want, abs=1e-12)
+    assert stats==pytest.approx(want if buffers=='average' else values, abs=1e-12)
+
+
+def by_hand(model, steps, decay, is_warm=True, buffers='copy', T=4., lr=0.05):
+    "Student and average after SGD on cross-entropy and T² times the KL divergence to the average"
+    model,average = copy.deepcopy(model).train(),copy.deepcopy(model).eval()
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+    dls,done = learner(model).dls,0
+    while done<steps:
+        for x,y in dls.train:
+            z = model(x)
+            with torch.no_grad(): zt = average(x)
+            kl = F.kl_div(F.log_softmax(z/T, 1), F.log_softmax(zt/T, 1), reduction='batchmean', log_target=True)
+            opt.zero_grad()
+            (F.cross_entropy(z, y) + T**2*kl).backward()
+            opt.step()
+            done += 1
+            m = min(done/(done+1), decay) if is_warm else decay
+            with torch.no_grad():
+                for a,p in zip(average.parameters(), model.parameters()): a.mul_(m).add_(p, alpha=1-m)
+                for a,b in zip(average.buffers(), model.buffers()):
+                    if buffers=='average' and b.is_floating_point(): a.mul_(m).add_(b, alpha=1-m)
+                    else: a.copy_(b)
+            if done==steps: break
+    return model,average
+
+
+def callback(ema=None, **kwargs):
+    "Cross-entropy, and the divergence times the square of the temperature"
+    weights = dict(weight=1., task_weight=1.)
+    return KD(EMA() if ema is None else ema, partial(SoftTarget, T=4), **{**weights, **kwargs})
+
+
+class Stop(Callback):
+    "Ends the training after `n` steps"
+    order = 99
+    def __init__(self, n): self.n = n
+    def after_step(self):
+        self.n -= 1
+        if self.n==0: raise CancelFitException()
+
+
+@pytest.mark.parametrize('args', [dict(decay=0.8), dict(decay=0.8, warm=False), dict(decay=0.7, buffers='average')],
+                         ids=str)
+def test_ten_steps_are_those_of_a_loop_by_hand(args):
+    model = net()
+    learn,kd = learner(copy.deepcopy(model), wd=0.),callback(EMA(**args))
+    learn.fit(3, cbs=[kd, Stop(10)])
+    want,average = by_hand(model, 10, args['decay'], args.get('warm', True), args.get('buffers', 'copy'))
+    assert close(learn.model, want) and close(kd.teacher.model, average)
+
+
+def test_the_divergence_is_times_the_square_of_the_temperature():
+    learn,kd = learner(),callback(EMA(0.9))
+    learn.fit(1, cbs=kd)
+    x,y = learn.dls.valid.one_batch()
+    learn.model.eval()
+    task,parts = kd.terms_on(learn, (x,), (y,))
+    z,zt = learn.model(x).double(),kd.teacher.model(x).double()
+    kl = F.kl_div(F.log_softmax(z/4, 1), F.softmax(zt/4, 1), reduction='batchmean')
+    torch.testing.assert_close(parts['SoftTarget'].double(), 16*kl, rtol=1e-3, atol=1e-6)
+    assert kd.equation()=='1*task + 1*SoftTarget(T=4)'
+
+
+def test_a_weight_of_0_is_plain_training_bit_for_bit():
+    def run(cbs):
+        torch.manual_seed(0)
+        learn = learner(net(head=[nn.Dropout(0.5)]), opt_func=Adam)
+        learn.fit(2, cbs=cbs)
+        return state(learn.model)
+    kd = KD(EMA(), weight=0.)
+    a = run(kd)
+    assert same(a, run(None)) and kd.teacher._n==9 and not same(a, state(kd.teacher.model))
+
+
+def test_the_average_is_a_network_of_its_own():
+    learn,kd = learner(),callback()
+    learn.fit(1, cbs=kd)
+    m = kd.teacher.model
+    assert type(m) is type(learn.model) and not any(o.training for o in m.modules())
+    assert all(p.requires_grad and p.grad is None for p in m.parameters()) and not n_hooks(m)
+    mine,others = ({p.data_ptr() for p in o.state_dict().values()} for o in (m, learn.model))
+    assert not mine & others
+    before = state(m)
+    learn.fit(1)
+    assert same(before, state(m)) # it follows in fits of its callback only
+    other = learner(m)
+    other.fit(1)                   # and trains on by itself
+    assert not same(before, state(m))
+    pickle.dumps(m)
+
+
+def test_no_gradient_reaches_it_and_no_optimizer_has_it():
+    seen = []
+    class Look(Callback):
+        order = 99
+        def before_step(self):
+            ours = {id(p) for p in kd.teacher.model.parameters()}
+            seen.append((any(p.grad is not None or p.requires_grad for p in kd.teacher.model.parameters()),
+                         any(id(p) in ours for ps in self.learn.opt.param_lists for p in ps),
+                         kd.teacher.model.training))
+    kd = callback()
+    learner().fit(2, cbs=[kd, Look()])
+    assert len(seen)==8 and not any(any(o) for o in seen)
+
+
+# --- the number of steps ------------------------------------------------------
+
+def test_the_decay_is_fitted_to_the_fit_and_said_once(capsys):
+    assert fitted_decay(120)==pytest.approx(1-10/120)
+    learn,kd = learner(dls=data(n=320)),callback()
+    learn.logger = print
+    for _ in range(2): learn.fit(4, 0., cbs=[kd, Stop(2)])
+    assert kd.teacher.in_force==fitted_decay(160)==0.9375
+    said = [o for o in capsys.readouterr().out.split('\n') if o.startswith('EMA')]
+    assert said==['EMA: decay 0.938, fitted to 160 steps']
+    assert kd.teacher.decay is None and callback(EMA(0.5)).teacher.in_force==0.5
+
+
+def test_accumulated_gradients_move_it_once_a_real_step(capsys):
+    learn,kd = learner(dls=data(n=64, bs=4)),callback()
+    steps = []
+    class Count(Callback):
+        def after_step(self): steps.append(1)
+    learn.logger = print
+    learn.fit(1, cbs=[kd, GradientAccumulation(8), Count()])
+    assert len(steps)==8 and kd.teacher._n==9 and 'fitted to 8 steps' in capsys.readouterr().out
+
+
+def test_a_step_that_is_left_out_does_not_move_it():
+    class Overflow(Callback):
+        "As fastai's `MixedPrecision` does when gradients are not finite"
+        order = 50
+        def before_step(self):
+            if self.learn.iter%2: raise CancelStepException()
+    learn,kd,second = learner(),callback(),KD(EMA(0.5), weight=0.)
+    learn.fit(2, cbs=[kd, second, Overflow()])
+    assert kd.teacher._n==second.teacher._n==5
+    learn,kd = learner(),callback()
+    learn.fit(1, cbs=[kd, Boom('before_step', CancelBatchException(), at=0)])
+    assert kd.teacher._n==1
+
+
+# --- ways to fit --------------------------------------------------------------
+
+def test_lr_find_leaves_no_trace(tmp_path):
+    def run(find):
+        learn,kd = learner(opt_func=Adam, path=tmp_path),callback(EMA(0.9))
+        learn.add_cb(kd)
+        for i in range(2):
+            if find:
+                was = [copy.deepcopy(dl.rng) for dl in learn.dls.loaders]
+                learn.lr_find(num_it=8, start_lr=1e-3, end_lr=10, stop_div=False, show_plot=False)
+                for dl,rng in zip(learn.dls.loaders, was): dl.rng = rng
+            learn.fit(1, 0.01)
+        return learn.model,kd.teacher
+    (a,ta),(b,tb) = run(False),run(True)
+    assert same(state(a), state(b)) and same(state(ta.model), state(tb.model)) and ta._n==tb._n==9
+
+
+def test_another_start_of_the_same_model_after_lr_find_begins_there(tmp_path):
+    learn,kd = learner(path=tmp_path),callback(EMA(0.9))
+    learn.add_cb(kd)
+    learn.lr_find(num_it=6, show_plot=False)
+    learn.model.load_state_dict(net(seed=7).state_dict())
+    learn.fit(1, 0.)
+    assert torch.equal(learn.model[0][0].weight, kd.teacher.model[0][0].weight)
+
+
+def test_lr_find_within_a_fit_gives_it_back(tmp_path):
+    class Find(Callback):
+        order = 70
+        def after_epoch(self):
+            learn = self.learn
+            if learn.epoch or not self.on: return
+            self.on = False
+            was = [copy.deepcopy(dl.rng) for dl in learn.dls.loaders]
+            learn.lr_find(num_it=6, show_plot=False)
+            for dl,rng in zip(learn.dls.loaders, was): dl.rng = rng
+            learn.opt.set_hypers(lr=0.01)
+    def run(on):
+        find = Find()
+        find.on = on
+        learn,kd = learner(path=tmp_path),callback(EMA(0.9))
+        learn.fit(2, 0.01, cbs=[kd, find])
+        return state(kd.teacher.model),int(kd.teacher._n)
+    (a,n),(b,m) = run(False),run(True)
+    assert n==m==9 and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_fine_tune_is_one_average():
+    learn,kd = learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]),callback()
+    seen = []
+    class Models(Callback):
+        def after_epoch(self): seen.append(kd.teacher.model)
+    learn.fine_tune(2, 0.01, cbs=[kd, Models()])
+    assert len(seen)==3 and seen[0] is seen[-1] and kd.teacher._n==13
+    assert all(p.requires_grad for p in kd.teacher.model.parameters())
+
+
+def test_a_fit_within_a_fit_moves_the_same_average():
+    learn,kd = learner(),callback()
+    class Inner(Callback):
+        order = 70
+        def after_epoch(self):
+            if self.learn.epoch==0 and not vars(self).get('done'):
+                self.done = True
+                self.learn.fit(1)
+    learn.add_cb(kd)
+    learn.fit(1, cbs=Inner())
+    assert kd.teacher._n==9 and kd.teacher.learn is None
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    def start(): return learner(opt_func=Adam, path=tmp_path),callback(EMA())
+    class Order(Callback):
+        "Each epoch's order depends on its number alone"
+        order = -60
+        def before_train(self): self.learn.dls.train.rng.seed(self.learn.epoch)
+    learn,kd = start()
+    learn.fit(4, 0.01, cbs=[kd, Order()])
+    half,kd1 = start()
+    class Checkpoint(Callback):
+        order = 80
+        def after_epoch(self):
+            if self.learn.epoch!=1: return
+            self.learn.save('half')
+            torch.save(kd1.learned.state_dict(), tmp_path/'kd.pth')
+            raise CancelFitException()
+    half.fit(4, 0.01, cbs=[kd1, Order(), Checkpoint()])
+    rest,kd2 = start()
+    rest.create_opt()
+    rest.load('half')
+    kd2.load_learned(torch.load(tmp_path/'kd.pth'))
+    rest.fit(4, 0.01, start_epoch=2, cbs=[kd2, Order()])
+    assert close(rest.model, learn.model, 1e-7) and close(kd2.teacher.model, kd.teacher.model, 1e-7)
+    assert kd2.teacher._n==kd.teacher._n==17
+
+
+def test_a_copied_learner_goes_on_with_its_own_average():
+    kd = callback(EMA(0.9))
+    learn = learner(opt_func=Adam, cbs=kd)
+    learn.fit(1)
+    other = copy.deepcopy(learn)
+    own = other.cbs[-1]
+    assert own.teacher is not kd.teacher and own.teacher.model is None # until it is asked
+    learn.fit(1)
+    assert own.teacher.averaged is None
+    other.fit(1)
+    assert close(kd.teacher.model, own.teacher.model) and own.teacher._n==9
+    fresh = kd.replace(weight=0.5)
+    assert fresh.teacher.model is None and fresh.teacher.decay==0.9
+
+
+def test_copies_and_pickles_of_the_teacher_itself():
+    kd = callback()
+    learner().fit(1, cbs=kd)
+    for other in (copy.deepcopy(kd.teacher), pickle.loads(pickle.dumps(kd.teacher))):
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(other(x)[0], kd.teacher(x)[0])
+        assert other.student is None and other.model is not kd.teacher.model
+        assert {id(m) for m in other.models}=={id(m) for m in other.voice.models}
+
+
+def test_another_student_begins_anew_and_a_second_fit_at_once_is_refused():
+    ema = EMA(0.9)
+    kd = callback(ema)
+    learner().fit(1, cbs=kd)
+    first = ema.model
+    learner(net(seed=3)).fit(1, cbs=kd)
+    assert ema.model is not first and ema._n==5
+    with pytest.raises(ValueError, match='one for each callback'):
+        learner().fit(1, cbs=[callback(ema), callback(ema)])
+    assert ema.learn is None
+    learner().fit(1, cbs=callback(ema))
+
+
+def test_a_student_swapped_in_the_middle_is_followed():
+    class Swap(Callback):
+        order = 20
+        def after_epoch(self):
+            if self.learn.epoch: return
+            self.learn.model = net(seed=7)
+            self.learn.create_opt()
+    learn,kd = learner(),callback()
+    learn.fit(2, cbs=[kd, Swap()])
+    assert kd.teacher.student is learn.model and kd.teacher._n==4 # three more steps
+
+
+def test_the_best_epoch_is_loaded_and_the_average_is_left_alone(tmp_path):
+    learn,kd = learner(metrics=accuracy, path=tmp_path),callback()
+    learn.fit(3, cbs=[kd, SaveModelCallback(monitor='accuracy')])
+    assert kd.teacher._n==13
+
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), RuntimeError('out of memory')], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_step', 'after_step', 'before_validate'])
+def test_clean_after_an_exception(event, exc):
+    learn,kd = learner(),KD(EMA(), {SoftTarget: 1, FitNet: 1}, '0', '0')
+    with pytest.raises(type(exc)): learn.fit(2, cbs=[kd, Boom(event, exc, at=0, order=20)])
+    assert kd.session is None and kd.teacher.learn is None and kd.teacher.voice.fits==[]
+    assert not n_hooks(learn.model, kd.teacher.model) and not flags(kd.teacher.model)[0].count(True)
+    assert sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters())) and len(learn.metrics)==0
+    learn.fit(1, cbs=kd)
+
+
+# --- what it says, and of whom ------------------------------------------------
+
+def test_feature_maps_of_the_average():
+    learn,kd = learner(),KD(EMA(0.9), Attention, ['0', '1'], ['0', '1'], weight=1., task_weight=1.)
+    learn.fit(1, cbs=kd)
+    x = torch.randn(2, 3, 8, 8)
+    pred,maps = kd.teacher(x, layers=('0', '1'), logits=False)
+    assert pred is None and [*maps]==['0', '1'] and torch.equal(maps['0'], kd.teacher.model[0](x).detach())
+    assert kd.log.history.distill_loss.iloc[-1]>0 and not n_hooks(kd.teacher.model)
+
+
+def test_its_own_view_of_the_batch_and_its_own_logits():
+    seen = []
+    def half(x):
+        seen.append(x.shape[-1])
+        return x[..., ::2, ::2]
+    class Pair(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, x): return {'size': x.shape[-1], 'z': self.net(x)}
+    def logits(o): return o['z']
+    class CE(nn.Module):
+        def forward(self, pred, y): return F.cross_entropy(pred['z'], y)
+    kd = callback(EMA(tfms=half, select=logits), select=logits)
+    learner(Pair(), loss_func=CE()).fit(1, cbs=kd)
+    assert len(seen)==4 and set(seen)=={8}
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(kd.teacher(x)[0], kd.teacher.model(x[..., ::2, ::2])['z'].detach())
+
+
+def test_hooks_stay_behind_and_what_shapes_the_weights_comes_along():
+    with pytest.warns(FutureWarning): student = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3))
+    seen,learn = [],learner()
+    student[1].register_forward_hook(lambda *_: seen.append(learn))
+    x = torch.randn(4, 3)
+    student(x).sum() # its weight has a graph now, which `deepcopy` refuses
+    averaged = average_of(student)
+    assert torch.allclose(averaged(x), student.eval()(x)) and len(seen)==2
+    with torch.no_grad():
+        for p in student.parameters(): p.add_(0.1)
+    step_towards(averaged, student, 0.)
+    assert torch.allclose(averaged(x), student(x)) and len(student[1]._forward_hooks)==1
+
+
+def test_what_cannot_be_copied_or_asked_for_is_refused():
+    with pytest.raises(ValueError, match='run a batch'): average_of(nn.Sequential(nn.LazyLinear(3)))
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            import threading
+            self.lin,self.lock = nn.Linear(2, 2),threading.Lock()
+    with pytest.raises(ValueError, match='a Locked, which cannot be copied'): average_of(Locked())
+    placed = nn.Linear(2, 2)
+    placed.hf_device_map = {}
+    with pytest.raises(ValueError, match='accelerate'): average_of(placed)
+    for bad in (dict(decay=-0.1), dict(decay=1.5), dict(decay=1, warm=False), dict(buffers='copied')):
+        with pytest.raises(ValueError, match=[*bad][0]): EMA(**bad)
+    with pytest.raises(ValueError, match='first fit'): EMA()(torch.ones(1))
+    learn,kd = learner(),callback()
+    learn.fit(1, cbs=kd)
+    with pytest.raises(ValueError, match='share'): learner(kd.teacher.model).fit(1, cbs=kd)
+
+
+def test_half_precision_and_wrappers():
+    class OnCPU(MixedPrecision):
+        "fastai's own is for CUDA"
+        def before_fit(self):
+            super().before_fit()
+            self.autocast = torch.amp.autocast('cpu', dtype=torch.bfloat16)
+    learn,kd = learner(cbs=OnCPU('bf16')),callback()
+    learn.fit(1, cbs=kd)
+    assert all(p.dtype==torch.float32 for p in kd.teacher.model.parameters()) and kd.teacher._n==5
+    wrapped,kd = nn.DataParallel(net()),callback()
+    learner(wrapped).fit(1, cbs=kd)
+    assert type(kd.teacher.model) is nn.Sequential and kd.teacher._n==5

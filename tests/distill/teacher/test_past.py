@@ -1,0 +1,113 @@
+"Teachers that remember what the student said"
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.mixup import MixUp
+from fastai.learner import Learner
+
+import fasterai.distill.teacher.past as past
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
+from fasterai.distill.losses import Mutual, SoftTarget
+from fasterai.distill.teacher.past import LastBatch, PastEpoch
+from helpers import data, learner, net
+
+
+now = torch.tensor([[3.2487, -1.2235, -1.0563], [-2.1459, 1.7308, -4.6031], [3.4896, -1.5224, 0.6381],
+                    [-0.4987, 2.9242, -4.1203]])
+then = torch.tensor([[-0.8335, -0.1125, -4.2724], [3.2805, -3.5869, -1.6835], [1.0058, -2.4906, -2.1159],
+                     [-1.818, 1.1029, 4.5844]])
+old = torch.tensor([0, 2, 1, 1])
+
+
+def test_the_last_batch_has_the_reference_s_value():
+    new = torch.tensor([[3.5773, 0.873, 0.193], [-3.727, -0.5548, -0.7095], [-0.1655, -1.254, -0.0876],
+                        [-0.9544, -2.6277, 1.7692]])
+    t = LastBatch()
+    batch = SimpleNamespace(xb=(torch.zeros(4, 2),), yb=(old,))
+    t.join(batch)
+    t.answer(*batch.xb, pred=then)
+    batch = SimpleNamespace(xb=(torch.ones(4, 2),), yb=(torch.tensor([1, 1, 0, 2]),))
+    t.join(batch)
+    pred = torch.cat([new, now]).requires_grad_()
+    kd = SoftTarget(pred, t.answer(*batch.xb, pred=pred)[0], T=3, mask=t.repeated(*batch.xb))
+    torch.testing.assert_close(F.cross_entropy(pred, batch.yb[0])+kd, torch.tensor(7.816880379008751))
+    grad = torch.autograd.grad(kd, pred)[0]
+    assert not grad[:4].any() and grad[4:].any()
+
+
+def test_the_past_epoch_has_the_reference_s_value():
+    said = torch.tensor([[0.3237724780454878, 0.6658344332160634, 0.010393088738448781],
+                         [0.9920377928048032, 0.0010328905222710561, 0.006929316672925647],
+                         [0.9307620492566431, 0.02820794450824271, 0.041030006235114345],
+                         [0.0016055251056347182, 0.02979530621953166, 0.9685991686748336]])
+    t = PastEpoch()
+    t.trace = SimpleNamespace(rows=[3, 1, 0, 2], n=4)
+    t.answer(pred=said.log(), target=old)
+    p = F.softmax(t.answer(pred=now, target=old)[0], 1)
+    targets = 0.68*F.one_hot(old)+0.32*p
+    torch.testing.assert_close(targets[0], torch.tensor([0.783607192974556, 0.2130670186291403, 0.0033257883963036102]))
+    entropy = -(p*p.log()).sum(1).mean() # by which the divergence is less than a cross-entropy
+    mixed = 0.68*F.cross_entropy(now, old)+0.32*(Mutual(now, p.log())+entropy)
+    torch.testing.assert_close(mixed, torch.tensor(3.084310503137021))
+
+
+def test_the_label_is_the_answer_until_a_picture_was_seen():
+    t = PastEpoch()
+    t.trace = SimpleNamespace(rows=[0, 1, 2, 3], n=9)
+    pred = now.clone().requires_grad_()
+    answer = t.answer(pred=pred, target=old)[0]
+    a,b = Mutual(pred, answer),F.cross_entropy(pred, old)
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad(o, pred)[0] for o in (a, b)))
+
+
+def test_a_big_table_is_kept_in_half_precision(monkeypatch):
+    monkeypatch.setattr(past, '_SMALL', 10)
+    t = PastEpoch()
+    t.trace = SimpleNamespace(rows=[0, 1, 2, 3], n=9)
+    t.answer(pred=now, target=old)
+    assert t.learns.said.dtype==torch.float16
+    torch.testing.assert_close(t.answer(pred=then, target=old)[0], now, rtol=1e-3, atol=1e-3)
+
+
+def test_what_it_cannot_remember_is_refused(monkeypatch):
+    def fit(dls=None, t=None, cbs=(), loss=Mutual, **kwargs):
+        learner(dls=dls).fit(1, cbs=[KD(t or PastEpoch(), loss), *cbs], **kwargs)
+    for t in PastEpoch(), LastBatch():
+        with pytest.raises(ValueError, match='MixUp mixes others each time'): fit(t=t, cbs=[MixUp()])
+    with pytest.raises(TypeError, match='PastEpoch: bs=None'):
+        dls = data()
+        dls.train.bs = None
+        fit(dls)
+    with pytest.raises(ValueError, match='max_gb=1e-09: 32 pictures of 3 classes'): fit(t=PastEpoch(1e-9))
+    dense = net()[:2]
+    with pytest.raises(ValueError, match='one prediction a picture'):
+        Learner(data(), dense, loss_func=lambda p,y: p.mean()).fit(1, cbs=KD(PastEpoch(), SoftTarget))
+    both = KD(PastEpoch(), Mutual),KD(PastEpoch(), Mutual)
+    with pytest.raises(ValueError, match='PastEpoch: another one is attached'): learner().fit(1, cbs=both)
+    monkeypatch.setattr(past, 'num_distrib', lambda: 2)
+    with pytest.raises(ValueError, match='train in one process'): fit()
+
+
+def test_a_probe_changes_no_memory():
+    t = PastEpoch()
+    learn = learner()
+    kd = KD(t, Mutual)
+    learn.fit(1, cbs=kd)
+    before = t.learns.said.clone()
+    xb,yb = learn.dls.one_batch()
+    _,parts = kd.terms_on(learn, (xb,), (yb,))
+    assert abs(parts['Mutual'])<1e-6 and torch.equal(before, t.learns.said)
+    assert 'create_batches' not in vars(learn.dls.train)
+
+
+def test_other_data_are_no_past():
+    t = PastEpoch()
+    learn = learner()
+    learn.fit(1, cbs=KD(t, Mutual))
+    assert t.learns.seen.all()
+    learn.dls = data(n=40)
+    learn.fit(1, cbs=KD(t, Mutual))
+    assert len(t.learns.said)==40
