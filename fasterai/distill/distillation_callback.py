@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #c9eca8e4
+# %% ../../nbs/distill/distillation_callback.ipynb #1509092d
 import warnings
 from copy import deepcopy
 from typing import Callable
@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.leaving import unwatch, watch
 from ..core.schedule import Schedule
+from ..core.task import seen_by_student
 from .layers.matching import match_feature_layers
 from .layers.names import get_model_layers, get_module_by_name
 from .losses import SoftTarget
@@ -26,7 +27,6 @@ from .teacher.teacher import as_teacher
 from .training.learned import remember
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
-from .training.views import seen_by_student
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']

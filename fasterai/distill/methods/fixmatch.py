@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['StrongView', 'fixmatch']
 
-# %% ../../../nbs/distill/methods/fixmatch.ipynb #fca34515
+# %% ../../../nbs/distill/methods/fixmatch.ipynb #bd18b386
 from functools import partial
 from typing import Callable
 
 import torch
 from torch import Tensor
 
-from ...core.task import full_inputs
 from ...data.unlabelled import UNLABELLED
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..loss.consistency import Consistency
 from ..teacher.oneself import Oneself
 from ..training.views import StudentSees
 
-# %% ../../../nbs/distill/methods/fixmatch.ipynb #67e15414
+# %% ../../../nbs/distill/methods/fixmatch.ipynb #43ea5007
 class StrongView(StudentSees):
     "In training, the student sees `f(*xb)` in place of rows without a label; a teacher sees the batch as it is"
     def __init__(self,
@@ -31,9 +30,8 @@ class StrongView(StudentSees):
     def before_batch(self):
         "Change the rows without a label"
         super().before_batch()
-        if not self.learn.training: return
         without = self.learn.yb[0]==UNLABELLED
-        self.learn.xb = tuple(_where(without, new, x) for new,x in zip(self.learn.xb, full_inputs(self.learn)))
+        self.learn.xb = tuple(_where(without, new, x) for new,x in zip(self.learn.xb, self.full_xb))
 
 def _where(rows, a, b):
     if a.shape==b.shape: return torch.where(rows.view(-1, *[1]*(a.ndim-1)).as_subclass(Tensor), a, b)

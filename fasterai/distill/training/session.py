@@ -189,12 +189,11 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #8f6e6c35
+# %% ../../../nbs/distill/training/session.ipynb #9607694a
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
     self.end_batch()
-    vars(self.learn).pop('full_xb', None) # of a batch that an error has ended
     training = self.learn.training
     if training: self._set_weight()
     asks = self.asks(training)
