@@ -36,7 +36,8 @@ def folder(tmp_path_factory):
 
 
 def images(folder, **kwargs):
-    return ImageDataLoaders.from_folder(folder, bs=4, num_workers=0, device='cpu', **{'item_tfms': Resize(12), **kwargs})
+    kwargs = dict(bs=4, num_workers=0, device='cpu', item_tfms=Resize(12)) | kwargs
+    return ImageDataLoaders.from_folder(folder, **kwargs)
 
 
 @pytest.mark.parametrize('bs, ratio, drop_last, sizes', [
@@ -132,7 +133,8 @@ def test_rows_of_tensors():
     assert a.shape==(8, 3) and b.shape==(8, 2) and y.tolist()[4:]==[-100]*4
 
 
-def loader(*tensors, **kwargs): return DataLoaders(TfmdDL(TensorDataset(*tensors), num_workers=0, **{'bs': 4, **kwargs}))
+def loader(*tensors, **kwargs):
+    return DataLoaders(TfmdDL(TensorDataset(*tensors), **dict(bs=4, num_workers=0) | kwargs))
 
 
 x = torch.randn(8, 3)

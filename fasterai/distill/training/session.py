@@ -226,7 +226,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #dbbb5ecc
+# %% ../../../nbs/distill/training/session.ipynb #21ae84de
 @patch
 def lesson(self:Session, xb, yb, pred)->dict:
     "Each loss on a batch, by its name"
@@ -257,8 +257,8 @@ def _compare(self:Session, outputs, n):
         if not self.checked: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training)
         if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
-        told = {o.name: facts_for(o, hypers, outputs['target'], n) for o in recipe.terms}
-        return {o.name: o(eyes.adapted(o, outputs), **told[o.name]) for o in recipe.terms}
+        told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
+        return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
 
 @patch(as_prop=True)
 def _first_model(self:Session): return next(iter(self.kd.teacher.models), None)
