@@ -5,28 +5,42 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #b908d78b
+# %% ../../nbs/distill/all.ipynb #0398ac0d
 from ..core.schedule import *
 from .distillation_callback import *
 from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
+from .loss.embeddings import NoTask, Projected
+from .loss.teacherless import ClassMates, VirtualTeacher
+from .methods.exits import DeepSupervision
+from .methods.itself import SelfDistillation
+from .methods.mutual import MutualLearning
+from .methods.online import OnlineDistillation
+from .methods.zero_shot import ZeroShot
 from .study.advice import suggest_weights
 from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
 from .study.experiment import Experiment
+from .study.probes import knn_accuracy, linear_probe, probe_head
 from .study.report import save_report
 from .study.study import Study
 from .study.sweep import sweep
+from .teacher.following import EMA
+from .teacher.peers import Peers
 from .teacher.recorded.recorded import Replay, TeacherCache
 from .teacher.teacher import Renormalize, Teacher, resize_batch
+from .training.views import StudentSees
 
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #4cd62130
+# %% ../../nbs/distill/all.ipynb #92ada705
 __all__ = [
-    'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay',
-    *distillation_callback.__all__,
-    *losses.__all__, 'VID', 'CRD', 'ReviewKD', 'OFD',
+    'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers',
+    *distillation_callback.__all__, 'StudentSees',
+    *[n for n in losses.__all__ if n!='Embedding'], # fastai has one of its own
+    'VID', 'CRD', 'ReviewKD', 'OFD', 'ClassMates', 'VirtualTeacher', 'NoTask', 'Projected',
+    'MutualLearning', 'OnlineDistillation', 'SelfDistillation', 'DeepSupervision', 'ZeroShot',
+    'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
     'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']

@@ -31,7 +31,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #e26899fa
+# %% ../../nbs/distill/distillation_callback.ipynb #88e49395
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -69,10 +69,6 @@ class KnowledgeDistillationCallback(Callback):
         self._refuse_nobody()
         self._check_teacher_layers()
         self.restart = remember(*self.recipe.modules, *self._learning_teacher())
-
-    def _init_state(self):
-        "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
-        for k in self._stateattrs: setattr(self, k, None)
 
     def before_fit(self):
         "Begin a session, unless this is `validate` or another way of inference, which begin with this event too"
@@ -150,7 +146,12 @@ def _go_over(cb, learn):
 
 KnowledgeDistillationCallback.learn = property(_learn_of, _go_over, doc="The Learner that the callback is in")
 
-# %% ../../nbs/distill/distillation_callback.ipynb #f6e31893
+# %% ../../nbs/distill/distillation_callback.ipynb #d9282564
+@patch
+def _init_state(self:KnowledgeDistillationCallback):
+    "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
+    for k in self._stateattrs: setattr(self, k, None)
+
 @patch
 def __setstate__(self:KnowledgeDistillationCallback, state):
     learn = state.pop('_learn', None)

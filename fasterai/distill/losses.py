@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['available_losses', 'catalogue', 'recipe_of', 'standardize', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD',
-           'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking', 'Attention', 'FitNet', 'ActivationBoundaries',
-           'Similarity', 'CWD', 'ChannelStats', 'NST', 'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG']
+           'RLD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking', 'Cosine', 'Embedding', 'Affinity',
+           'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST', 'RKDDistance',
+           'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG', 'ConfidentTeachers', 'DeepMutualLearning', 'several']
 
-# %% ../../nbs/distill/losses.ipynb #b3f8f315
+# %% ../../nbs/distill/losses.ipynb #07a892de
 from .loss.catalogue import available_losses, catalogue, recipe_of
+from .loss.embeddings import Affinity, Cosine, Embedding
 from .loss.logits import *
 from .loss.maps import *
+from .loss.refined import RLD
 from .loss.relations import *
+from .loss.several import ConfidentTeachers, DeepMutualLearning, several
 
-# %% ../../nbs/distill/losses.ipynb #5ee2598a
+# %% ../../nbs/distill/losses.ipynb #ebd6d744
 _all_ = ['available_losses', 'catalogue', 'recipe_of', 'standardize',
-         'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD',
-         'Ranking',
+         'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'RLD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD',
+         'Ranking', 'Cosine', 'Embedding', 'Affinity',
          'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST',
-         'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG']
+         'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG',
+         'ConfidentTeachers', 'DeepMutualLearning', 'several']

@@ -9,6 +9,9 @@ RKDDistance RKDAngle RKD PKT CC IRG VID CRD ReviewKD OFD available_losses catalo
 Schedule lin cos one_shot iterative agp one_cycle dsd sched_oneshot sched_iterative sched_agp sched_onecycle sched_dsd
 available_schedules
 Study Experiment sweep compare suggest_weights
+EMA Peers StudentSees RLD Cosine Affinity ClassMates VirtualTeacher NoTask Projected several ConfidentTeachers
+DeepMutualLearning MutualLearning OnlineDistillation SelfDistillation DeepSupervision ZeroShot ramp_up sched_ramp_up
+knn_accuracy linear_probe probe_head
 plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()
 

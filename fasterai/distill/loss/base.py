@@ -87,7 +87,7 @@ def as_pair(
     dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
     return s.as_subclass(Tensor).to(dtype), t.detach().as_subclass(Tensor).to(dtype)
 
-# %% ../../../nbs/distill/loss/base.ipynb #43ce5db2
+# %% ../../../nbs/distill/loss/base.ipynb #233e1245
 def like_pair(
     pred:Tensor,         # Student's predictions
     teacher_pred:Tensor, # Teacher's, same shape
@@ -95,7 +95,11 @@ def like_pair(
     "`as_pair` of two predictions. Raises ValueError for shapes that differ"
     s,t = as_pair(pred, teacher_pred)
     if s.shape==t.shape: return s, t
-    raise ValueError(f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}")
+    said = f"pred and teacher_pred must have the same shape, got {tuple(s.shape)} and {tuple(t.shape)}"
+    if t.shape[1:]==s.shape:
+        said += (f": {len(t)} teachers, one behind the other; ConfidentTeachers and several(loss) take them so, other "
+                 "losses their average, Teacher([...]) without average='stack'")
+    raise ValueError(said)
 
 # %% ../../../nbs/distill/loss/base.ipynb #aeaba6cf
 def as_logits(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'catalogue', 'LossInfo', 'available_losses', 'recipe_of', 'loss_by_name']
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #a9a8a611
+# %% ../../../nbs/distill/loss/catalogue.ipynb #3639341a
 import inspect
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,13 +17,15 @@ from fastcore.basics import patch
 
 from ...core.names import unknown_name
 from .base import OUTPUTS
+from .embeddings import Affinity, Cosine, Embedding, Queue
 from .logits import *
 from .maps import *
+from .refined import RLD
 from .relations import *
 from .learned import VID, CRD, ReviewKD, OFD
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #fee43ca5
-KINDS = 'prediction','map','relation','learned'
+# %% ../../../nbs/distill/loss/catalogue.ipynb #7bdab574
+KINDS = 'prediction','embedding','map','relation','learned'
 
 @dataclass(frozen=True, eq=False)
 class LossInfo:
@@ -60,12 +62,13 @@ def make(self:LossInfo,
     if self.kind=='learned': return self.loss(**hypers)
     return partial(self.loss, **hypers) if hypers else self.loss
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #fed15f56
+# %% ../../../nbs/distill/loss/catalogue.ipynb #715fa8c3
 _both = 'digits','cifar10_small'
-_prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in KINDS[:3])
-_learned = partial(LossInfo, kind='learned')
+_compared = 'prediction','map','relation'
+_prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in _compared)
+_embedding,_learned = (partial(LossInfo, kind=o) for o in ('embedding', 'learned'))
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #a6587fad
+# %% ../../../nbs/distill/loss/catalogue.ipynb #e2b5d6d1
 _predictions = [
     _prediction(SoftTarget, 'Hinton et al.', '2015', '1503.02531', 0.9, 'RepDistiller', 0.1, dict(T=4), measured=_both,
                 note='3 beside 1 at T=1 on ImageNet (mmrazor)'),
@@ -75,6 +78,8 @@ _predictions = [
                 measured=_both, note='beta 2 to 8 by the pair of networks; 0.5 to 2 at T=1 on ImageNet'),
     _prediction(NKD, 'Yang et al.', 'ICCV 2023', '2303.13005', 1, 'authors', hypers=dict(T=1, gamma=1.5),
                 note='T=3 and gamma=3.5 on CIFAR-100'),
+    _prediction(RLD, 'Sun et al.', 'ICCV 2025', '2408.07703', 1, 'authors', hypers=dict(T=4, beta=8, T_alpha=1),
+                measured=(), note='beta=0.5 at T=1 on ImageNet'),
     _prediction(HardTarget, 'Touvron et al.', 'ICML 2021', '2012.12877', 0.5, 'authors', 0.5),
     _prediction(DIST, 'Huang et al.', 'NeurIPS 2022', '2205.10536', 2, 'authors', hypers=dict(T=4),
                 note='T=1 on ImageNet'),
@@ -82,6 +87,14 @@ _predictions = [
     _prediction(WTTM, 'Zheng and Yang', 'ICLR 2024', '2402.11148', 45, 'authors', hypers=dict(gamma=0.1)),
     _prediction(BinaryKD, 'Yang et al.', 'ICCV 2023', '2308.06453', 10, None),
     _prediction(Ranking, 'Tang and Wang', 'KDD 2018', '1809.07428', 0.1, None, note='for lists of about 10')]
+
+# %% ../../../nbs/distill/loss/catalogue.ipynb #93ded1d8
+_embeddings = [
+    _embedding(Cosine, 'Ranzinger et al. (AM-RADIO)', 'CVPR 2024', '2312.06709', 1, 'authors',
+               note='smooth=0.1 on tokens'),
+    _embedding(Embedding, 'Yang et al. (CLIP-KD)', 'CVPR 2024', '2307.12732', 2000, 'authors'),
+    _embedding(Affinity, 'Yang et al. (CLIP-KD)', 'CVPR 2024', '2307.12732', 1, 'authors',
+               note='temperatures as the two models have them')]
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #ac83050f
 _maps = [
@@ -107,15 +120,18 @@ _relations = [
     _relation(IRG, 'Liu et al.', 'CVPR 2019', None, 1, 'KD-Zoo', hypers=dict(vertex=0.1, edge=5., transform=5.),
               note='0.005 (authors)')]
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #0729ebf8
+# %% ../../../nbs/distill/loss/catalogue.ipynb #33244093
 _learned_losses = [
     _learned(VID, 'Ahn et al.', 'CVPR 2019', '1904.05835', 1, 'RepDistiller'),
     _learned(CRD, 'Tian et al.', 'ICLR 2020', '1910.10699', 0.8, 'authors', note='the pooled features'),
     _learned(ReviewKD, 'Chen et al.', 'CVPR 2021', '2104.09044', 5, 'authors', note='0.6 to 8 by the pair of networks'),
     _learned(OFD, 'Heo et al.', 'ICCV 2019', '1904.01866', 1, 'authors', hypers=dict(scale=1e-3),
-             note='scale=1e-4 on ImageNet')]
+             note='scale=1e-4 on ImageNet'),
+    _learned(Queue, 'Fang et al. (SEED)', 'ICLR 2021', '2101.04731', 1, 'lightly-train', hypers=dict(T=0.07),
+             note='T=0.2, T_teacher=0.0001 and size=65536 (authors)')]
 
-catalogue = MappingProxyType({o.name:o for o in [*_predictions, *_maps, *_relations, *_learned_losses]})
+_all_kinds = [*_predictions, *_embeddings, *_maps, *_relations, *_learned_losses]
+catalogue = MappingProxyType({o.name:o for o in _all_kinds})
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #8afd9dec
 def available_losses(

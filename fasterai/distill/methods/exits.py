@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Exit', 'pooled', 'exit_loss', 'Exits', 'DeepSupervision']
 
-# %% ../../../nbs/distill/methods/exits.ipynb #b774fb16
+# %% ../../../nbs/distill/methods/exits.ipynb #5c348dd5
 import torch
 import torch.nn.functional as F
 from fastcore.basics import listify, patch
 from torch import Tensor, nn
 
-from ...core.task import logits_of, seen_by_student, split_batch, task_of
+from ...core.task import logits_of, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture, as_found, to_model
 from ..losses import SoftTarget
+from ..training.views import seen_by_student
 
 # %% ../../../nbs/distill/methods/exits.ipynb #b99032f5
 class Exit(nn.Module):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #e19c00e2
+# %% ../../../nbs/distill/study/advice.ipynb #e26315f9
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from html import escape
 from itertools import islice
 
@@ -22,6 +22,7 @@ from fastcore.basics import tuplify
 from ...core.names import unknown_name
 from ...core.task import logits_of, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
+from ..teacher.ensemble import ensemble_logits
 from ..teacher.forward import device_of, size_of
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
@@ -61,7 +62,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #7b5db0cf
+# %% ../../../nbs/distill/study/advice.ipynb #9c88d0bb
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -77,8 +78,21 @@ def _class_axis(learn):
     axis = task_of(learn.loss_func).axis
     return 1 if axis is None else axis
 
-def _flat_logits(learn, pred):
-    return pred.as_subclass(torch.Tensor).movedim(_class_axis(learn), -1).flatten(0, -2).float()
+def _flat_logits(learn, kd, pred):
+    "The teacher's logits (N, C)"
+    axis = _class_axis(learn)
+    if kd.teacher.average=='stack' and axis>=0: axis += 1
+    return pred.as_subclass(torch.Tensor).movedim(axis, -1).flatten(0, -2).float()
+
+def _one_answer(learn, kd, xb):
+    "The teacher's logits; the average of several that it does not average itself"
+    z = kd.teacher(*xb)[0]
+    return ensemble_logits(list(z), axis=_class_axis(learn)) if kd.teacher.average=='stack' else z
+
+@contextmanager
+def _learning_as_found(kd):
+    "What changes about the teacher is as before afterwards, and in eval mode inside"
+    with as_found(kd.teacher.learns) if kd.teacher.learns is not None else nullcontext(): yield
 
 # %% ../../../nbs/distill/study/advice.ipynb #38f76e75
 def _on_soft_targets(term, logits):
@@ -97,7 +111,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #4cb51024
+# %% ../../../nbs/distill/study/advice.ipynb #df2fb4d6
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
     None without labels"""
@@ -105,7 +119,7 @@ def _judge(learn, kd, n):
     with as_found(learn.model):
         for xb,yb in _batches(learn, 1, n):
             if not yb: return None
-            pair = logits_of(learn.model(*xb), kd.recipe.select, 'student'),kd.teacher(*xb)[0]
+            pair = logits_of(learn.model(*xb), kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
             if right: vals = [float((p.argmax(_class_axis(learn))==y).float().mean()) for p in pair]
@@ -156,7 +170,7 @@ def _kwargs(kd, weights):
     for t in kd.recipe.replace().terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
     return {**kd.recipe.arguments(), 'loss': loss, 'weight': 1., 'task_weight': 1.}
 
-# %% ../../../nbs/distill/study/advice.ipynb #2b4f2ac5
+# %% ../../../nbs/distill/study/advice.ipynb #2f56368c
 def _probe(learn, kd, params, n_batches):
     "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
     pulls,logits = [],[]
@@ -165,7 +179,7 @@ def _probe(learn, kd, params, n_batches):
             pulls.append(_pull(learn, kd, xb, yb, params))
             if any('teacher_pred' in t.needs for t in kd.terms): logits.append(kd.teacher(*xb)[0])
     if not pulls: raise ValueError("the training data has not a single full batch")
-    return pulls,torch.cat([_flat_logits(learn, z) for z in logits]) if logits and logits[0].ndim>1 else None
+    return pulls,torch.cat([_flat_logits(learn, kd, z) for z in logits]) if logits and logits[0].ndim>1 else None
 
 def _mean(pulls, i): return pd.DataFrame([{k:v[i] for k,v in p.items()} for p in pulls]).mean()
 
@@ -198,7 +212,7 @@ def _rows(kd, pulls, ratios):
                        suggested=ratios[n]/pull if pull>0 else w)
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #eae87ba2
+# %% ../../../nbs/distill/study/advice.ipynb #4e0add89
 def suggest_weights(
     learn:Learner,                     # The student's, with its training data
     kd:KnowledgeDistillationCallback,  # With the losses to weigh
@@ -213,7 +227,7 @@ def suggest_weights(
     ratios = _ratios(ratio, terms)
     params = [p for p in unwrap(learn.model).parameters() if p.requires_grad]
     if not params: raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
-    with no_random(seed):
+    with no_random(seed), _learning_as_found(kd):
         pulls,logits = _probe(learn, kd, params, n_batches)
         judged = _judge(learn, kd, n_batches) if len(learn.dls.loaders)>1 and len(learn.dls.valid) else None
     rows = _rows(kd, pulls, ratios)

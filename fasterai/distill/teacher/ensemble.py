@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/teacher/ensemble.ipynb #d55dedad
-_averages = 'softmax','sigmoid','none'
+# %% ../../../nbs/distill/teacher/ensemble.ipynb #843ad475
+_averages = 'softmax','sigmoid','none','stack'
 
 def ensemble_logits(
     preds:list,        # Logits of each teacher, all of one shape `(B, C, ...)`
@@ -21,12 +21,17 @@ def ensemble_logits(
     axis:int=1,        # The class axis
     average='softmax', # Of what: probabilities of classes ('softmax') or of labels ('sigmoid'), or the outputs ('none')
 )->Tensor:
-    "Logits of the weighted average, `(B, C, ...)` in fp32. ValueError when shapes differ, or for an unknown `average`"
+    """Logits of the weighted average, `(B, C, ...)` in fp32, or with `average='stack'` all of them, `(K, B, C, ...)`.
+
+    ValueError when shapes differ, for an unknown `average`, or weights of a stack"""
     if average not in _averages: raise ValueError(unknown_name('average', average, _averages))
     shapes = [str(tuple(p.shape)) for p in preds]
     if len(set(shapes))>1:
         raise ValueError(f"the teachers of an ensemble must agree in output shape, got {' and '.join(shapes)}")
+    if average=='stack' and weights is not None:
+        raise ValueError("weights: average='stack' averages nothing, the loss is given the answers one by one")
     z = torch.stack([p.float() for p in preds])
+    if average=='stack': return z
     w = _shares(weights, preds)
     if average=='sigmoid': return (F.logsigmoid(z)+w.log()).logsumexp(0) - (F.logsigmoid(-z)+w.log()).logsumexp(0)
     if average=='none' or z.ndim<3 or preds[0].shape[axis]==1: return (z*w).sum(0)

@@ -37,7 +37,7 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #3e33a21e
+# %% ../../../nbs/distill/teacher/teacher.ipynb #b3c1c5f4
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -53,7 +53,7 @@ class Teacher(BaseTeacher):
         fuse=None,          # A copy with BatchNorms folded? None: only if dtype='auto' finds it faster
         select=None,        # From a network's output to its logits; None takes a tensor, or the first of a tuple
         axis=None,          # The class axis of the logits; None: as the task says, else 1
-        average=None,       # 'softmax', 'sigmoid' or 'none', as in `ensemble_logits`; None: as the task says
+        average=None,       # 'softmax', 'sigmoid', 'none' or 'stack', as in `ensemble_logits`; None: as the task says
         classes=None,       # Names of its classes in the order of its logits; None: as its Learner's data says
         normalize=None,     # How its images were normalised, `(mean, std)` or a `Normalize`; None: as its data says
     ):
@@ -62,6 +62,7 @@ class Teacher(BaseTeacher):
         self.models = _as_modules(models)
         self.weights = _as_weights(weights, len(self.models))
         self.select = select
+        _refuse_recorded_stack(average, cache)
         self.given = axis,average         # None: the task's, in each fit
         self.axis,self.average = self.given
         self.cache = cache
@@ -101,7 +102,7 @@ def _with(facts, classes, normalize):
     if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
     return replace(facts, **said)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #eed914c2
+# %% ../../../nbs/distill/teacher/teacher.ipynb #0d887564
 def _as_weights(weights, n):
     if weights is None: return
     w = [float(o) for o in weights]
@@ -112,6 +113,10 @@ def _one_each(tfms, n):
     if not isinstance(tfms, (list, tuple)): return [tfms]*n
     if len(tfms)!=n: raise ValueError(f"tfms has {len(tfms)} entries for {n} networks")
     return tfms
+
+def _refuse_recorded_stack(average, cache):
+    if average!='stack' or cache in (None, False): return
+    raise ValueError("cache: one set of logits is kept for a sample, and average='stack' gives one for each network")
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #8ef66f68
 @patch
@@ -135,7 +140,7 @@ def compute(self:Teacher,
 
 def _as_layers(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #6bcb9409
+# %% ../../../nbs/distill/teacher/teacher.ipynb #6bd0002e
 @patch
 def _ask_networks(self:Teacher, xb, layers, logits):
     "The logits of each network (of none, if they are not wanted), and the maps of the first"
@@ -151,7 +156,7 @@ def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, 
 
 @patch
 def _one_voice(self:Teacher, preds):
-    if len(preds)==1: return preds[0].float()
+    if len(preds)==1 and self.average!='stack': return preds[0].float()
     return ensemble_logits(preds, self.weights, self._class_axis, self.average or 'softmax')
 
 @patch(as_prop=True)

@@ -45,7 +45,7 @@ def _refuse_uncounted(target, terms, facts):
                      "them out: use CrossEntropyLossFlat(ignore_index=-100), or give your own an attribute "
                      "`ignore_index`")
 
-# %% ../../../nbs/distill/training/first_look.ipynb #fc68ae68
+# %% ../../../nbs/distill/training/first_look.ipynb #e4d4456b
 def check_first(
     outputs:dict,       # What student and teacher put out on the first batch
     terms:tuple,        # The `Term`s that will compare it
@@ -57,5 +57,11 @@ def check_first(
     _refuse_unknown_axis(outputs['pred'], terms, facts)
     _refuse_uncounted(outputs.get('target'), terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
-    _warn_of_probabilities(outputs['teacher_pred'], facts.get('axis', 1))
+    _warn_of_probabilities(outputs['teacher_pred'], _axis_of_teacher(outputs, facts.get('axis', 1)))
     return True
+
+def _axis_of_teacher(outputs, axis):
+    "The class axis of the teacher's answer, which is one further on where several are stacked"
+    z,t = outputs['pred'],outputs['teacher_pred']
+    stacked = isinstance(z, torch.Tensor) and t is not None and t.ndim==z.ndim+1
+    return axis+1 if stacked and axis>=0 else axis

@@ -5,16 +5,12 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #c679482c
+# %% ../../../nbs/distill/training/session.ipynb #4e7e6ffd
 from contextlib import ExitStack
 from functools import partial
 
 import torch
-from fastai.callback.core import (
-    CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-    CancelTrainException, CancelValidException)
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.rnn import ModelResetter
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.torch_core import apply, find_bs
 from fastcore.basics import patch
 from torch import distributed as dist, nn
@@ -24,6 +20,7 @@ from ...core.task import full_inputs, logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, named, shared_with
+from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
@@ -59,10 +56,7 @@ class Session:
         "Context of a forward in which the student's layers are listened to"
         return self.kd.eyes.open()
 
-# %% ../../../nbs/distill/training/session.ipynb #fea39332
-_cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-            CancelStepException, CancelTrainException, CancelValidException)
-
+# %% ../../../nbs/distill/training/session.ipynb #6fd7defb
 @patch
 def open(self:Session):
     "Begin: columns in the table, and everything undone when the fit that is running ends"
@@ -72,8 +66,7 @@ def open(self:Session):
     self.fit.passing.append(kd)
     self.stack.callback(partial(setattr, kd, 'session', self.outer))
     self._open_log()
-    was_on = {k:torch.is_autocast_enabled(k) for k in ('cpu', 'cuda')}
-    self.stack.push(partial(_leave_autocast, learn, was_on))
+    self.stack.push(leaving_autocast(learn))
     return self
 
 @patch
@@ -83,8 +76,14 @@ def _open_log(self:Session):
     outer,kd.log = kd.log,LossLog(kd.loss_names, kd.recipe.valid)
     if self.outer: self.stack.callback(partial(setattr, kd, 'log', outer))
     self.stack.callback(self._close_log) # late, since a device that failed may fail again
-    if self.outer: return
-    columns = kd.log.columns(taken=[m.name for m in learn.metrics])
+    if not self.outer: self.show(kd.log.columns(taken=[m.name for m in learn.metrics]))
+
+@patch
+def show(self:Session,
+    columns:list, # Metrics
+):
+    "More columns in the table until the session ends"
+    learn = self.learn
     def remove(): learn.metrics = [o for o in learn.metrics if not any(o is c for c in columns)]
     learn.metrics = learn.metrics + columns
     self.fit.passing += columns
@@ -95,15 +94,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-def _leave_autocast(learn, was_on, kind, error, tb):
-    "End the autocast of fastai's `MixedPrecision` after an error, if it was not on before"
-    if error is None or isinstance(error, _cancels): return
-    for mp in learn._grab_cbs(MixedPrecision):
-        autocast = getattr(mp, 'autocast', None)
-        if autocast is None or was_on.get(autocast.device): continue
-        if torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
-
-# %% ../../../nbs/distill/training/session.ipynb #0dbb0b6b
+# %% ../../../nbs/distill/training/session.ipynb #6a4da8a8
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -114,14 +105,14 @@ def meet(self:Session, record:bool=True):
     self._begin_teacher(record)
     if self.root is self: self.stack.callback(self._leave_optimizer)
     if hasattr(learn, 'lr_finder'): self._remember_learned()
-    if kd.eyes.shapes is not None: self._join_optimizer()
+    if kd.eyes.shapes is not None or kd.teacher.learns is not None: self._join_optimizer()
 
 @patch
 def _refuse_shared(self:Session, student):
     shared = shared_with(student, self.kd.teacher.models)
     if not shared: return
     raise ValueError(f"teacher and student share weights ({', '.join(shared[:3])}), so training would change the "
-                     "teacher: pass `copy.deepcopy` of the model as teacher")
+                     "teacher: give it a model of its own, such as `copy.deepcopy` of the one that is frozen")
 
 @patch
 def _look_at(self:Session, model):
@@ -140,11 +131,18 @@ def _begin_teacher(self:Session, record):
     question = dict(layers=self.kd.recipe.layers_t, logits='teacher_pred' in self.kd.recipe.needs)
     if self.outer is None or self.outer.ask is None:
         self.stack.callback(teacher.end)
-        teacher.begin(self.learn, **accepted(teacher.begin, {**question, 'record': record}))
+        offered = {**question, 'record': record, 'as_student': partial(_as_student, self.kd)}
+        teacher.begin(self.learn, **accepted(teacher.begin, offered))
         self._load_teacher()
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
-    self.ask = partial(answer, **accepted(answer, question))
+    self.ask = _asking(answer, question)
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
+
+def _asking(answer, question):
+    "A function of a batch's inputs and whatever else of the batch a teacher may name"
+    ask = partial(answer, **accepted(answer, question))
+    wanted = tuple(named(answer, dict(pred=None, target=None)))
+    return lambda xb, **batch: ask(*xb, **{k:batch[k] for k in wanted})
 
 @patch
 def _load_teacher(self:Session):
@@ -167,7 +165,7 @@ def _remember_learned(self:Session):
 @patch(as_prop=True)
 def root(self:Session): return self if self.outer is None else self.outer.root
 
-# %% ../../../nbs/distill/training/session.ipynb #89d27215
+# %% ../../../nbs/distill/training/session.ipynb #4c5abf7e
 @patch
 def _join_optimizer(self:Session):
     "Let what learns beside the student train with its optimizer"
@@ -176,10 +174,16 @@ def _join_optimizer(self:Session):
     if root.fit is None or root.along and {*map(id, root.along.params)}=={*map(id, params)}: return
     root._leave_optimizer()
     if not params: return
-    root.along = TrainAlong(params)
+    root.along = TrainAlong(params, self._networks_along())
     self.learn.add_cb(root.along)
     root.fit.passing += [root.along, self.learn.opt]
     root.along.join()
+
+@patch
+def _networks_along(self:Session):
+    "Of what learns, the teacher's whole networks"
+    learns = self.kd.teacher.learns
+    return list(learns) if isinstance(learns, nn.ModuleList) else []
 
 @patch
 def _leave_optimizer(self:Session):
@@ -189,7 +193,7 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #9607694a
+# %% ../../../nbs/distill/training/session.ipynb #77d93f11
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
@@ -206,7 +210,8 @@ def begin_batch(self:Session):
 @patch
 def asks(self:Session, training:bool)->bool:
     "Is the teacher asked on this batch?"
-    return self.weight>0 and (training or self.kd.recipe.valid and not self.learn.lock.locked())
+    if training: return self.weight>0 or self.kd.teacher.always
+    return self.weight>0 and self.kd.recipe.valid and not self.learn.lock.locked()
 
 @patch
 def stop_listening(self:Session):
@@ -226,15 +231,16 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #21ae84de
+# %% ../../../nbs/distill/training/session.ipynb #4240d88d
 @patch
-def lesson(self:Session, xb, yb, pred)->dict:
-    "Each loss on a batch, by its name"
+def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
+    "Each loss on a batch, by its name; by what the teacher says, unless somebody else's logits are given"
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
     logits = self._logits(pred)
     target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
-    teacher_pred,fm_t = self.ask(*xb, **named(self.ask, dict(pred=logits, target=target)))
+    answer = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
+    teacher_pred,fm_t = answer
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     device = _device_of(outputs).type
@@ -280,7 +286,7 @@ def _detached(outputs):
     def cut(o): return o.detach() if isinstance(o, torch.Tensor) else o
     return {k: apply(cut, v) for k,v in outputs.items()}
 
-# %% ../../../nbs/distill/training/session.ipynb #7246764e
+# %% ../../../nbs/distill/training/session.ipynb #d283bd86
 @patch
 def teach(self:Session):
     "Add what the teacher says about the batch in hand to the loss that is backpropagated, and write both down"
@@ -305,21 +311,40 @@ def _task_alone(self:Session, task):
 
 @patch
 def _mix(self:Session, task, distill, xb):
-    learn,recipe,w = self.learn,self.kd.recipe,self.weight
-    task_weight = 1-w if recipe.task_weight is None else recipe.task_weight
-    taught = weighted_sum(distill, [o.weight for o in recipe.terms])
-    loss = weighted_sum([task, taught], [task_weight, w])
-    if loss is None and task is not None: loss = 0*task
+    learn,loss = self.learn,self._mixed(task, distill)
     if loss is None: return
     learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
     learn.loss = loss.detach().clone()
     if task is None: learn.yb = xb[:1]
 
 @patch
+def _mixed(self:Session, task, distill):
+    "The losses in one, by their weights; None where there is nothing to learn by"
+    recipe,w = self.kd.recipe,self.weight
+    task_weight = 1-w if recipe.task_weight is None else recipe.task_weight
+    taught = weighted_sum(distill, [o.weight for o in recipe.terms])
+    loss = weighted_sum([task, taught], [task_weight, w])
+    return 0*task if loss is None and task is not None else loss
+
+# %% ../../../nbs/distill/training/session.ipynb #41673a99
+@patch
 def _add_own_loss(self:Session):
     "Backpropagate what the teacher itself learns by; the loss that is shown stays the student's"
     own = self.kd.teacher.own_loss(self.learn)
     if own is not None: self.learn.loss_grad = self.fit.notes['mixed'] = self.learn.loss_grad + own
+
+def _as_student(kd,
+    pred,         # What another network returned for the batch in hand, with its graph
+    teacher_pred, # Logits of those that teach it
+)->torch.Tensor:
+    "The loss of that network, were it the student"
+    session,learn = kd.session,kd.learn
+    yb = () if session.fit.notes['task'] is None else learn.yb # else the input stands in for the label
+    if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0]
+    pred = full_precision(pred)
+    task = learn.loss_func(pred, *yb).as_subclass(torch.Tensor) if len(yb) else None
+    parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
+    return session._mixed(task, list(parts.values()))
 
 # %% ../../../nbs/distill/training/session.ipynb #6f972aae
 @patch

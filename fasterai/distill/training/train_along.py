@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OptimizerGuests', 'TrainAlong', 'remember_states']
 
-# %% ../../../nbs/distill/training/train_along.ipynb #be05914c
+# %% ../../../nbs/distill/training/train_along.ipynb #5a91406f
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Iterable
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import norm_bias_params
 from fastcore.foundation import L
 from torch import nn
 
@@ -66,21 +67,30 @@ class OptimizerGuests:
     def load_state_dict(self, sd):
         with self.outside() as opt: return opt.load_state_dict(sd)
 
-# %% ../../../nbs/distill/training/train_along.ipynb #08d8f8cd
+# %% ../../../nbs/distill/training/train_along.ipynb #3efd12e9
 class TrainAlong(Callback):
     """Trains `params` with the student's optimizer from `join` to `leave`, clipped by the same norm, and averaged over
     the ranks of a distributed training"""
     order = GradientClip.order+1 # after gradients are unscaled, and only on batches that really step
     def __init__(self,
-        params:Iterable[nn.Parameter] # Trained along with the student
-    ): self.params,self.joined = list(params),None
+        params:Iterable[nn.Parameter], # Trained along with the student
+        networks:Iterable[nn.Module]=(), # Whole networks among them: each is clipped, and decayed, as the student is
+    ):
+        self.params = list(params)
+        self.networks = list(networks)
+        self.joined = None
 
     def join(self):
         "Put the parameters into the optimizer's last group; in a distributed training, with the values of rank 0"
         if self._world>1:
             for p in self.params: dist.broadcast(p.data, 0)
         self.joined = self.learn.opt
-        OptimizerGuests.of(self.joined).add(self.params)
+        OptimizerGuests.of(self.joined).add(self.params, self._without_decay())
+
+    def _without_decay(self):
+        "States by which norms and biases of whole networks are not decayed, unless the student's are"
+        if self.learn.wd_bn_bias or isinstance(self.joined, OptimWrapper): return {}
+        return {p:dict(do_wd=False) for net in self.networks for p in norm_bias_params(net)}
 
     def leave(self):
         "Take the parameters out again, with their gradients and states; does nothing if they are out"
@@ -108,7 +118,14 @@ class TrainAlong(Callback):
         grads = [p.grad for p in self.params if p.grad is not None]
         if self._world>1:
             for g in grads: dist.all_reduce(g.div_(self._world))
-        for c in self.learn._grab_cbs(GradientClip): nn.utils.clip_grad_norm_(self.params, c.max_norm, c.norm_type)
+        for c in self.learn._grab_cbs(GradientClip):
+            for ps in self._parts(): nn.utils.clip_grad_norm_(ps, c.max_norm, c.norm_type)
+
+    def _parts(self):
+        "The parameters of each network, and the others together"
+        nets = [[p for p in net.parameters() if p.requires_grad] for net in self.networks]
+        of_nets = {id(p) for ps in nets for p in ps}
+        return [*nets, [p for p in self.params if id(p) not in of_nets]]
 
     @property
     def _world(self):

@@ -45,6 +45,17 @@ def nkd(zs, zt, ys, T=1., gamma=1.5, alpha=1.):
     return mean(terms)
 
 
+def rld(zs, zt, ys, T=4., alpha=1., beta=8., T_alpha=1.):
+    terms = []
+    for s, t, y in zip(zs, zt, ys):
+        ps, pt, top = softmax(s, T_alpha), softmax(t, T_alpha), t.index(max(t))
+        sure = kl([pt[top], sum(drop(pt, top))], [ps[y], sum(drop(ps, y))])
+        below = [i for i, v in enumerate(t) if v < t[y]]
+        order = kl(*(softmax([z[i] for i in below], T) for z in (t, s))) if below else 0.
+        terms.append(alpha*T_alpha**2*sure + beta*T*T*order)
+    return mean(terms)
+
+
 def hard_target(zs, zt): return mean([-math.log(softmax(s)[t.index(max(t))]) for s, t in zip(zs, zt)])
 
 

@@ -26,6 +26,7 @@ LOGITS = {  # name: loss, slow reference
     'standardize': (standardize(SoftTarget), ref.standardized),
     'standardize_batch': (standardize(SoftTarget, over='batch'), ref.standardized_over_batch)}
 LABELLED = {'DecoupledKD': (DecoupledKD, ref.dkd), 'NKD': (partial(NKD, T=2), partial(ref.nkd, T=2)),
+            'RLD': (partial(RLD, T=2, T_alpha=3, alpha=0.5), partial(ref.rld, T=2, T_alpha=3, alpha=0.5)),
             'DecoupledKD_normalize': (partial(DecoupledKD, normalize=True, T=4, beta=8, alpha=0.5),
                                       partial(ref.nkd, T=4, gamma=8, alpha=0.5)),
             'DecoupledKD_normalize_defaults': (partial(DecoupledKD, normalize=True), partial(ref.nkd, T=1, gamma=1.5))}
@@ -131,7 +132,7 @@ def test_order_of_the_batch_is_free(case, args):
 
 @every_case
 def test_equal_inputs_cost_nothing(case, args):
-    if args[0].startswith(('NKD', 'DecoupledKD_normalize', 'HardTarget', 'TTM', 'WTTM', 'Ranking',
+    if args[0].startswith(('NKD', 'DecoupledKD_normalize', 'RLD', 'HardTarget', 'TTM', 'WTTM', 'Ranking',
                            'ActivationBoundaries')):
         pytest.skip('by its formula not 0')
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -395,7 +396,7 @@ def test_one_output():
 
 
 @pytest.mark.parametrize('T', (0, -1, math.nan))
-@pytest.mark.parametrize('name', ('SoftTarget', 'DecoupledKD', 'NKD', 'DIST', 'BinaryKD', 'CWD'))
+@pytest.mark.parametrize('name', ('SoftTarget', 'DecoupledKD', 'NKD', 'RLD', 'DIST', 'BinaryKD', 'CWD'))
 def test_bad_temperature(name, T):
     x = randn(2, 4, 2, 2)
     with pytest.raises(ValueError, match='T must be positive'):
