@@ -36,15 +36,26 @@ def _warn_of_probabilities(teacher_pred, axis):
     warnings.warn("the teacher's answers are probabilities (0 or more, and their sum is one), where logits are "
                   "expected: give their logarithm, Teacher(model, select=lambda p: p.clamp(min=1e-8).log())")
 
-# %% ../../../nbs/distill/training/first_look.ipynb #e97299c9
+# %% ../../../nbs/distill/training/first_look.ipynb #3ec337a4
+def _refuse_uncounted(target, terms, facts):
+    if not isinstance(target, torch.Tensor) or target.ndim!=1 or target.is_floating_point(): return
+    asking = [o.name for o in terms if 'target' in o.required and 'ignore_index' in o.from_task]
+    if 'ignore_index' in facts or not ('axis' in facts or asking) or not (target<0).any(): return
+    raise ValueError(f"some rows have the label {target.min().item()}, and the task's loss does not say that it leaves "
+                     "them out: use CrossEntropyLossFlat(ignore_index=-100), or give your own an attribute "
+                     "`ignore_index`")
+
+# %% ../../../nbs/distill/training/first_look.ipynb #e4d4456b
 def check_first(
     outputs:dict,       # What student and teacher put out on the first batch
     terms:tuple,        # The `Term`s that will compare it
     facts:dict,         # Class axis and ignored label, as far as they are known
     training:bool=True, # Is it a batch of the training?
 )->bool:
-    "Look at the first batch; True. ValueError for a class axis that nobody knows, warnings for what looks wrong"
+    """Look at the first batch; True. ValueError for a class axis that nobody knows, or rows without a label that nobody
+    leaves out; warnings for what looks wrong"""
     _refuse_unknown_axis(outputs['pred'], terms, facts)
+    _refuse_uncounted(outputs.get('target'), terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
     _warn_of_probabilities(outputs['teacher_pred'], _axis_of_teacher(outputs, facts.get('axis', 1)))
     return True

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #6ce68c1a
+# %% ../../../nbs/distill/training/session.ipynb #4e7e6ffd
 from contextlib import ExitStack
 from functools import partial
 
@@ -24,7 +24,7 @@ from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
-from .lesson import full_precision, mask_of, target_of, weighted_sum
+from .lesson import facts_for, full_precision, mask_of, target_of, weighted_sum
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -231,7 +231,7 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #74e6f9d4
+# %% ../../../nbs/distill/training/session.ipynb #4240d88d
 @patch
 def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     "Each loss on a batch, by its name; by what the teacher says, unless somebody else's logits are given"
@@ -243,7 +243,8 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     teacher_pred,fm_t = answer
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
-    with torch.autocast(_device_of(outputs).type, enabled=False): return self._compare(full_precision(outputs))
+    device = _device_of(outputs).type
+    with torch.autocast(device, enabled=False): return self._compare(full_precision(outputs), find_bs(xb))
 
 @patch
 def _logits(self:Session, pred):
@@ -256,13 +257,14 @@ def _n_classes(logits): return logits.shape[1] if isinstance(logits, torch.Tenso
 def _device_of(outputs): return next(tensors_in(outputs)).device
 
 @patch
-def _compare(self:Session, outputs):
+def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
         if not self.checked: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training)
         if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
-        return {o.name: o(eyes.adapted(o, outputs), **hypers) for o in recipe.terms}
+        told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
+        return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
 
 @patch(as_prop=True)
 def _first_model(self:Session): return next(iter(self.kd.teacher.models), None)

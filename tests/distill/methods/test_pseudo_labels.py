@@ -1,0 +1,169 @@
+"Labels that a network gives, and networks that learn from them"
+from functools import partial
+
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
+from fastai.torch_core import set_seed
+from torch import nn
+
+from fasterai.core.seeds import same_start
+from fasterai.data.digits import digits_dls, digits_net
+from fasterai.data.unlabelled import mix_unlabelled
+from fasterai.distill.methods.noisy_student import noisy_student
+from fasterai.distill.methods.pseudo_labels import pseudo_labels
+from fasterai.distill.study.one_run import fit_one_cycle, quiet
+from helpers import data, learner, net, same, state
+
+others = range(700, 1000)
+
+
+def make(width, **kwargs):
+    kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2) | kwargs
+    return lambda dls: Learner(dls, digits_net(width), **kwargs)
+
+
+@pytest.fixture(scope='module')
+def trained():
+    set_seed(0)
+    learn = make(8)(digits_dls(n_train=100))
+    with quiet(learn): learn.fit_one_cycle(30, 3e-2)
+    return learn
+
+
+def labels_of(learn, items=others, **kwargs):
+    with quiet(learn): return pseudo_labels(learn, items, **kwargs)
+
+
+def test_labels_are_what_the_network_says_of_clean_images(trained):
+    x = torch.stack([trained.dls.train_ds.tls[0].tfms(i) for i in others]).as_subclass(torch.Tensor)
+    with torch.no_grad(): p = trained.model.eval()(x.to(trained.dls.device)).softmax(1).cpu()
+    found = labels_of(trained)
+    torch.testing.assert_close(found.probs, p, rtol=1e-4, atol=1e-5)
+    assert found.items==list(others) and found.labels.tolist()==p.argmax(1).tolist()
+    assert found.frame.columns.tolist()==['item', 'label', 'confidence'] and len(found.frame)==300
+
+
+def test_a_threshold_leaves_out_what_is_unsure(trained):
+    found,sure = labels_of(trained),labels_of(trained, threshold=0.9)
+    assert sure.items==[i for i,c in zip(found.items, found.confidence) if c>=0.9] and 0<len(sure)<len(found)
+    with pytest.raises(ValueError, match='no item reaches the threshold of 1'): labels_of(trained, threshold=1.)
+    with pytest.raises(ValueError, match='a probability'): labels_of(trained, threshold=90)
+
+
+def test_balanced_classes_are_equally_many_and_the_surest_come_first(trained):
+    found,even = labels_of(trained),labels_of(trained, balance=True)
+    counts = even.labels.bincount()
+    assert counts.tolist()==[30]*10
+    for c in range(10):
+        mine = found.confidence[found.labels==c].sort(descending=True).values
+        kept = even.confidence[even.labels==c]
+        assert kept.max()==mine[0] and kept.min()>=(mine[29] if len(mine)>=30 else mine[-1])
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_data_of_both_kinds(trained, soft):
+    found = labels_of(trained, soft=soft)
+    dls = found.dls()
+    assert len(dls.train_ds)==400 and dls.valid is trained.dls.valid and dls.c==10
+    y = dls.train_ds[100][-1]
+    if soft: torch.testing.assert_close(torch.Tensor(y), found.probs[0])
+    else: assert int(y)==found.labels[0]
+    assert type(y) is type(trained.dls.train_ds[0][-1])
+    known = dls.train_ds[0][-1]
+    assert int(known.argmax() if soft else known)==int(trained.dls.train_ds[0][-1])
+    shown = dls.train._pre_show_batch(dls.one_batch(), max_n=3)[2]
+    assert all(str(o[-1]).isdigit() for o in shown)
+    student = Learner(dls, digits_net(4), metrics=accuracy)
+    with quiet(student): student.fit(1, 1e-2)
+    assert student.recorder.losses[0]>0
+
+
+def test_soft_labels_have_the_loss_of_their_probabilities(trained):
+    dls = labels_of(trained, soft=True).dls()
+    student = Learner(dls, digits_net(4))
+    x,y = dls.one_batch()
+    z = student.model.eval()(x)
+    want = -(torch.Tensor(y)*torch.Tensor(z).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(torch.Tensor(student.loss_func(z, y)), want)
+
+
+def test_rows_of_tensors():
+    learn = learner()
+    found = labels_of(learn, torch.randn(12, 3, 8, 8))
+    dls = found.dls()
+    assert len(dls.train_ds)==44 and dls.one_batch()[1].dtype==torch.int64
+    learner(dls=dls).fit(1)
+
+
+def test_only_labelled_rows_are_taken_for_labelled(trained):
+    assert len(labels_of(trained).dls(mix_unlabelled(trained.dls, others)).train_ds)==400
+    assert len(labels_of(trained).dls(labels_of(trained).dls()).train_ds)==400
+
+
+def test_what_does_not_go_is_refused(trained):
+    other = data()
+    other.vocab = ['a', 'b', 'c']
+    with pytest.raises(ValueError, match=r"those of base are \['a', 'b', 'c'\]"): labels_of(trained).dls(other)
+    numbers = learner(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), data(y=torch.rand(32)), loss_func=MSELossFlat())
+    with pytest.raises(ValueError, match=r'shape \(4, 1\)'): labels_of(numbers, torch.randn(4, 3, 8, 8))
+
+
+# --- noisy student ------------------------------------------------------------
+
+def noisy(makers, **kwargs):
+    return noisy_student(makers, digits_dls(n_train=100), others, **{'epochs': 2, 'progress': False, **kwargs})
+
+
+def test_trains_as_the_same_steps_by_hand():
+    found = noisy([make(8), make(4)], epochs=[3, 2], threshold=0.1)
+    teacher = None
+    for width,epochs in ((8, 3), (4, 2)):
+        dls = digits_dls(n_train=100) if teacher is None else labels_of(teacher, threshold=0.1).dls()
+        set_seed(0)
+        learn = make(width)(dls)
+        same_start(learn.dls, 0)
+        with quiet(learn): fit_one_cycle(learn, epochs)
+        teacher = learn
+    assert same(state(found.student.model), state(learn.model))
+    assert found.table.epochs.tolist()==[3, 2] and len(found.learners)==2 and found.table.pseudo[1]<=300
+    assert found.table.columns.tolist()==['network', 'epochs', 'images', 'pseudo', 'confidence', 'valid_loss',
+                                          'accuracy', 'seconds']
+
+
+def test_resumed_is_uninterrupted_and_other_settings_are_refused(tmp_path):
+    calls = []
+    def fit(learn, epochs, stop=True):
+        calls.append(epochs)
+        if stop and len(calls)==3: raise KeyboardInterrupt
+        fit_one_cycle(learn, epochs)
+    run = partial(noisy, make(4), rounds=2)
+    want = run()
+    with pytest.raises(KeyboardInterrupt): run(fit=fit, path=tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir())==['network_0.pth', 'network_1.pth']
+    calls.clear()
+    found = run(fit=partial(fit, stop=False), path=tmp_path)
+    assert len(calls)==1 and same(state(want.student.model), state(found.student.model))
+    assert found.table.drop(columns='seconds').equals(want.table.drop(columns='seconds'))
+    for other in dict(threshold=0.5), dict(epochs=1), dict(seed=1):
+        with pytest.raises(ValueError, match='other settings'): run(path=tmp_path, **other)
+    with pytest.raises(ValueError, match='other settings'): noisy(make(8), rounds=2, path=tmp_path)
+
+
+def test_the_random_streams_go_on_as_if_nothing_had_been():
+    torch.manual_seed(3)
+    rng = torch.get_rng_state()
+    noisy(make(4), rounds=1, epochs=1)
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match='which is 1 rounds'): noisy([make(4), make(4)], rounds=3)
+    with pytest.raises(ValueError, match='a round or more'): noisy(make(4), rounds=0)
+    with pytest.raises(ValueError, match='epochs must be one number, or 3'): noisy(make(4), rounds=2, epochs=[1, 1])
+    with pytest.raises(ValueError, match='flatten=False'): noisy(make(4), rounds=1, epochs=1, soft=True)
+    with pytest.raises(TypeError, match='must return a Learner'): noisy(lambda dls: digits_net(4), rounds=1)
