@@ -154,7 +154,7 @@ def HiddenCosine(
 
 HiddenCosine.same_shape = True
 
-# %% ../../../nbs/distill/loss/transformers.ipynb #8f804cc0
+# %% ../../../nbs/distill/loss/transformers.ipynb #1bfe1f41
 class ViTKD(LearnedLoss):
     """Mimic the first blocks, fill gaps in the last (Yang et al., CVPR Workshops 2024, arXiv 2209.02432). Of the pairs
     of tokens the last one is the deep one"""
@@ -170,7 +170,7 @@ class ViTKD(LearnedLoss):
         self.share = share
 
     def make(self, fm_s, fm_t):
-        "A linear layer per pair, the token that stands for a gap, and what fills it. ValueError for fewer than two pairs"
+        "A linear layer per pair, the token that stands for a gap, and what fills it. ValueError for a single pair"
         if len(fm_s)<2: raise ValueError(f"ViTKD wants the first blocks and the last one, got {len(fm_s)} pair")
         for i,(s,t) in enumerate(zip(fm_s, fm_t)):
             with self.about_pair(i, s, t): self.patches = _patches(s, t)

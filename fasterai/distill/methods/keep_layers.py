@@ -35,7 +35,7 @@ def _numbers(keep, n):
     if len(set(found))<len(found): raise ValueError(f"keep must name different layers, got {keep}")
     return found
 
-# %% ../../../nbs/distill/methods/keep_layers.ipynb #54f9632b
+# %% ../../../nbs/distill/methods/keep_layers.ipynb #55af3e75
 def _configs(model, name):
     "Configurations of the modules around the list, the innermost first, each once"
     parts = name.split('.')
@@ -46,22 +46,22 @@ def _configs(model, name):
 def _tell_config(config, n, keep):
     "Let a configuration of `n` layers be one of those to `keep`"
     if getattr(config, 'num_hidden_layers', None)!=n: return
-    for k,v in list(vars(config).items()):
-        if k.startswith('layer') and isinstance(v, (list, tuple)) and len(v)==n: setattr(config, k, [v[i] for i in keep])
+    per_layer = [k for k,v in vars(config).items() if k.startswith('layer') and isinstance(v, list) and len(v)==n]
+    for k in per_layer: setattr(config, k, [getattr(config, k)[i] for i in keep])
     config.num_hidden_layers = len(keep)
 
 def _renumber(layer, i):
     for m in layer.modules():
         if isinstance(vars(m).get('layer_idx'), int): m.layer_idx = i
 
-# %% ../../../nbs/distill/methods/keep_layers.ipynb #e0a534e3
+# %% ../../../nbs/distill/methods/keep_layers.ipynb #b2597bf9
 def keep_layers(
     model:nn.Module,    # A model, perhaps in its wrappers
     name:str,           # Of its list of layers, such as 'encoder.layer'
     keep:Iterable[int], # Numbers of the layers to keep, in the order that they will have; -1 is the last one
 )->nn.Module:
-    """A copy of `model` that has of the list `name` only the layers `keep`, named as the first ones were; the model stays
-    as it is. A Hugging Face `config` says so, too. ValueError for an unknown list or number, with the nearest name"""
+    """A copy of `model` with only the layers `keep` of the list `name`, which are named as the first ones were; a Hugging
+    Face `config` says so. The model stays as it is. ValueError for an unknown list, with the nearest name, or number"""
     model = unwrap(model)
     n = len(_layer_list(model, name))
     keep = _numbers(keep if isinstance(keep, (int, str)) else list(keep), n)

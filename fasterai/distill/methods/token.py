@@ -67,7 +67,7 @@ class TokenDistillation(KnowledgeDistillationCallback):
         loss = HardTarget if kind=='hard' else partial(SoftTarget, T=T)
         super().__init__(teacher, loss, weight=weight, schedule=schedule, **kwargs)
 
-# %% ../../../nbs/distill/methods/token.ipynb #df4ecd00
+# %% ../../../nbs/distill/methods/token.ipynb #e9304b29
 @patch
 def before_fit(self:TokenDistillation):
     "Refuse a model without a token"
@@ -89,7 +89,8 @@ def after_pred(self:TokenDistillation):
     "The prediction is the class head's"
     super(TokenDistillation, self).after_pred()
     s = self.teaching
-    if s and self.learn.training and s.asks(True): self.learn.pred,self.token = self.parts_of(self.learn, self.learn.pred)
+    if not (s and self.learn.training and s.asks(True)): return
+    self.learn.pred,self.token = self.parts_of(self.learn, self.learn.pred)
 
 @patch
 def _forget_token(self:TokenDistillation): self.token = None
