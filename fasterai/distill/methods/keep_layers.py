@@ -54,14 +54,14 @@ def _renumber(layer, i):
     for m in layer.modules():
         if isinstance(vars(m).get('layer_idx'), int): m.layer_idx = i
 
-# %% ../../../nbs/distill/methods/keep_layers.ipynb #b2597bf9
+# %% ../../../nbs/distill/methods/keep_layers.ipynb #69535778
 def keep_layers(
     model:nn.Module,    # A model, perhaps in its wrappers
     name:str,           # Of its list of layers, such as 'encoder.layer'
     keep:Iterable[int], # Numbers of the layers to keep, in the order that they will have; -1 is the last one
 )->nn.Module:
-    """A copy of `model` with only the layers `keep` of the list `name`, which are named as the first ones were; a Hugging
-    Face `config` says so. The model stays as it is. ValueError for an unknown list, with the nearest name, or number"""
+    """A copy of `model` with only the layers `keep` of the list `name`, named as the first ones were; a Hugging Face
+    `config` says so. The model stays as it is. ValueError for an unknown list or number, with the nearest name"""
     model = unwrap(model)
     n = len(_layer_list(model, name))
     keep = _numbers(keep if isinstance(keep, (int, str)) else list(keep), n)
