@@ -231,7 +231,7 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     if id(self.learn) in memo: new.learn = memo[id(self.learn)]
     return new
 
-# %% ../../nbs/distill/distillation_callback.ipynb #6e604785
+# %% ../../nbs/distill/distillation_callback.ipynb #d65ea29c
 @patch
 def terms_on(self:KnowledgeDistillationCallback,
     learn,     # The student's `Learner`; its model runs in the mode that it is in
@@ -244,8 +244,14 @@ def terms_on(self:KnowledgeDistillationCallback,
     with session.stack:
         session.meet(record=False)
         with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
-        if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
-        return learn.loss_func(pred, *yb),session.lesson(xb, yb, pred)
+        pred,said = self.parts_of(learn, pred)
+        return learn.loss_func(pred, *yb),session.lesson(xb, yb, said)
+
+@patch
+def parts_of(self:KnowledgeDistillationCallback, learn, pred)->tuple:
+    "What of the student's output the task's loss takes, and what the teacher's losses take"
+    if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0] # as it does in a training
+    return pred,pred
 
 # %% ../../nbs/distill/distillation_callback.ipynb #c829630b
 @patch
