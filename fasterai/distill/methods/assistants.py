@@ -55,7 +55,7 @@ def _refuse_shared(line, make, seed):
             raise ValueError("make_learner gave the same network twice for the student: it must make a new one at "
                              "each call, as the student is trained several times")
 
-# %% ../../../nbs/distill/methods/assistants.ipynb #764ac444
+# %% ../../../nbs/distill/methods/assistants.ipynb #17454cfa
 def assistants(
     make_learner:Callable, # `make_learner(net)` gives a fresh Learner for an entry of `nets`
     nets:list,             # Largest first: the assistants, and the student at the end
@@ -77,6 +77,7 @@ def assistants(
     teacher = first = as_teacher(teacher)
     line = OneByOne(epochs, lr, fit, path, **kd)
     makers = [_maker(make_learner, net) for net in nets]
+    line.check(first)
     _refuse_shared(line, makers[-1], 1000*seed)
     line.expect(len(nets)+2*controls, progress)
     links = {}

@@ -54,7 +54,7 @@ def _load(file):
     try: return torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"path: {file.name} is no finished training, remove it ({e})") from e
 
-# %% ../../../nbs/distill/methods/chain.ipynb #9ac61913
+# %% ../../../nbs/distill/methods/chain.ipynb #a49d3dd1
 class Trained(NamedTuple):
     "A network of the sequence"
     learn:Learner  # With the trained network, and without an optimizer
@@ -81,6 +81,12 @@ class OneByOne:
         trainings:int,      # How many there will be
         progress:bool=True, # Show a bar?
     ): self.ticks = Ticks(self.epochs*trainings, progress)
+
+    def check(self,
+        teacher, # Any that could be one of the sequence
+    ):
+        "Raises TypeError or ValueError for arguments that a callback refuses"
+        fresh_callback(dict(teacher=teacher, **self.kd))
 
     def fresh(self,
         make:Callable, # `make()` gives a fresh Learner

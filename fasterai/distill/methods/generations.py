@@ -45,7 +45,7 @@ class Generations(Chain):
                      _ensemble_row(f'ensemble of {n} alone', [first, *controls.values()], average)]
         super().__init__(links, controls, pd.DataFrame(rows), average)
 
-# %% ../../../nbs/distill/methods/generations.ipynb #dd606460
+# %% ../../../nbs/distill/methods/generations.ipynb #52b3a7df
 def _check_average(learn, average):
     if average or task_of(learn.loss_func).average: return
     raise ValueError("average: the task's loss function does not say what an ensemble's mean is of; pass "
@@ -56,6 +56,7 @@ def _look_at_starts(line, make_learner, seeds, average):
     "Refuse what cannot work before anything trains, and say what pretrained weights mean"
     with streams_kept():
         one,other = (line.fresh(make_learner, s) for s in seeds[:2])
+        line.check(one)
         _check_average(one, average)
         share = alike_at_start(one, other)
     if share>0: print(f"{share:.0%} of the weights start alike in every generation, as pretrained ones do: generations "

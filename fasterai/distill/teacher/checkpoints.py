@@ -5,32 +5,31 @@
 # %% auto #0
 __all__ = ['checkpoints', 'KeepEpochs']
 
-# %% ../../../nbs/distill/teacher/checkpoints.ipynb #f26cf45e
+# %% ../../../nbs/distill/teacher/checkpoints.ipynb #f597e2d2
 import re
 from pathlib import Path
 from typing import Sequence
 
-import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
+from fastai.learner import Learner, load_model
 from fastcore.basics import listify
 from torch import nn
 
 from ...core.names import unknown_name
 from .frozen import bare_copy
 
-# %% ../../../nbs/distill/teacher/checkpoints.ipynb #096d7da8
-def _state_of(o, name):
-    "The state dict in `o`: a file's, with or without an optimizer beside it, or one that is given"
-    if isinstance(o, (str, Path)): o = torch.load(o, map_location='cpu', weights_only=True)
-    if isinstance(o, nn.Module): o = o.state_dict()
-    if not isinstance(o, dict): raise TypeError(f"{name}: expected a file or a state dict, got {type(o).__name__}")
-    return o['model'] if set(o)=={'model', 'opt'} else o
+# %% ../../../nbs/distill/teacher/checkpoints.ipynb #92fd88cd
+def _fill(net, state, name):
+    "Load a file, with or without an optimizer beside the state, or a state that is given"
+    if isinstance(state, (str, Path)): load_model(state, net, None, with_opt=False, weights_only=True)
+    elif isinstance(state, nn.Module): net.load_state_dict(state.state_dict())
+    elif isinstance(state, dict): net.load_state_dict(state)
+    else: raise TypeError(f"{name}: expected a file or a state dict, got {type(state).__name__}")
 
 def _network(model, state, name):
     "A copy of `model` with that state, in eval mode and without gradients"
     net = bare_copy(model).eval().requires_grad_(False)
-    try: net.load_state_dict(_state_of(state, name))
+    try: _fill(net, state, name)
     except RuntimeError as e: raise ValueError(f"{name} is no state of this {type(net).__name__}: {e}") from e
     return net
 
