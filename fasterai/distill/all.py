@@ -5,17 +5,30 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #0398ac0d
+# %% ../../nbs/distill/all.ipynb #46fb0388
 from ..core.schedule import *
+from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
 from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
 from .loss.embeddings import NoTask, Projected
+from .loss.consistency import Consistency
+from .loss.generalized import GeneralizedDistillation
 from .loss.teacherless import ClassMates, VirtualTeacher
+from .loss.tokens import TokenKD
+from .loss.transformers import (AttentionScores, HiddenCosine, HiddenStates, Relations, ViTKD,
+                                                split_qkv)
+from .methods.assistants import assistants
 from .methods.exits import DeepSupervision
+from .methods.fixmatch import StrongView, fixmatch
+from .methods.generations import born_again
 from .methods.itself import SelfDistillation
+from .methods.keep_layers import keep_layers
 from .methods.mutual import MutualLearning
+from .methods.noisy_student import noisy_student
 from .methods.online import OnlineDistillation
+from .methods.pseudo_labels import pseudo_labels
+from .methods.token import TokenDistillation
 from .methods.zero_shot import ZeroShot
 from .study.advice import suggest_weights
 from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
@@ -24,8 +37,11 @@ from .study.probes import knn_accuracy, linear_probe, probe_head
 from .study.report import save_report
 from .study.study import Study
 from .study.sweep import sweep
+from .study.which_teacher import which_teacher
 from .teacher.following import EMA
+from .teacher.oneself import Oneself
 from .teacher.peers import Peers
+from .teacher.pretrained import pretrained_teacher
 from .teacher.recorded.recorded import Replay, TeacherCache
 from .teacher.teacher import Renormalize, Teacher, resize_batch
 from .training.views import StudentSees
@@ -33,13 +49,18 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #92ada705
+# %% ../../nbs/distill/all.ipynb #d3b11865
 __all__ = [
-    'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers',
+    'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
+    'pretrained_teacher',
     *distillation_callback.__all__, 'StudentSees',
     *[n for n in losses.__all__ if n!='Embedding'], # fastai has one of its own
     'VID', 'CRD', 'ReviewKD', 'OFD', 'ClassMates', 'VirtualTeacher', 'NoTask', 'Projected',
     'MutualLearning', 'OnlineDistillation', 'SelfDistillation', 'DeepSupervision', 'ZeroShot',
+    'born_again', 'assistants', 'which_teacher', 'mix_unlabelled', 'pseudo_labels', 'noisy_student',
+    'Consistency', 'StrongView', 'fixmatch', 'GeneralizedDistillation',
+    'TokenDistillation', 'TokenKD', 'keep_layers', 'Relations', 'ViTKD', 'AttentionScores', 'HiddenStates',
+    'HiddenCosine', 'split_qkv',
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
