@@ -12,9 +12,11 @@ from fasttransform import Transform
 
 from families import few100, learner, study
 from fasterai.data.unlabelled import mix_unlabelled
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.losses import SoftTarget
 from fasterai.distill.methods.fixmatch import fixmatch
 from fasterai.distill.methods.noisy_student import noisy_student
-from fasterai.distill.study.one_run import fit_one_cycle
+from fasterai.distill.study.one_run import fit_one_cycle, quiet
 
 others = range(700, 1797) # the training images of the digits after the first hundred
 alone,rounds = 200,30     # epochs on the labels alone: a step each; on all images: 18 steps each
@@ -58,6 +60,13 @@ def labels(learn, epochs, widths=(8, 8), soft=False):
                           seed=torch.initial_seed(), progress=False)
     learn.model = found.student.model
 
+def taught(learn, epochs, ratio=4):
+    "A wide network trained on the labels is asked about batches of both, as any teacher is"
+    wide = learner(shifted(learn.dls), 32)
+    with quiet(wide): fit_one_cycle(wide, epochs)
+    learn.dls = mix_unlabelled(learn.dls, others, ratio)
+    fit_one_cycle(learn, epochs, KnowledgeDistillationCallback(wide, partial(SoftTarget, T=4), weight=0.9))
+
 def match(learn, epochs, threshold=0.95, ratio=4):
     "FixMatch: its own answers to weak views are the labels of strong ones"
     learn.dls = mix_unlabelled(shifted(learn.dls), others, ratio)
@@ -70,6 +79,7 @@ ways = {
     'pseudo labels, soft': partial(labels, soft=True),
     'noisy student, 2 rounds': partial(labels, widths=(8, 8, 8)),
     'wide noisy student': partial(labels, widths=(32, 8)),
+    'wide teacher, batches of both': taught,
     'FixMatch .95': match,
     'FixMatch .80': partial(match, threshold=0.8)}
 
