@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(bin)/ruff check
 	$(bin)/nbdev-test --n-workers 2 --skip-folder-re '^(tutorials|howto|families)'
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n 2 --dist loadfile
 
 # After editing a notebook: export, clean, store the outputs, and write the README.
 prepare: export PYTHONWARNINGS=ignore

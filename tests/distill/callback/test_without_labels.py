@@ -39,7 +39,7 @@ def learn_from(dls=None, model=None, cbs=None): return learner(model or body(), 
 LOSSES = [Cosine, Embedding, Affinity, Queue(size=24), Projected(Cosine), 'Cosine', 'Embedding', 'Affinity', 'Queue']
 
 
-@pytest.mark.parametrize('loss', LOSSES, ids=str)
+@pytest.mark.parametrize('loss', LOSSES, ids=lambda o: getattr(o, '__name__', type(o).__name__))
 def test_a_student_trains_without_labels(loss):
     t = teacher().train()
     before = state(t),flags(t)
