@@ -22,7 +22,6 @@ from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from families import study
@@ -84,17 +83,19 @@ def cosine(pred, teacher_pred):
 
 def no_task(pred, *yb): return 0*pred.sum()
 
+class Unit(nn.Module):
+    "Vectors in their own direction, of length 1"
+    def forward(self, x): return F.normalize(x)
+
 def linear_probe(model, dls):
-    "A linear classifier of what `model` makes of the training photographs of `dls`"
+    "`model` with a linear classifier of its answers' directions, by the training photographs of `dls`"
     dl = dls.train.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch)
-    with torch.no_grad(): x,y = (torch.cat(o) for o in zip(*[(model.eval()(small(x)), y) for x,y in dl]))
-    scale = StandardScaler().fit(x)
-    found = LogisticRegression(max_iter=1000).fit(scale.transform(x), y)
-    w = torch.tensor(found.coef_/scale.scale_)
+    model = nn.Sequential(model, Unit()).eval()
+    with torch.no_grad(): x,y = (torch.cat(o) for o in zip(*[(model(small(x)), y) for x,y in dl]))
+    found = LogisticRegression(max_iter=1000).fit(x, y)
     head = nn.Linear(x.shape[1], 10)
-    head.weight.data = w.float()
-    head.bias.data = torch.tensor(found.intercept_ - w.numpy()@scale.mean_).float()
-    return head
+    head.weight.data,head.bias.data = (torch.tensor(o).float() for o in (found.coef_, found.intercept_))
+    return nn.Sequential(model, head)
 
 
 def on_labels(learn, epochs, n_each=None):
@@ -110,11 +111,11 @@ def on_embeddings(learn, epochs):
     distil = Learner(photo_dls(labels=False), embedder, no_task, lr=lr, cbs=StudentSees(small))
     kd = KnowledgeDistillationCallback(teacher, cosine, weight=1., task_weight=0.)
     with quiet(distil): fit_one_cycle(distil, epochs, kd)
-    learn.model = nn.Sequential(embedder, linear_probe(embedder, learn.dls))
+    learn.model = linear_probe(embedder, learn.dls)
 
 def untrained(learn, epochs):
     "The probe alone, on a network that has learned nothing"
-    learn.model = nn.Sequential(learn.model[0], linear_probe(learn.model[0], learn.dls))
+    learn.model = linear_probe(learn.model[0], learn.dls)
 
 def fit(learn, epochs, way): way(learn, epochs)
 
