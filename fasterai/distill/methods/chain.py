@@ -143,14 +143,14 @@ def _file(self:OneByOne, name, learn, seed, teacher):
     mark = hashlib.blake2b(setting_text(**taught, **own).encode(), digest_size=5).hexdigest()
     return self.path/f"{name.replace(' ', '-')}-{mark}.pth"
 
-# %% ../../../nbs/distill/methods/chain.ipynb #c6e4b9e9
+# %% ../../../nbs/distill/methods/chain.ipynb #11933d03
 class _Views:
     "What a Learner's `StudentSees` make of the inputs"
     def __init__(self, learn):
-        self.views = [StudentSees(cb.f) for cb in learn.cbs.sorted('order') if isinstance(cb, StudentSees)]
+        self.views = views_of(learn)
 
     def __call__(self, *xb):
-        for o in self.views: xb = o.sees(xb)
+        for f in self.views: xb = f(*xb)
         return xb
 
 def teacher_of(
