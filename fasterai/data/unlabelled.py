@@ -44,7 +44,7 @@ class Extended(GetAttr):
         if self.n_classes is not None: y = F.one_hot(torch.as_tensor(y).long(), self.n_classes).float()
         return (*xs, y)
 
-# %% ../../nbs/data/unlabelled.ipynb #478d0c4c
+# %% ../../nbs/data/unlabelled.ipynb #2b777cdc
 @patch
 def decode(self:Extended,
     o:tuple,        # A row of a batch
@@ -55,7 +55,7 @@ def decode(self:Extended,
     *xs,y = o
     if isinstance(y, Tensor) and y.ndim: y = y.argmax(-1)
     if y!=UNLABELLED: return decode((*xs, y), full=full)
-    return (*decode((*xs, torch.zeros_like(torch.as_tensor(y))), full=full)[:-1], Category('unlabelled'))
+    return (*decode((*xs, torch.zeros_like(torch.as_tensor(y))), full=full)[:-1], Category('?'))
 
 # %% ../../nbs/data/unlabelled.ipynb #abaf0d8e
 def inputs_of(

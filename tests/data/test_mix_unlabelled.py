@@ -89,7 +89,7 @@ def test_files_in_folders(folder):
     assert type(mixed) is type(dls) and x.shape==(12, 3, 12, 12) and list(mixed.vocab)==['one', 'two'] and mixed.c==2
     assert type(x).__name__=='TensorImage' and (y[4:]==UNLABELLED).all()
     shown = mixed.train._pre_show_batch((x, y), max_n=12)[2]
-    assert [str(o[1]) for o in shown[4:]]==['unlabelled']*8 and {str(o[1]) for o in shown[:4]}<={'one', 'two'}
+    assert [str(o[1]) for o in shown[4:]]==['?']*8 and {str(o[1]) for o in shown[:4]}<={'one', 'two'}
 
 
 def test_images_without_labels_are_augmented_as_those_of_the_training(folder):
