@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'OneByOne', 'teacher_of', 'alike_at_start', 'Chain', 'row_of', 'metric_of']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #4fcd42de
+# %% ../../../nbs/distill/methods/chain.ipynb #6ec7ac7d
 import hashlib
 import os
 import time
@@ -24,13 +24,12 @@ from torch.nn.parameter import is_lazy
 
 from ...core.names import unknown_name
 from ...core.seeds import same_start
-from ...core.task import task_of
+from ...core.task import task_of, views_of
 from ..layers.names import unwrap
 from ..study.one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
                                               streams_kept)
 from ..study.setting import data_text, describe, learner_text, setting_text, teacher_text
 from ..teacher.teacher import Teacher
-from ..training.views import StudentSees
 
 # %% ../../../nbs/distill/methods/chain.ipynb #09a74f97
 def _save(file, state):
