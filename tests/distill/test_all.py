@@ -12,7 +12,8 @@ Study Experiment sweep compare suggest_weights
 EMA Peers StudentSees RLD Cosine Affinity ClassMates VirtualTeacher NoTask Projected several ConfidentTeachers
 DeepMutualLearning MutualLearning OnlineDistillation SelfDistillation DeepSupervision ZeroShot ramp_up sched_ramp_up
 knn_accuracy linear_probe probe_head Oneself pretrained_teacher born_again assistants which_teacher mix_unlabelled
-pseudo_labels noisy_student Consistency StrongView fixmatch GeneralizedDistillation TokenDistillation TokenKD keep_layers
+pseudo_labels noisy_student Consistency StrongView fixmatch GeneralizedDistillation TokenDistillation
+TokenKD keep_layers
 Relations ViTKD AttentionScores HiddenStates HiddenCosine split_qkv
 plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()
