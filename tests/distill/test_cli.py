@@ -103,7 +103,7 @@ def test_another_loss_and_more_seeds_find_the_teacher_and_the_runs_of_before(ima
     assert 'an earlier run has trained' in capsys.readouterr().out
     assert (tmp_path/'out'/'teacher.pth').read_bytes()==teacher
     assert again.runs.alone[0]==first.runs.alone[0] and list(again.arms)==['SoftTarget', 'Attention']
-    assert len(pd.read_csv(tmp_path/'out'/'runs.csv'))==2+1+2*2 # alone twice, distilled once, two losses of two seeds
+    assert len(pd.read_csv(tmp_path/'out'/'log.csv'))==2+1+2*2 # alone twice, distilled once, two losses of two seeds
     with pytest.raises(ValueError, match='image_size 16 there, 24 here'): distill(images, **args | dict(size=24))
 
 
@@ -119,7 +119,7 @@ def test_a_run_that_is_stopped_loses_nothing(images, tmp_path, monkeypatch):
     monkeypatch.setattr(Study, 'train', stopped)
     with pytest.raises(KeyboardInterrupt): distill(images, **args)
     files = {f.name for f in (tmp_path/'out').iterdir()}
-    assert files=={'plan.json', 'teacher.pth', 'teacher.pkl', 'runs.csv', 'students'}
+    assert files=={'plan.json', 'teacher.pth', 'teacher.pkl', 'log.csv', 'students'}
     assert load_learner(tmp_path/'out'/'teacher.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
     exp = distill(images, **args)
     assert [o[0] for o in calls]==['alone', 'distilled', 'distilled']

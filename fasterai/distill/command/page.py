@@ -147,7 +147,7 @@ def _counts(exp):
 _of_seed = ("The table and all below it are of the seed with the median difference, its test over images; "
             "what is said above is over seeds.")
 
-# %% ../../../nbs/distill/command/page.ipynb #efb0b310
+# %% ../../../nbs/distill/command/page.ipynb #05837a9d
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
@@ -155,11 +155,11 @@ def write_report(
     notes=(),            # Warnings that are to stand on it
 ):
     """Write to `out` the best student (`student.pth`; `student.pkl` for `load_learner`; `student.json`, how an image
-    has to come to it), `table.csv` and `seeds.csv`, and then `report.html` with its plots and `report.csv`"""
+    has to come to it), `table.csv` and `runs.csv`, and then `report.html` with its plots and `report.csv`"""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _save_student(exp, out)
-    for name,table in dict(table=exp.table(), seeds=exp.runs).items():
+    for name,table in dict(table=exp.table(), runs=exp.runs).items():
         with whole_file(out/f'{name}.csv') as f: f.write(table.to_csv(index=False).encode())
     with tempfile.TemporaryDirectory(dir=out, prefix='.') as tmp:
         _save_page(exp, Path(tmp), settings, notes)

@@ -97,7 +97,7 @@ def train_teacher(self:Experiment,
     with quiet(learn): fit_one_cycle(learn, epochs, ticks)
     ticks.close()
 
-# %% ../../../nbs/distill/study/experiment.ipynb #684792f9
+# %% ../../../nbs/distill/study/experiment.ipynb #67c94200
 @patch
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
@@ -112,7 +112,7 @@ def run(self:Experiment,
 @patch
 def _new_study(self:Experiment):
     folder = self.folder and Path(self.folder)
-    kept = dict(path=folder/'runs.csv', keep=folder/'students') if folder else dict(keep=True)
+    kept = dict(path=folder/'log.csv', keep=folder/'students') if folder else dict(keep=True)
     return Study(self.learner, dict(alone=None, **self.arms), **kept)
 
 @patch

@@ -126,3 +126,10 @@ def test_an_ensemble_averages_what_the_task_predicts(lf, f):
     def loss(pred, teacher_pred, **kw): seen.append(teacher_pred); return (pred-teacher_pred).abs().mean()
     learner(dls=dls, loss_func=lf).fit(1, cbs=KD([t1, t2], loss))
     torch.testing.assert_close(f(seen[0]), (f(t1.eval()(x))+f(t2.eval()(x)))/2, rtol=1e-4, atol=1e-5)
+
+
+def test_hyper_parameters_beside_the_loss_go_to_those_that_name_them():
+    kd = KD(net(2), ['DIST', SoftTarget], T=2.)
+    assert [o.hypers['T'] for o in kd.terms]==[2., 2.] and kd.replace(T=3.).terms[1].hypers['T']==3.
+    with pytest.raises(TypeError, match="unknown argument 'wieght'; did you mean 'weight'"):
+        KD(net(2), wieght=0.3)
