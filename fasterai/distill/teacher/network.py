@@ -207,11 +207,11 @@ def _start_again(self:Network):
     self.watch = watch
     self.to(device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #35885852
+# %% ../../../nbs/distill/teacher/network.ipynb #cbbf8f6a
 @patch
 def version(self:Network)->int:
     "A number that rises when the weights are found to have changed; 0 for a network that accelerate has placed"
-    if is_placed(self.source): return 0
+    if self.watch is None and is_placed(self.source): return 0
     if self.watch is None: self._watch()
     if not self.watch.values:
         self.watch.values = True

@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #4e7e6ffd
+# %% ../../../nbs/distill/training/session.ipynb #d641b343
 from contextlib import ExitStack
 from functools import partial
 
 import torch
 from fastai.callback.rnn import ModelResetter, RNNCallback
-from fastai.torch_core import apply, find_bs
+from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from torch import distributed as dist, nn
 
 from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
-from ..layers.capture import tensors_in
 from ..layers.names import unwrap
-from ..teacher.protocol import accepted, named, shared_with
+from ..teacher.protocol import accepted, asking, refuse_shared
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
 from .learned import remember
-from .lesson import facts_for, full_precision, mask_of, target_of, weighted_sum
+from .lesson import (
+    detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, target_of)
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -94,7 +94,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #6a4da8a8
+# %% ../../../nbs/distill/training/session.ipynb #7d349bac
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -108,17 +108,10 @@ def meet(self:Session, record:bool=True):
     if kd.eyes.shapes is not None or kd.teacher.learns is not None: self._join_optimizer()
 
 @patch
-def _refuse_shared(self:Session, student):
-    shared = shared_with(student, self.kd.teacher.models)
-    if not shared: return
-    raise ValueError(f"teacher and student share weights ({', '.join(shared[:3])}), so training would change the "
-                     "teacher: give it a model of its own, such as `copy.deepcopy` of the one that is frozen")
-
-@patch
 def _look_at(self:Session, model):
     "Eyes for this student; for another one than before, whatever learns begins anew"
-    self._refuse_shared(unwrap(model))
     kd,old = self.kd,self.kd.eyes
+    refuse_shared(model, kd.teacher.models)
     if old is not None and old.model is model: return
     same = old is not None and unwrap(old.model) is unwrap(model)
     if old is not None and not same: kd.restart()
@@ -135,14 +128,8 @@ def _begin_teacher(self:Session, record):
         teacher.begin(self.learn, **accepted(teacher.begin, offered))
         self._load_teacher()
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
-    self.ask = _asking(answer, question)
+    self.ask = asking(answer, question)
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
-
-def _asking(answer, question):
-    "A function of a batch's inputs and whatever else of the batch a teacher may name"
-    ask = partial(answer, **accepted(answer, question))
-    wanted = tuple(named(answer, dict(pred=None, target=None)))
-    return lambda xb, **batch: ask(*xb, **{k:batch[k] for k in wanted})
 
 @patch
 def _load_teacher(self:Session):
@@ -165,7 +152,7 @@ def _remember_learned(self:Session):
 @patch(as_prop=True)
 def root(self:Session): return self if self.outer is None else self.outer.root
 
-# %% ../../../nbs/distill/training/session.ipynb #4c5abf7e
+# %% ../../../nbs/distill/training/session.ipynb #fb07e7ac
 @patch
 def _join_optimizer(self:Session):
     "Let what learns beside the student train with its optimizer"
@@ -174,16 +161,11 @@ def _join_optimizer(self:Session):
     if root.fit is None or root.along and {*map(id, root.along.params)}=={*map(id, params)}: return
     root._leave_optimizer()
     if not params: return
-    root.along = TrainAlong(params, self._networks_along())
+    learns = self.kd.teacher.learns
+    root.along = TrainAlong(params, learns if isinstance(learns, nn.ModuleList) else ())
     self.learn.add_cb(root.along)
     root.fit.passing += [root.along, self.learn.opt]
     root.along.join()
-
-@patch
-def _networks_along(self:Session):
-    "Of what learns, the teacher's whole networks"
-    learns = self.kd.teacher.learns
-    return list(learns) if isinstance(learns, nn.ModuleList) else []
 
 @patch
 def _leave_optimizer(self:Session):
@@ -231,19 +213,19 @@ def _set_weight(self:Session):
     self.pct = round(learn.pct_train*steps)/steps
     self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
 
-# %% ../../../nbs/distill/training/session.ipynb #4240d88d
+# %% ../../../nbs/distill/training/session.ipynb #4715f6bc
 @patch
 def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     "Each loss on a batch, by its name; by what the teacher says, unless somebody else's logits are given"
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
     logits = self._logits(pred)
-    target = target_of(yb, self.learn.loss_func, _n_classes(logits), 'target' in recipe.needs)
+    target = target_of(yb, self.learn.loss_func, n_classes_of(logits), 'target' in recipe.needs)
     answer = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
     teacher_pred,fm_t = answer
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
-    device = _device_of(outputs).type
+    device = device_of(outputs).type
     with torch.autocast(device, enabled=False): return self._compare(full_precision(outputs), find_bs(xb))
 
 @patch
@@ -251,10 +233,6 @@ def _logits(self:Session, pred):
     recipe = self.kd.recipe
     if not recipe.needs & {'pred', 'target'}: return None
     return logits_of(pred, who='student') if recipe.select is None else recipe.select(pred)
-
-def _n_classes(logits): return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim>1 else 1
-
-def _device_of(outputs): return next(tensors_in(outputs)).device
 
 @patch
 def _compare(self:Session, outputs, n):
@@ -274,19 +252,14 @@ def _build_learned(self:Session, outputs):
     "Learned losses for maps of this size, and all that learns into the optimizer"
     kd = self.kd
     for o in kd.recipe.terms:
-        if hasattr(o.base, 'build'): o.base.build(**kd.eyes.adapted(o, _detached(outputs)))
-        if isinstance(o.base, nn.Module): o.base.to(_device_of(outputs))
+        if hasattr(o.base, 'build'): o.base.build(**kd.eyes.adapted(o, detached(outputs)))
+        if isinstance(o.base, nn.Module): o.base.to(device_of(outputs))
     if kd.loading is not None:
         nn.ModuleDict(kd.learns_itself).load_state_dict(kd.loading)
         kd.loading = None
     self._join_optimizer()
 
-def _detached(outputs):
-    "`outputs` cut off the student's graph"
-    def cut(o): return o.detach() if isinstance(o, torch.Tensor) else o
-    return {k: apply(cut, v) for k,v in outputs.items()}
-
-# %% ../../../nbs/distill/training/session.ipynb #d283bd86
+# %% ../../../nbs/distill/training/session.ipynb #cc74d9db
 @patch
 def teach(self:Session):
     "Add what the teacher says about the batch in hand to the loss that is backpropagated, and write both down"
@@ -311,22 +284,13 @@ def _task_alone(self:Session, task):
 
 @patch
 def _mix(self:Session, task, distill, xb):
-    learn,loss = self.learn,self._mixed(task, distill)
+    learn,loss = self.learn,mixed(task, distill, self.kd.recipe, self.weight)
     if loss is None: return
     learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
     learn.loss = loss.detach().clone()
     if task is None: learn.yb = xb[:1]
 
-@patch
-def _mixed(self:Session, task, distill):
-    "The losses in one, by their weights; None where there is nothing to learn by"
-    recipe,w = self.kd.recipe,self.weight
-    task_weight = 1-w if recipe.task_weight is None else recipe.task_weight
-    taught = weighted_sum(distill, [o.weight for o in recipe.terms])
-    loss = weighted_sum([task, taught], [task_weight, w])
-    return 0*task if loss is None and task is not None else loss
-
-# %% ../../../nbs/distill/training/session.ipynb #41673a99
+# %% ../../../nbs/distill/training/session.ipynb #53ec669c
 @patch
 def _add_own_loss(self:Session):
     "Backpropagate what the teacher itself learns by; the loss that is shown stays the student's"
@@ -344,7 +308,7 @@ def _as_student(kd,
     pred = full_precision(pred)
     task = learn.loss_func(pred, *yb).as_subclass(torch.Tensor) if len(yb) else None
     parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
-    return session._mixed(task, list(parts.values()))
+    return mixed(task, list(parts.values()), kd.recipe, session.weight)
 
 # %% ../../../nbs/distill/training/session.ipynb #6f972aae
 @patch
