@@ -52,7 +52,7 @@ def published(s):
     where = dict.fromkeys(['Attention', 'NST'], s.stages) | {'FitNet': s.hint}
     found = {}
     for name,info in catalogue.items():
-        if info.kind in ('embedding', 'learned'): continue
+        if info.kind not in ('prediction', 'map', 'relation'): continue
         layers = where.get(name, s.last) if 'fm_s' in info.needs else None
         found[name] = recipe_of(name) | dict(activations_student=layers)
     found['DecoupledKD']['loss'] = partial(DecoupledKD, T=4, beta=s.beta)  # by the pair of networks

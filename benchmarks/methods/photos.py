@@ -136,4 +136,4 @@ def run():
         'all 1,000 labels': way(on_labels),
         'probe of a random network': way(untrained),
         'embeddings, then a probe': way(on_embeddings)}
-    return study('photos', student, arms, fit=fit, baseline='alone').run(20, seeds=3)
+    return study('photos', student, arms, fit=fit, baseline='alone').run(20, seeds=5)

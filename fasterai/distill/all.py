@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #46fb0388
+# %% ../../nbs/distill/all.ipynb #33c77d50
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
@@ -15,9 +15,7 @@ from .loss.embeddings import NoTask, Projected
 from .loss.consistency import Consistency
 from .loss.generalized import GeneralizedDistillation
 from .loss.teacherless import ClassMates, VirtualTeacher
-from .loss.tokens import TokenKD
-from .loss.transformers import (AttentionScores, HiddenCosine, HiddenStates, Relations, ViTKD,
-                                                split_qkv)
+from .loss.transformers import HiddenStates, ViTKD, split_qkv
 from .methods.assistants import assistants
 from .methods.exits import DeepSupervision
 from .methods.fixmatch import StrongView, fixmatch

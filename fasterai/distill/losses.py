@@ -6,9 +6,10 @@
 __all__ = ['available_losses', 'catalogue', 'recipe_of', 'standardize', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD',
            'RLD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking', 'Cosine', 'Embedding', 'Affinity',
            'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST', 'RKDDistance',
-           'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG', 'ConfidentTeachers', 'DeepMutualLearning', 'several']
+           'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG', 'TokenKD', 'Relations', 'AttentionScores', 'HiddenCosine',
+           'ConfidentTeachers', 'DeepMutualLearning', 'several']
 
-# %% ../../nbs/distill/losses.ipynb #07a892de
+# %% ../../nbs/distill/losses.ipynb #396c3b27
 from .loss.catalogue import available_losses, catalogue, recipe_of
 from .loss.embeddings import Affinity, Cosine, Embedding
 from .loss.logits import *
@@ -16,11 +17,14 @@ from .loss.maps import *
 from .loss.refined import RLD
 from .loss.relations import *
 from .loss.several import ConfidentTeachers, DeepMutualLearning, several
+from .loss.tokens import TokenKD
+from .loss.transformers import AttentionScores, HiddenCosine, Relations
 
-# %% ../../nbs/distill/losses.ipynb #ebd6d744
+# %% ../../nbs/distill/losses.ipynb #1b3c2f01
 _all_ = ['available_losses', 'catalogue', 'recipe_of', 'standardize',
          'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'RLD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD',
          'Ranking', 'Cosine', 'Embedding', 'Affinity',
          'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST',
          'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG',
+         'TokenKD', 'Relations', 'AttentionScores', 'HiddenCosine',
          'ConfidentTeachers', 'DeepMutualLearning', 'several']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'catalogue', 'LossInfo', 'available_losses', 'recipe_of', 'loss_by_name']
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #3639341a
+# %% ../../../nbs/distill/loss/catalogue.ipynb #c66ea7b5
 import inspect
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,9 +23,11 @@ from .maps import *
 from .refined import RLD
 from .relations import *
 from .learned import VID, CRD, ReviewKD, OFD
+from .tokens import TokenKD
+from .transformers import AttentionScores, HiddenCosine, HiddenStates, Relations, ViTKD
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #7bdab574
-KINDS = 'prediction','embedding','map','relation','learned'
+# %% ../../../nbs/distill/loss/catalogue.ipynb #4cd700f2
+KINDS = 'prediction','embedding','map','relation','token','learned'
 
 @dataclass(frozen=True, eq=False)
 class LossInfo:
@@ -62,11 +64,11 @@ def make(self:LossInfo,
     if self.kind=='learned': return self.loss(**hypers)
     return partial(self.loss, **hypers) if hypers else self.loss
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #715fa8c3
+# %% ../../../nbs/distill/loss/catalogue.ipynb #c00d12cb
 _both = 'digits','cifar10_small'
 _compared = 'prediction','map','relation'
 _prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in _compared)
-_embedding,_learned = (partial(LossInfo, kind=o) for o in ('embedding', 'learned'))
+_embedding,_token,_learned = (partial(LossInfo, kind=o) for o in ('embedding', 'token', 'learned'))
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #e2b5d6d1
 _predictions = [
@@ -120,7 +122,18 @@ _relations = [
     _relation(IRG, 'Liu et al.', 'CVPR 2019', None, 1, 'KD-Zoo', hypers=dict(vertex=0.1, edge=5., transform=5.),
               note='0.005 (authors)')]
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #33244093
+# %% ../../../nbs/distill/loss/catalogue.ipynb #f0eedd17
+_tokens = [
+    _token(TokenKD, 'Agarwal et al. (GKD)', 'ICLR 2024', '2306.13649', 1, 'TRL', hypers=dict(kind='jsd', beta=0.5),
+           note='over the tokens of an answer'),
+    _token(Relations, 'Wang et al. (MiniLM v2)', 'Findings of ACL 2021', '2012.15828', 1, 'authors',
+           note='at one layer; heads=48 for base models, 64 for large ones'),
+    _token(AttentionScores, 'Jiao et al. (TinyBERT)', 'Findings of EMNLP 2020', '1909.10351', 1, 'authors',
+           note='with HiddenStates at first, predictions in a training after that'),
+    _token(HiddenCosine, 'Sanh et al. (DistilBERT)', '2019', '1910.01108', 1, 'authors', 2,
+           note='beside 5 of TokenKD at T=2')]
+
+# %% ../../../nbs/distill/loss/catalogue.ipynb #881f2811
 _learned_losses = [
     _learned(VID, 'Ahn et al.', 'CVPR 2019', '1904.05835', 1, 'RepDistiller'),
     _learned(CRD, 'Tian et al.', 'ICLR 2020', '1910.10699', 0.8, 'authors', note='the pooled features'),
@@ -128,19 +141,21 @@ _learned_losses = [
     _learned(OFD, 'Heo et al.', 'ICCV 2019', '1904.01866', 1, 'authors', hypers=dict(scale=1e-3),
              note='scale=1e-4 on ImageNet'),
     _learned(Queue, 'Fang et al. (SEED)', 'ICLR 2021', '2101.04731', 1, 'lightly-train', hypers=dict(T=0.07),
-             note='T=0.2, T_teacher=0.0001 and size=65536 (authors)')]
+             note='T=0.2, T_teacher=0.0001 and size=65536 (authors)'),
+    _learned(HiddenStates, 'Jiao et al. (TinyBERT)', 'Findings of EMNLP 2020', '1909.10351', 1, 'authors'),
+    _learned(ViTKD, 'Yang et al.', 'CVPR Workshops 2024', '2209.02432', 1, 'authors')]
 
-_all_kinds = [*_predictions, *_embeddings, *_maps, *_relations, *_learned_losses]
+_all_kinds = [*_predictions, *_embeddings, *_maps, *_relations, *_tokens, *_learned_losses]
 catalogue = MappingProxyType({o.name:o for o in _all_kinds})
 
-# %% ../../../nbs/distill/loss/catalogue.ipynb #8afd9dec
+# %% ../../../nbs/distill/loss/catalogue.ipynb #161e9351
 def available_losses(
-    kind:str=None, # One of `KINDS`; None: all that are functions, so all but 'learned'
+    kind:str=None, # One of `KINDS`; None: the functions for any network, so all but 'token' and 'learned'
     like:str='*'   # Pattern with `*` and `?`, such as '*KD'; upper and lower case alike
 )->list[str]:
     "Names of the losses (`standardize`, which makes one of another, aside). ValueError for an unknown kind"
     if kind not in (None, *KINDS): raise ValueError(unknown_name('kind', kind, KINDS))
-    infos = [o for o in catalogue.values() if o.kind==kind or kind is None and o.kind!='learned']
+    infos = [o for o in catalogue.values() if o.kind==kind or kind is None and o.kind not in ('token', 'learned')]
     return [o.name for o in infos if fnmatchcase(o.name.lower(), like.lower())]
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #5c074254

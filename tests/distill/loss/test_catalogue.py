@@ -19,11 +19,11 @@ results = Path(__file__).parents[3]/'benchmarks'/'results'
 def test_every_loss_has_an_entry():
     of_stacks = {'ConfidentTeachers', 'DeepMutualLearning'} # which ask for the answers of several networks
     functions = {n for n in L.__all__ if n[0].isupper()} - of_stacks
-    modules = {n for n in learned.__all__ if n!='LearnedLoss'} | {'Queue'}
-    assert set(catalogue)==functions | modules and len(functions)==28 and len(modules)==5
-    assert available_losses()==[o for o in catalogue if o in functions]
+    modules = {n for n in learned.__all__ if n!='LearnedLoss'} | {'Queue', 'HiddenStates', 'ViTKD'}
+    assert set(catalogue)==functions | modules and len(functions)==32 and len(modules)==7
+    assert available_losses()+available_losses('token')==[o for o in catalogue if o in functions]
     assert set(available_losses('learned'))==modules
-    assert [len(available_losses(k)) for k in KINDS]==[12, 3, 7, 6, 5]
+    assert [len(available_losses(k)) for k in KINDS]==[12, 3, 7, 6, 4, 7]
 
 
 @pytest.mark.parametrize('info', catalogue.values(), ids=lambda o: o.name)
