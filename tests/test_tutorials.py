@@ -21,7 +21,7 @@ def data(tmp_path_factory):
     home,rng = tmp_path_factory.mktemp('fastai'),np.random.default_rng(0)
     pets,camvid = (home/'data'/n for n in ('oxford-iiit-pet', 'camvid_tiny'))
     for d in (pets/'images', camvid/'images', camvid/'labels'): d.mkdir(parents=True)
-    for i in range(48): _picture(rng, 96, 80, i%2).save(pets/'images'/f"{('Birman', 'beagle')[i%2]}_{i}.jpg")
+    for i in range(160): _picture(rng, 96, 80, i%2).save(pets/'images'/f"{('Birman', 'beagle')[i%2]}_{i}.jpg")
     (camvid/'codes.txt').write_text('Sky\nRoad\nVoid\n')
     for i in range(16):
         _picture(rng, 64, 48, i%2).save(camvid/'images'/f'f{i:02}.png')
