@@ -1979,6 +1979,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fasterai/distill/study/sweep.py'),
                                               'fasterai.distill.study.sweep._text': ( 'distill/study/sweep.html#_text',
                                                                                       'fasterai/distill/study/sweep.py'),
+                                              'fasterai.distill.study.sweep._ticks_at': ( 'distill/study/sweep.html#_ticks_at',
+                                                                                          'fasterai/distill/study/sweep.py'),
                                               'fasterai.distill.study.sweep._values': ( 'distill/study/sweep.html#_values',
                                                                                         'fasterai/distill/study/sweep.py'),
                                               'fasterai.distill.study.sweep.sweep': ( 'distill/study/sweep.html#sweep',
