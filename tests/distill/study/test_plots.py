@@ -50,8 +50,8 @@ def axs(request):
 
 def _boxes(axis):
     low,high = sorted(axis.get_view_interval())
-    shown = [t for t in axis.get_major_ticks() if low<=t.get_loc()<=high and t.label1.get_visible() and t.label1.get_text()]
-    return [t.label1.get_window_extent() for t in shown]
+    labels = [t.label1 for t in axis.get_major_ticks() if low<=t.get_loc()<=high]
+    return [o.get_window_extent() for o in labels if o.get_visible() and o.get_text()]
 
 
 def test_labels_of_ticks_do_not_collide(axs):
