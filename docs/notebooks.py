@@ -102,6 +102,7 @@ def read_notebook(app, docname, source):
     nb = json.loads(source[0])
     for c in nb['cells']: c['source'] = ''.join(c['source'])
     nb['cells'] = list(_page(nb['cells'], docname))
+    nb['metadata']['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}  # which knows `!command`
     if docname==app.config.root_doc:
         nb['cells'].append(new_markdown_cell((Path(app.confdir)/'contents.md').read_text(encoding='utf-8')))
     source[0] = json.dumps(nb)

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
     for i in range(16):
         _picture(rng, 64, 48, i%2).save(camvid/'images'/f'f{i:02}.png')
         Image.fromarray(rng.integers(0, 3, (48, 64)).astype(np.uint8)).save(camvid/'labels'/f'f{i:02}_P.png')
-    for part,n in dict(training=32, testing=4).items():
+    for part,n in dict(training=14, testing=4).items():
         for digit in range(10):
             (mnist/part/f'{digit}').mkdir(parents=True)
             for i in range(n):
