@@ -1,4 +1,4 @@
-"The drawing of teacher and student: `python docs/drawing.py` writes `nbs/images/teaching.svg`, for light and dark pages"
+"Teacher and student, drawn: `python docs/drawing.py` writes `nbs/images/teaching.svg`, for light and dark pages"
 from pathlib import Path
 
 GREY,BLUE,ORANGE,GREEN = '#797979','#4a8fd4','#d9733a','#3f9f74'

@@ -1,9 +1,8 @@
-"""The list of a folder's pages, each with its line and a picture of its own: what stands for `% entries` in an `index.md`
+"""The list of a folder's pages, each with its line and a picture: what stands for `% entries` in an `index.md`
 
 The picture is the first of the stored outputs that is not much wider than high; pages without one get the drawing of
 teacher and student."""
 import base64, html, json, re, shutil, struct
-from pathlib import Path
 
 DRAWING = 'teaching.svg'
 
