@@ -34,6 +34,7 @@ toc_object_entries = False
 html_theme = 'pydata_sphinx_theme'
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_favicon = '_static/favicon.svg'
 mathjax_path = 'tex-svg.js'  # MathJax 3.2.2, Apache 2.0; here so that the site needs no other host
 html_copy_source = html_show_sourcelink = False
 html_baseurl = settings['doc_url']

@@ -1,13 +1,16 @@
 "Sphinx extension: exported cells become API entries, parameters tables, and names in backticks links"
-import ast, inspect, json, re
+import ast, base64, inspect, io, json, re
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 from docutils import nodes
+from entries import with_entries, write_pictures
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 from nbformat.v4 import new_markdown_cell
+from PIL import Image
 from sphinx.util.nodes import make_refnode
 
 root = Path(__file__).parent.parent
@@ -58,6 +61,7 @@ def _page(cells, docname):
             continue
         if c['cell_type']=='code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
         if found.get('echo:')=='echo: false': c['metadata']['tags'] = ['remove-input']
+        if any(map(_drawn_on_white, c.get('outputs', ()))): c['metadata']['mystnb'] = {'image': {'classes': 'on-white'}}
         yield c
         if c is not cells[0]: continue
         if modname: yield _rst_cell(f'.. py:module:: {modname}')
@@ -71,11 +75,34 @@ def _is_noise(out):
     html = ''.join(out.get('data', {}).get('text/html', '-'))
     return '<progress' in html or not re.sub(r'<style>.*?</style>', '', html, flags=re.S).strip()
 
+def on_white(png):
+    "Is a picture opaque, with a white edge? Dark pages turn such ones around"
+    a = np.asarray(Image.open(io.BytesIO(png)).convert('RGBA')).astype(int)
+    edge = np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]])
+    return bool((edge.min(1)>240).mean()>0.9)
+
+def _drawn_on_white(out):
+    png = out.get('data', {}).get('image/png')
+    return png is not None and on_white(base64.b64decode(''.join(png)))
+
+def read_index(app, docname, source):
+    "Lists of pages with their pictures"
+    if docname.endswith('/index'): source[0] = with_entries(source[0], _folder(app, docname), on_white)
+
+def _folder(app, docname): return Path(app.srcdir)/Path(docname).parent
+
+def write_entries(app, exc):
+    "The lists' pictures"
+    if exc or app.builder.name!='html': return
+    folders = [_folder(app, d) for d in app.env.found_docs if d.endswith('/index')]
+    write_pictures(folders, Path(app.outdir)/'_static'/'entries', Path(app.srcdir)/'images')
+
 def read_notebook(app, docname, source):
     if app.env.doc2path(docname).suffix!='.ipynb': return
     nb = json.loads(source[0])
     for c in nb['cells']: c['source'] = ''.join(c['source'])
     nb['cells'] = list(_page(nb['cells'], docname))
+    nb['metadata']['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}  # which knows `!command`
     if docname==app.config.root_doc:
         nb['cells'].append(new_markdown_cell((Path(app.confdir)/'contents.md').read_text(encoding='utf-8')))
     source[0] = json.dumps(nb)
@@ -175,7 +202,9 @@ def _as_markdown(c):
 
 def setup(app):
     app.connect('source-read', read_notebook)
+    app.connect('source-read', read_index)
     app.connect('autodoc-process-docstring', add_docments)
     app.connect('doctree-resolved', link_names)
     app.connect('build-finished', write_markdown)
+    app.connect('build-finished', write_entries)
     return dict(parallel_read_safe=True, parallel_write_safe=True)

@@ -127,24 +127,45 @@ def test_every_module_has_its_page(site):
         assert 'Docs:' not in m.__doc__, m
 
 
+def test_lists_of_pages_have_a_picture_for_each(site):
+    for folder in ('tutorials', 'howto', 'families'):
+        page = (site/folder/'index.html').read_text(encoding='utf-8')
+        entries = re.findall(r'<a class="entry" href="([\w.]+)"><span class="pic"><img src="([^"]+)"', page)
+        files = {f.stem for f in (root/'nbs'/folder).iterdir() if f.suffix in ('.ipynb', '.md')} - {'index'}
+        assert {Path(href).stem for href,_ in entries}==files
+        assert all((site/folder/src).resolve().exists() for _,src in entries)
+        assert sum(src.endswith('.png') for _,src in entries)>=len(entries)-3
+
+
+def test_the_drawing_is_what_its_code_draws(monkeypatch):
+    monkeypatch.syspath_prepend(root/'docs')
+    drawn = (root/'nbs'/'images'/'teaching.svg').read_text(encoding='utf-8')
+    assert import_module('drawing').drawing()==drawn
+
+
 # A browser looks at the pages in frames of a desktop's and a phone's width, in both themes, and writes what it finds
-# into this page
+# into this page. The report of the command is among them: it follows the reader's browser
 
 _probe = '''<body><script>
 const wait = ms => new Promise(r => setTimeout(r, ms))
 async function look(url, width, theme) {
   localStorage.setItem('mode', theme); localStorage.setItem('theme', theme)
-  const f = document.createElement('iframe'); f.width = width; f.height = 900; f.src = url; document.body.append(f)
+  const f = document.createElement('iframe'); f.width = width; f.height = 900; f.src = url
+  f.style.colorScheme = theme; document.body.append(f)
   await new Promise(r => f.onload = r); await wait(700)
   const d = f.contentDocument, r = d.documentElement
   const found = d.querySelectorAll('#search-results li').length
+  const all = d.querySelector('.bd-article') || d.body
   const boxed = e => {
-    for (let p = e.parentElement; p && !p.matches('.bd-article'); p = p.parentElement)
+    for (let p = e.parentElement; p && p!==all; p = p.parentElement)
       if (/auto|scroll/.test(getComputedStyle(p).overflowX)) return true }
   const wide = e => e.getBoundingClientRect().right > r.clientWidth+1 && !boxed(e)
-  const loose = [...d.querySelectorAll('.bd-article *')].filter(wide).length
+  const loose = [...all.querySelectorAll('*')].filter(wide).length
+  const rgb = getComputedStyle(d.body).color.match(/\\d+/g).slice(0, 3).map(Number)
+  const text = (rgb[0]+rgb[1]+rgb[2])/3 > 128 ? 'dark' : 'light'
+  const blank = [...d.images].filter(i => i.loading!='lazy' && !(i.complete && i.naturalWidth)).length
   const formulas = d.querySelectorAll('mjx-container').length
-  const row = [url, width, theme, r.dataset.theme, r.scrollWidth-r.clientWidth+loose, found, formulas].join(' ')
+  const row = [url, width, theme, text, r.scrollWidth-r.clientWidth+loose, found, formulas, blank].join(' ')
   f.remove(); return row }
 (async () => { const rows = []
   for (const url of PAGES) for (const width of [1440, 390])
@@ -154,10 +175,22 @@ async function look(url, width, theme) {
 
 chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
+@pytest.fixture(scope='module')
+def report(site):
+    "The report of a short run of the command, served beside the site"
+    command,out = Path(sys.executable).parent/'fasterai_distill',site/'_report'
+    short = ['--epochs', '1', '--teacher-epochs', '1', '--seeds', '2', '--quick', '--out', out]
+    r = subprocess.run([command, *short], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    yield '_report/report.html'
+    shutil.rmtree(out)
+
+
 @pytest.mark.skipif(chromium is None, reason='no browser')
-def test_in_a_browser(site, tmp_path):
-    seen = ['index.html', 'tutorials/quick_start.html', 'howto/pair_layers.html', 'tutorials/theory.html',
-            'distill/loss/logits.html', 'distill/distillation_callback.html', 'search.html?q=temperature']
+def test_in_a_browser(site, report, tmp_path):
+    seen = ['index.html', 'tutorials/index.html', 'tutorials/quick_start.html', 'tutorials/command.html',
+            'howto/pair_layers.html', 'tutorials/theory.html', 'distill/loss/logits.html',
+            'distill/distillation_callback.html', 'search.html?q=temperature', report]
     (site/'probe.html').write_text(_probe.replace('PAGES', str(seen)))
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
@@ -179,4 +212,5 @@ def test_in_a_browser(site, tmp_path):
     assert not (wide := [o for o in rows if int(o[4])>0]), f'wider than the window: {wide}'
     assert all(int(o[5])>5 for o in rows if 'search' in o[0]), rows
     assert all(int(o[6])>0 for o in rows if 'loss/' in o[0]), rows
+    assert not (blank := [o for o in rows if int(o[7])>0]), f'pictures that do not show: {blank}'
     assert not [l for l in r.stderr.splitlines() if 'CONSOLE' in l and re.search('Uncaught|Error|Failed', l)]

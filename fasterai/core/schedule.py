@@ -16,7 +16,7 @@ from fastai.callback.schedule import sched_cos, sched_lin
 
 from .names import unknown_name
 
-# %% ../../nbs/core/schedule.ipynb #6ca8549a
+# %% ../../nbs/core/schedule.ipynb #4ddbb6a3
 @dataclass(frozen=True)
 class Schedule:
     """A curve over the training's progress; immutable and stateless. Raises ValueError unless
@@ -49,8 +49,8 @@ class Schedule:
     ):
         "Draw the curve over the training; returns the axes"
         if ax is None:
-            import matplotlib.pyplot as plt
-            ax = plt.subplots(figsize=(4, 2.5), layout='constrained')[1]
+            from fasterai.core.plots import new_axes # matplotlib takes its time
+            ax = new_axes(size=(4, 2.5))[0,0]
         pcts = [i/(n-1) for i in range(n)]
         ax.plot(pcts, [self.progress(p) for p in pcts], **kwargs)
         ax.set(xlabel='share of the training', ylabel='value')

@@ -191,6 +191,24 @@ def loss_names(self:KnowledgeDistillationCallback)->list[str]:
     if len(self.terms)==1: return ['task_loss', 'distill_loss']
     return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
 
+# %% ../../nbs/distill/distillation_callback.ipynb #f2e84793
+@patch(as_prop=True)
+def activations_student(self:KnowledgeDistillationCallback)->list:
+    "The student's layers, in the order of the pairs; None for losses that compare no maps"
+    return list(self.recipe.layers_s) or None if self.recipe else None
+
+@patch(as_prop=True)
+def activations_teacher(self:KnowledgeDistillationCallback)->list:
+    "The teacher's layers, in the order of the pairs; None for losses that compare no maps"
+    return list(self.recipe.layers_t) or None if self.recipe else None
+
+@patch(as_prop=True)
+def current_weight(self:KnowledgeDistillationCallback)->float:
+    "Of the distillation: in a fit the one in force, after it the last one, before any the full one"
+    if self.session: return self.session.weight
+    if self.log is not None and len(self.log.history): return float(self.log.history.weight.iloc[-1])
+    return float(self.recipe.weight) if self.recipe else 0.
+
 # %% ../../nbs/distill/distillation_callback.ipynb #d828cc3e
 @patch(as_prop=True)
 def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:

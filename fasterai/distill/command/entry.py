@@ -51,21 +51,15 @@ def fasterai_distill(
     except (ValueError, TypeError, OSError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
     carry_out(*job)
 
-# %% ../../../nbs/distill/command/entry.ipynb #742a5ad0
+# %% ../../../nbs/distill/command/entry.ipynb #3bc29836
 def loss_names()->list[str]:
-    "Names of all losses, without importing them"
-    folder = Path(find_spec('fasterai.distill.loss').origin).parent
-    found = {n for f in sorted(folder.glob('*.py')) for n in _all_of(f)}
-    return sorted(n for n in found if n[0].isupper() and not n.isupper() or n in _ABBREVIATED)
+    "Names of the losses that have a recipe, without importing them"
+    source = Path(find_spec('fasterai.distill.loss').origin).parent/'catalogue.py'
+    calls = [n for n in ast.walk(ast.parse(source.read_text(encoding='utf-8'))) if isinstance(n, ast.Call)]
+    entries = [c.args[0] for c in calls if getattr(c.func, 'id', '') in _ENTRIES and c.args]
+    return sorted(o.id for o in entries if isinstance(o, ast.Name))
 
-_ABBREVIATED = 'CC','CRD','CWD','DIST','IRG','NKD','NST','OFD','PKT','RKD','RLD','TTM','VID','WTTM'
-
-def _all_of(file):
-    "Its `__all__`"
-    for node in ast.parse(file.read_text(encoding='utf-8')).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '')=='__all__':
-            return ast.literal_eval(node.value)
-    return []
+_ENTRIES = '_prediction','_map','_relation','_embedding','_learned'
 
 # %% ../../../nbs/distill/command/entry.ipynb #d71bec06
 def _plain(o):

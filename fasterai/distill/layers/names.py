@@ -36,12 +36,14 @@ def is_compiled(
     "Has `torch.compile` had a hand in it?"
     return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
 
-# %% ../../../nbs/distill/layers/names.ipynb #065beb69
+# %% ../../../nbs/distill/layers/names.ipynb #6ca5b0e8
 def get_model_layers(
-    model:nn.Module, # Any model
-)->list[str]:
+    model:nn.Module,           # Any model
+    get_layer_repr:bool=False, # A dict of name to `repr`, instead of the names alone?
+)->list[str]|dict[str, str]:
     "Dotted names of all submodules, outer before inner"
-    return [n for n,_ in unwrap(model).named_modules(remove_duplicate=False) if n]
+    named = {n:m for n,m in unwrap(model).named_modules(remove_duplicate=False) if n}
+    return {n:repr(m) for n,m in named.items()} if get_layer_repr else list(named)
 
 # %% ../../../nbs/distill/layers/names.ipynb #cf7b62a5
 def get_module_by_name(

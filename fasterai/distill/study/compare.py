@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'plot_compare', 'attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']
 
-# %% ../../../nbs/distill/study/compare.ipynb #26a39904
+# %% ../../../nbs/distill/study/compare.ipynb #4798cb0e
 from contextlib import contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from fastai.learner import AvgMetric, Learner, mk_metric, replacing_yield
 from fastai.torch_core import apply, to_detach
 from fastcore.basics import noop, tuplify
 from fastcore.foundation import L
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import nn
 
 from ...core.names import unknown_name
@@ -319,7 +320,7 @@ def compare(
 _labels = dict(latency_ms='latency of one sample (ms)', size_mb='size on disk (MB)', params='parameters',
                macs='multiply-adds', peak_mb='memory (MB)', throughput='samples per second')
 
-# %% ../../../nbs/distill/study/compare.ipynb #b8420137
+# %% ../../../nbs/distill/study/compare.ipynb #851e8527
 def plot_compare(
     table:Comparison,      # From `compare`, with costs
     metric:str=None,       # Name of a metric; None: the first
@@ -334,6 +335,8 @@ def plot_compare(
     for ax,c in zip(axs, costs):
         for i,(name,r) in enumerate(table.iterrows()): _point(ax, r, c, metric, name, i, name==table.attrs['teacher'])
         ax.set(xlim=(0, 1.1*table[c].max()), xlabel=_labels.get(c, c), ylabel=metric if ax is axs[0] else '')
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        if table[c].max()>=1e3: ax.xaxis.set_major_formatter(EngFormatter(sep=''))
         ax.grid(True, axis='y')
     with look(): axs[-1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
     return axs

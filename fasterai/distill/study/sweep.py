@@ -153,7 +153,7 @@ def plot(self:Sweep,
         with look(): ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
     return axs
 
-# %% ../../../nbs/distill/study/sweep.ipynb #7e4d24af
+# %% ../../../nbs/distill/study/sweep.ipynb #f544bf1c
 def _lines(runs, others):
     "A line for each value of one other hyper-parameter; one in all if there are more"
     if len(others)!=1 or runs[others[0]].nunique()>len(COLORS): return [('distilled', runs)]
@@ -163,9 +163,16 @@ def _line(ax, runs, p, metric, color, label):
     by = runs.groupby(p, sort=False)[metric]
     mean = by.mean()
     x = mean.index
-    if pd.api.types.is_numeric_dtype(x): ax.set_xticks(x, [f'{o:g}' for o in x])
-    else: x = [plain(o) for o in x]
+    numeric = pd.api.types.is_numeric_dtype(x)
+    if not numeric: x = [plain(o) for o in x]
     ax.errorbar(x, mean, by.std().fillna(0), fmt='o-', capsize=3, color=color, label=plain(label))
+    if numeric: _ticks_at(ax, x)
+
+def _ticks_at(ax, x):
+    "Ticks at the values, by ratios if they are far apart, such as 1, 2, 4, 16"
+    if min(x)>0 and max(x)>=8*min(x): ax.set_xscale('log')
+    ax.set_xticks(x, [f'{o:g}' for o in x])
+    ax.minorticks_off()
 
 # %% ../../../nbs/distill/study/sweep.ipynb #c5d9066f
 def _level(ax, vals, name, style):

@@ -82,7 +82,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #9f8876ee
+# %% ../../../nbs/distill/teacher/facts.ipynb #d73b73dc
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -126,6 +126,7 @@ def _pick_classes(teacher, student):
 def _renormalize(teacher, student):
     t,s = teacher.normalize,student.normalize
     if t is None and s is not None:
+        if teacher==Facts(): return None,[] # of a bare network nothing is known
         return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
                      "tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or s is not None and _alike(t, s): return None,[]

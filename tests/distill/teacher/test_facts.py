@@ -56,6 +56,14 @@ def test_classes_are_put_in_the_students_order(theirs, capsys):
     assert "student's order" in repr(both)
 
 
+def test_of_a_bare_network_nothing_is_known_and_nothing_is_said(capsys):
+    dls = images(list('abc'), mean=0.5)
+    heard(model(3, 1), dls)
+    assert 'normalised' not in capsys.readouterr().out
+    heard(learner(model(3, 1), images(list('abc'))), dls)
+    assert "the teacher's data was not" in capsys.readouterr().out
+
+
 def test_the_same_classes_are_left_alone_and_nothing_is_said(capsys):
     net = model(3, 1)
     for x,z in heard(learner(net, images(list('abc'))), images(list('abc'))): torch.testing.assert_close(z, net(x))
