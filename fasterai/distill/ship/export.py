@@ -134,7 +134,7 @@ def _culprit(module, xb, error):
                 break
         else: return name,type(module).__name__,error
 
-# %% ../../../nbs/distill/ship/export.ipynb #718e4624
+# %% ../../../nbs/distill/ship/export.ipynb #10f3a991
 def _first_cause(e):
     "The first line of what an error goes back to"
     while e.__cause__ is not None: e = e.__cause__
@@ -145,8 +145,8 @@ def _cannot(shipped, xb, error):
     name,kind,error = _culprit(shipped.model, xb, error) if not shipped.views else ('', type(shipped.model).__name__,
                                                                                     error)
     where = f"its part {name!r}, a {kind}, is why" if name else f"the part is the {kind} as a whole"
-    return ValueError(f"the student cannot be written as ONNX; {where}: {_first_cause(error)}. Replace it, or write its "
-                      "forward with operations on tensors alone: torch.where instead of an `if` on values, no .item() "
+    return ValueError(f"the student cannot be written as ONNX; {where}: {_first_cause(error)}. Replace it, or write "
+                      "its forward with operations on tensors alone: torch.where instead of an `if` on values, no .item() "
                       "and no numpy, and sizes taken from the input. Nothing was written")
 
 # %% ../../../nbs/distill/ship/export.ipynb #9aa004c8

@@ -15,10 +15,10 @@ from torch import nn
 from .predictor import description_of, open_session
 from ..study.measure import latency_ms
 
-# %% ../../../nbs/distill/ship/onnx_file.ipynb #8883bdcc
+# %% ../../../nbs/distill/ship/onnx_file.ipynb #a20e18b3
 class OnnxFile(nn.Module):
-    """A network in an ONNX file, on the CPU. Raises ImportError without onnxruntime, FileNotFoundError without the file,
-    ValueError for what is no ONNX file"""
+    """A network in an ONNX file, on the CPU. Raises ImportError without onnxruntime, FileNotFoundError without the
+    file, ValueError for what is no ONNX file"""
     def __init__(self,
         path,              # The file's name
         threads:int=None,  # That compute one answer; None: as many as PyTorch uses now
