@@ -1571,6 +1571,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai/distill/ship/export.py'),
                                               'fasterai.distill.ship.export._is_batch': ( 'distill/ship/export.html#_is_batch',
                                                                                           'fasterai/distill/ship/export.py'),
+                                              'fasterai.distill.ship.export._is_layer': ( 'distill/ship/export.html#_is_layer',
+                                                                                          'fasterai/distill/ship/export.py'),
                                               'fasterai.distill.ship.export._of_one_size': ( 'distill/ship/export.html#_of_one_size',
                                                                                              'fasterai/distill/ship/export.py'),
                                               'fasterai.distill.ship.export._of_size': ( 'distill/ship/export.html#_of_size',

@@ -90,7 +90,7 @@ def _refuse_other_answers(data, module, xb, fixed=False):
         if not off<=1e-3*max(1, np.abs(wanted).max()): # NaN is refused too
             raise ValueError(f"for a batch of {len(batch[0])} its answers are off by {off:.2g}")
 
-# %% ../../../nbs/distill/ship/export.ipynb #56fb8605
+# %% ../../../nbs/distill/ship/export.ipynb #a48c0eda
 def _written(module, xb, names, opset=None, fixed=False):
     "The network as ONNX, tried"
     with torch.no_grad(), _without_chatter():
@@ -117,6 +117,8 @@ def _parts(module, seen, name=''):
         if child in seen: yield f'{name}{n}',child
         else: yield from _parts(child, seen, f'{name}{n}.')
 
+def _is_layer(m): return type(m).__module__.startswith('torch.nn') and not list(m.children())
+
 class _Alone(nn.Module):
     def __init__(self, part):
         super().__init__()
@@ -127,7 +129,7 @@ def _culprit(module, xb, error):
     "Name, type and error of the smallest part that cannot be written"
     name,seen = '',_seen_inputs(module, xb)
     while True:
-        for n,part in _parts(module, seen):
+        for n,part in sorted(_parts(module, seen), key=lambda o: _is_layer(o[1])): # PyTorch's own are rarely to blame
             try: _written(_Alone(part), seen[part], input_names(len(seen[part])))
             except Exception as e:
                 name,module,error = f'{name}.{n}'.strip('.'),part,e
