@@ -1529,6 +1529,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fasterai/distill/ship/describe.py'),
                                                 'fasterai.distill.ship.describe._picture': ( 'distill/ship/describe.html#_picture',
                                                                                              'fasterai/distill/ship/describe.py'),
+                                                'fasterai.distill.ship.describe._shortest': ( 'distill/ship/describe.html#_shortest',
+                                                                                              'fasterai/distill/ship/describe.py'),
                                                 'fasterai.distill.ship.describe._size_in_batch': ( 'distill/ship/describe.html#_size_in_batch',
                                                                                                    'fasterai/distill/ship/describe.py'),
                                                 'fasterai.distill.ship.describe._source': ( 'distill/ship/describe.html#_source',

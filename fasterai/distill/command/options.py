@@ -187,7 +187,7 @@ class Training:
     @property
     def rate(self)->float: return _first(self.lr, 1e-2 if self.digits else 1e-3)
 
-# %% ../../../nbs/distill/command/options.ipynb #50a63724
+# %% ../../../nbs/distill/command/options.ipynb #3e517b25
 @dataclass(frozen=True)
 class Plan:
     "What the command was asked to do"
@@ -203,8 +203,8 @@ class Plan:
            epochs=None, teacher_epochs=None, seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False,
            teacher_weights=None, trust_pickle=False, pretrained=None, quick=False, onnx=False, int8=False,
            out=None, workers=None):
-        """The plan of the command's arguments; ValueError for what no loss, network or training can be, ImportError where
-        a package is missing"""
+        """The plan of the command's arguments; ValueError for what no loss, network or training can be, ImportError
+        where a package is missing"""
         pictures = Pictures(None if path is None else str(path), size, bs, pattern, augment, workers)
         digits = pictures.digits
         weights = None if teacher_weights is None else str(teacher_weights)

@@ -139,7 +139,7 @@ def _counts(exp):
 _of_seed = ("The table and all below it are of the seed with the median difference, its test over images; "
             "what is said above is over seeds.")
 
-# %% ../../../nbs/distill/command/page.ipynb #3d3f4627
+# %% ../../../nbs/distill/command/page.ipynb #dbd345e9
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
@@ -148,7 +148,8 @@ def write_report(
     files:Files=Files(), # Which files for a device to write and check
 ):
     """Write to `out` the best student (`student.pth`; `student.pkl` for `load_learner`; `student.json`, how an image
-    has to come to it; its files for a device), `table.csv` and `runs.csv`, and then `report.html` with its plots and `report.csv`"""
+    has to come to it; its files for a device), `table.csv` and `runs.csv`, and then `report.html` with its plots and
+    `report.csv`"""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     checks,failed = checked_files(_save_student(exp, out), out, files)

@@ -89,7 +89,7 @@ def _tell_end(exp):
     yield ("The teacher is no better than the student alone: it has little to teach. "
            "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
-# %% ../../../nbs/distill/command/work.ipynb #2586bb4e
+# %% ../../../nbs/distill/command/work.ipynb #8763a5df
 def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     progress = True if sys.stdout.isatty() or 'ipykernel' in sys.modules else 'lines'
@@ -114,7 +114,8 @@ def _say(notes, lines):
 
 def _settings(exp, plan):
     "For the page"
-    said = {k:v for part in ('pictures', 'networks', 'training', 'files') for k,v in asdict(getattr(plan, part)).items()}
+    parts = (getattr(plan, part) for part in ('pictures', 'networks', 'training', 'files'))
+    said = {k:v for part in parts for k,v in asdict(part).items()}
     command = ' '.join(['fasterai_distill', *sys.argv[1:]]) if 'fasterai_distill' in sys.argv[0] else None
     shown = dict(command=command, **said, **{f'loss ({k})':v for k,v in _equations(exp).items()})
     return {k:v for k,v in shown.items() if v not in (None, False)}

@@ -47,7 +47,7 @@ class FileCheck:
     def _metric(self): return self.table.attrs['metrics'][0]
     def _row(self): return self.table.loc[self.name]
 
-# %% ../../../nbs/distill/ship/check.ipynb #2721cacf
+# %% ../../../nbs/distill/ship/check.ipynb #16fb9f29
 @patch
 def lines(self:FileCheck)->list:
     "The verdict, what it rests on, and the costs, in words"
@@ -57,11 +57,12 @@ def lines(self:FileCheck)->list:
 def verdict(self:FileCheck)->str:
     "Is the file as good as the student, as far as these samples can tell?"
     r,m = self._row(),self._metric()
-    if self.same==self.n: return f"{self.name} answers as the student does."
+    if self.same==self.n:
+        return f"{self.name} answers as the student does{', with other probabilities' if self.max_diff>1e-3 else ''}."
     if self.differs: return f"{self.name} is not as the student: its {m} differs by {r[f'{m}_diff']:+.4f}."
-    most = max(abs(r[f'{m}_diff_lo']), abs(r[f'{m}_diff_hi']))
-    return (f"No difference in {m} to the student could be shown; with {self.n} samples, one of more than {most:.4f} "
-            "is unlikely.")
+    most = max(abs(r[f'{m}_diff_lo']), abs(r[f'{m}_diff_hi'])) or 3/self.n # the rule of three, where none differs
+    return (f"{self.name}: no difference in {m} to the student could be shown; with {self.n} samples, one of more than "
+            f"{most:.4f} is unlikely.")
 
 @patch
 def _agreement(self:FileCheck):

@@ -79,7 +79,7 @@ def _way(dl):
     return steps,next((o for o in reversed(sizes.values()) if o), None),unknown + [
         type(f).__name__ for f in _fs(dl, 'before_batch')]
 
-# %% ../../../nbs/distill/ship/describe.ipynb #504f4e58
+# %% ../../../nbs/distill/ship/describe.ipynb #e13993e7
 def _source(ds, i):
     "What the predictor would be given for an item: the file, the picture, or an array"
     item = getattr(ds, 'items', None)
@@ -96,7 +96,7 @@ def _picture(learn, x):
     "How a picture becomes an input; None where that is not how inputs come about"
     ds,stats = learn.dls.valid.dataset,facts_of(learn).normalize
     with streams_kept(): first = ds[0][0]
-    mean,std = (None, None) if stats is None else [s.flatten().tolist() for s in stats]
+    mean,std = (None, None) if stats is None else [_shortest(s) for s in stats]
     how = dict(name='input', channels=x.shape[1], height=x.shape[2], width=x.shape[3], range=[0, 1], mean=mean, std=std,
                mode=None)
     if isinstance(first, Image.Image): how |= _of_picture(learn.dls.valid, first)
@@ -107,6 +107,8 @@ def _picture(learn, x):
     if error is not None and error<1e-3: return how
     if how['mode'] is None: return None
     return how | dict(mode=None, why='its transforms could not be repeated without fastai')
+
+def _shortest(t): return [float(f'{v:.7g}') for v in t.flatten().tolist()] # 0.485, not 0.48500001430511475
 
 def _of_picture(dl, first):
     steps,size,unknown = _way(dl)

@@ -136,7 +136,7 @@ def _culprit(module, xb, error):
                 break
         else: return name,type(module).__name__,error
 
-# %% ../../../nbs/distill/ship/export.ipynb #10f3a991
+# %% ../../../nbs/distill/ship/export.ipynb #90e1abfe
 def _first_cause(e):
     "The first line of what an error goes back to"
     while e.__cause__ is not None: e = e.__cause__
@@ -148,8 +148,8 @@ def _cannot(shipped, xb, error):
                                                                                     error)
     where = f"its part {name!r}, a {kind}, is why" if name else f"the part is the {kind} as a whole"
     return ValueError(f"the student cannot be written as ONNX; {where}: {_first_cause(error)}. Replace it, or write "
-                      "its forward with operations on tensors alone: torch.where instead of an `if` on values, no .item() "
-                      "and no numpy, and sizes taken from the input. Nothing was written")
+                      "its forward with operations on tensors alone: torch.where instead of an `if` on values, no "
+                      ".item() and no numpy, and sizes taken from the input. Nothing was written")
 
 # %% ../../../nbs/distill/ship/export.ipynb #9aa004c8
 def _calibration(learn, names, n, least=32):
