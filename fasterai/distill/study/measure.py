@@ -108,7 +108,7 @@ def latency_ms(
         times = timer.blocked_autorange(min_run_time=min_time).times
     return float(1e3*np.median(times)),float(1e3*np.quantile(times, 0.9))
 
-# %% ../../../nbs/distill/study/measure.ipynb #1665cc2b
+# %% ../../../nbs/distill/study/measure.ipynb #0a1080d3
 def model_cost(
     model:nn.Module,         # Any module; measured where it is
     x:torch.Tensor|tuple,    # A batch; a tuple for a model of several inputs
@@ -116,9 +116,10 @@ def model_cost(
     threads:int|None=None,   # CPU threads; None: as many as PyTorch uses now
 )->dict:
     """What `model` costs: `params`, `size_mb`, `macs` (of one sample), `latency_ms`, `latency_p90_ms` (one sample),
-    `batch_size`, `batch_ms`, `throughput` (samples per second at that size) and `peak_mb` (of the batch). Leaves
-    modes and buffers as they were; ValueError without a tensor in `x`"""
+    `batch_size`, `batch_ms`, `throughput` (samples per second at that size) and `peak_mb` (of the batch); of a module
+    with an `own_cost`, what that gives. Leaves modes and buffers as they were; ValueError without a tensor in `x`"""
     xs = _as_batch(model, x)
+    if hasattr(model, 'own_cost'): return model.own_cost(xs, min_time, threads)
     one,bs = tuple(t[:1] for t in xs),len(xs[0])
     latency,p90 = latency_ms(model, one, min_time, threads)
     batch_ms = latency_ms(model, xs, min_time, threads)[0]
