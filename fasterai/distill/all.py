@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #33c77d50
+# %% ../../nbs/distill/all.ipynb #9a99d41f
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
@@ -28,6 +28,9 @@ from .methods.online import OnlineDistillation
 from .methods.pseudo_labels import pseudo_labels
 from .methods.token import TokenDistillation
 from .methods.zero_shot import ZeroShot
+from .ship.check import check_file
+from .ship.export import Predictor, export_student
+from .ship.onnx_file import OnnxFile
 from .study.advice import suggest_weights
 from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
 from .study.experiment import Experiment
@@ -47,7 +50,7 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #d3b11865
+# %% ../../nbs/distill/all.ipynb #b85267a1
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
     'pretrained_teacher',
@@ -57,9 +60,9 @@ __all__ = [
     'MutualLearning', 'OnlineDistillation', 'SelfDistillation', 'DeepSupervision', 'ZeroShot',
     'born_again', 'assistants', 'which_teacher', 'mix_unlabelled', 'pseudo_labels', 'noisy_student',
     'Consistency', 'StrongView', 'fixmatch', 'GeneralizedDistillation',
-    'TokenDistillation', 'TokenKD', 'keep_layers', 'Relations', 'ViTKD', 'AttentionScores', 'HiddenStates',
-    'HiddenCosine', 'split_qkv',
+    'TokenDistillation', 'keep_layers', 'ViTKD', 'HiddenStates', 'split_qkv',
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
+    'export_student', 'check_file', 'OnnxFile', 'Predictor',
     'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']
