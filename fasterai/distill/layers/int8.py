@@ -6,19 +6,21 @@
 __all__ = ['engine', 'check_backend', 'fake_quantized', 'fake_quantizers', 'observe', 'calibrate', 'freeze_statistics', 'Int8',
            'as_int8']
 
-# %% ../../../nbs/distill/layers/int8.ipynb #1c470170
+# %% ../../../nbs/distill/layers/int8.ipynb #714fbdf9
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
+from io import BytesIO
 from typing import Sequence
 
 import torch
 from fastai.torch_core import apply
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.fx import Tracer
 
 from ...core.names import unknown_name
-from .capture import as_found, tensors_in
+from .capture import tensors_in
 
 # %% ../../../nbs/distill/layers/int8.ipynb #5dcae1ed
 def _tools():
@@ -60,10 +62,10 @@ def check_backend(
     if backend not in valid: raise ValueError(unknown_name('backend', backend, valid))
     return backend
 
-# %% ../../../nbs/distill/layers/int8.ipynb #0f3baee8
+# %% ../../../nbs/distill/layers/int8.ipynb #78aa47e5
 def _recipe(q, backend):
     "How weights and activations are quantized"
-    weight = q.FusedMovingAvgObsFakeQuantize.with_args(
+    weight = q.FakeQuantize.with_args( # the fused one is not symmetric for a channel without negative weights
         observer=q.MovingAveragePerChannelMinMaxObserver, averaging_constant=1., dtype=torch.qint8,
         qscheme=torch.per_channel_symmetric, quant_min=-127, quant_max=127)
     activation = q.FusedMovingAvgObsFakeQuantize.with_args(
@@ -153,7 +155,7 @@ def freeze_statistics(
         if isinstance(m, norms) and id(m) not in inside: m.training = model.training and not on
     for m in fused: m.bn.training = m.training and not on
 
-# %% ../../../nbs/distill/layers/int8.ipynb #cde5393b
+# %% ../../../nbs/distill/layers/int8.ipynb #8cc16e52
 class Int8(nn.Module):
     "A network of integers on the CPU; a batch from elsewhere comes there and its answer goes back"
     def __init__(self,
@@ -162,6 +164,7 @@ class Int8(nn.Module):
     ):
         super().__init__()
         self.net,self.backend = net,backend
+        self.quantized = _integers(net) # names of the layers that compute with integers
         self.nothing = nn.Parameter(torch.empty(0), requires_grad=False) # fastai looks for a device
 
     def forward(self, *xb):
@@ -170,12 +173,25 @@ class Int8(nn.Module):
         with torch.autocast('cpu', enabled=False), engine(self.backend): out = self.net(*xb)
         return out if device.type=='cpu' else apply(lambda t: t.to(device), out)
 
-    def _apply(self, fn, recurse=True): return self # it stays where it is, and as it is
+    def to(self, *args, **kwargs): return self # it stays where it is, and as it is
+    def _apply(self, fn, recurse=True): return self
 
-    @property
-    def quantized(self)->list[str]:
-        "Names of the layers that compute with integers"
-        return [n for n,m in self.net.named_modules() if 'quantized' in type(m).__module__ and hasattr(m, 'weight')]
+def _integers(net):
+    return [n for n,m in net.named_modules() if 'quantized' in type(m).__module__ and hasattr(m, 'scale')]
+
+# %% ../../../nbs/distill/layers/int8.ipynb #5afa5efc
+@patch
+def __getstate__(self:Int8):
+    file = BytesIO()
+    with _quiet(), engine(self.backend): torch.jit.save(torch.jit.script(self.net), file)
+    return dict(net=file.getvalue(), backend=self.backend, quantized=self.quantized)
+
+@patch
+def __setstate__(self:Int8, state):
+    with _quiet(), engine(state['backend']): net = torch.jit.load(BytesIO(state['net']))
+    Int8.__init__(self, net, state['backend'])
+    self.quantized = state['quantized']
+    self.eval()
 
 # %% ../../../nbs/distill/layers/int8.ipynb #30520b84
 def as_int8(

@@ -23,21 +23,25 @@ from ..study.one_run import measure, streams_kept
 from ..teacher.frozen import bare_copy
 from ..training.views import StudentSees
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #29fc19ff
+# %% ../../../nbs/distill/ship/quantize.ipynb #cea0b94c
 class Observing(Callback):
     """Stays in a quantized Learner: ranges follow the training batches alone. Raises ValueError where mixed precision
     is on, which would round twice"""
-    order,looking = MixedPrecision.order-1,None
+    order = MixedPrecision.order-1
     def __init__(self): self._as_usual()
 
-    def _as_usual(self): self.observe,self.batchnorm = 1.,1. # shares of the training
+    def _as_usual(self):
+        self.observe,self.batchnorm = 1.,1. # shares of the training
+        self.looking = None                 # what is switched on, where that is known
+
+    def after_create(self): watch(self.learn, self)
 
     def before_fit(self):
         if self.learn._grab_cbs(MixedPrecision):
             raise ValueError("mixed precision and fake quantizers would round twice: call `to_fp32()` on the Learner "
                              "of quantize_aware")
         fits = watch(self.learn, self).fits # none in `validate`, which begins with this event too
-        if fits: fits[-1].leaving.callback(self._stop, unwrap(self.learn.model))
+        if fits and not self.learn.lock.locked(): fits[-1].leaving.callback(self._stop, unwrap(self.learn.model))
 
     def before_batch(self):
         "Look, and let BatchNorms follow, as long as it is said"
@@ -51,12 +55,15 @@ class Observing(Callback):
     def before_validate(self): self.looking = None
     def before_train(self): self.looking = None
 
+    def after_fit(self):
+        if not self.learn.lock.locked(): self._stop(unwrap(self.learn.model))
+
     def _stop(self, model):
         observe(model, False)
         freeze_statistics(model, False)
-        self.looking = None
+        self._as_usual()
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #21d4bb95
+# %% ../../../nbs/distill/ship/quantize.ipynb #0aaf668e
 class FreezeQuantizers(Callback):
     """In the fit of a quantized Learner: after a share of the training the ranges stay as they are, and after another
     one the statistics of BatchNorms. Raises ValueError for no shares, or a Learner that is not quantized"""
@@ -73,7 +80,6 @@ class FreezeQuantizers(Callback):
         found = self.learn._grab_cbs(Observing)
         if not found: raise ValueError("FreezeQuantizers: this Learner has no quantizers, make it by quantize_aware")
         found[0].observe,found[0].batchnorm = self.observe,self.batchnorm
-        watch(self.learn, found[0]).fits[-1].leaving.callback(found[0]._as_usual)
 
 # %% ../../../nbs/distill/ship/quantize.ipynb #5c0262c3
 class QuantizedLearner(Learner):
@@ -110,7 +116,7 @@ def calibration_batches(
     if seen>=least: return found
     raise ValueError(f"calibration needs at least {least} samples to find the ranges of the activations, got {seen}")
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #56201295
+# %% ../../../nbs/distill/ship/quantize.ipynb #ef87b1c1
 def quantize_aware(
     learn:Learner,     # Trained; not touched
     bits:int=8,        # Of weights and activations; fewer than 8 are simulated
@@ -121,13 +127,16 @@ def quantize_aware(
     """A Learner of a calibrated copy that computes as if quantized; train it as any other. ValueError for networks that
     cannot be traced (with 8 bits), unknown layers or backends, or too few samples"""
     if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
+    with streams_kept(): model = _quantized(learn, bits, backend, layers, n_batches)
+    return _like(learn, model, bits, backend)
+
+def _quantized(learn, bits, backend, layers, n_batches):
     model,batches = bare_copy(learn.model),calibration_batches(learn, n_batches)
     if layers is not None: chosen_layers(model, layers)
-    if bits<8: model = lsq_quantized(model, batches, bits, layers)
-    else:
-        model = fake_quantized(model, batches[0], backend, layers)
-        calibrate(model, batches)
-    return _like(learn, model, bits, backend)
+    if bits<8: return lsq_quantized(model, batches, bits, layers)
+    model = fake_quantized(model, batches[0], backend, layers)
+    calibrate(model, batches)
+    return model
 
 def _like(learn, model, bits, backend):
     "A Learner of `model` with the data, loss and optimizer of `learn`"
