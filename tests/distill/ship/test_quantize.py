@@ -205,7 +205,8 @@ def test_some_layers(learn):
     assert q.quantized==['1.0'] and q.to_int8().quantized==['1.0']
     assert quantize_aware(learn, 3, layers=['1.0']).quantized==['1.0']
     for bits in (8, 3):
-        with pytest.raises(ValueError, match="unknown layer to quantize '1.1'"): quantize_aware(learn, bits, layers=['1.1'])
+        with pytest.raises(ValueError, match="unknown layer to quantize '1.1'"):
+            quantize_aware(learn, bits, layers=['1.1'])
 
 def test_view_stays(learn):
     learn.add_cb(StudentSees(lambda x: x.flip(-1)))
@@ -227,7 +228,8 @@ class Branches(nn.Module):
 def test_refused(learn):
     for bits in (1, 9, 16, 2.5):
         with pytest.raises(ValueError, match='bits must be a whole number'): quantize_aware(learn, bits)
-    with pytest.raises(ValueError, match="unknown backend 'x68'; did you mean 'x86'"): quantize_aware(learn, backend='x68')
+    with pytest.raises(ValueError, match="unknown backend 'x68'; did you mean 'x86'"):
+        quantize_aware(learn, backend='x68')
     with pytest.raises(ValueError, match='simulated'): quantize_aware(learn, 4).to_int8()
     with pytest.raises(ValueError, match='has no quantizers'): learn.fit(1, cbs=FreezeQuantizers())
     with pytest.raises(ValueError, match='observe is a share'): FreezeQuantizers(observe=2)
