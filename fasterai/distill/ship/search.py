@@ -218,14 +218,14 @@ def verdict(self:Search)->str:
     if self.best==dict(self.baseline): return f"The best that was found is the one made by hand: {_words(self.best)}."
     return self.study.verdict(self.metric)
 
-# %% ../../../nbs/distill/ship/search.ipynb #96886000
+# %% ../../../nbs/distill/ship/search.ipynb #aa4ae182
 def search_student(
     dls:DataLoaders,      # A part of the training set scores; the validation set judges the winner
     teacher,              # A model, a Learner, or any teacher
     make:Callable,        # `make(**arguments)` gives a new student
     space:dict,           # Its arguments: a list of choices, or (low, high)
     budget:dict=None,     # The most of 'params', 'mb', and of 'latency' as a share of the reference's
-    trials:int=30,        # Students to train, at least in part
+    trials:int=30,        # Students to train, at least in part; fewer, if Optuna finds no more that are new
     epochs:int=16,        # Of a whole training; the first rung is after a quarter
     baseline:dict=None,   # Arguments of the student made by hand
     reference:nn.Module=None, # For 'latency'; None: the one made by hand, else the teacher
