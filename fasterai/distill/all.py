@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #9a99d41f
+# %% ../../nbs/distill/all.ipynb #e21d072a
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
@@ -31,6 +31,8 @@ from .methods.zero_shot import ZeroShot
 from .ship.check import check_file
 from .ship.export import Predictor, export_student
 from .ship.onnx_file import OnnxFile
+from .ship.quantize import FreezeQuantizers, quantize_aware, validate_int8
+from .ship.search import search_student
 from .study.advice import suggest_weights
 from .study.compare import compare, plot_attention, plot_compare, plot_similarity, plot_soft_targets
 from .study.experiment import Experiment
@@ -50,7 +52,7 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #b85267a1
+# %% ../../nbs/distill/all.ipynb #283d41a7
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
     'pretrained_teacher',
@@ -64,5 +66,6 @@ __all__ = [
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
+    'quantize_aware', 'FreezeQuantizers', 'validate_int8', 'search_student',
     'export_student', 'check_file', 'OnnxFile', 'Predictor',
     'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']

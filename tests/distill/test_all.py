@@ -15,6 +15,7 @@ knn_accuracy linear_probe probe_head Oneself pretrained_teacher born_again assis
 pseudo_labels noisy_student Consistency StrongView fixmatch GeneralizedDistillation TokenDistillation
 TokenKD keep_layers
 Relations ViTKD AttentionScores HiddenStates HiddenCosine split_qkv
+quantize_aware FreezeQuantizers validate_int8 search_student
 export_student check_file OnnxFile Predictor
 plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()

@@ -1,0 +1,247 @@
+"A quantized copy learns like any other, its ranges follow the training alone, and it becomes integers"
+import io
+import pickle
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
+from fastai.callback import schedule
+from torch import nn
+
+from fasterai.core.seeds import same_start
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
+from fasterai.distill.layers import int8
+from fasterai.distill.layers.int8 import as_int8, calibrate, fake_quantized, fake_quantizers
+from fasterai.distill.layers.matching import match_feature_layers
+from fasterai.distill.losses import Attention, SoftTarget
+from fasterai.distill.ship.quantize import (FreezeQuantizers, calibration_batches, quantize_aware, validate_int8)
+from fasterai.distill.training.views import StudentSees
+from helpers import Boom, data, flags, learner, n_hooks, net, same, state
+
+
+@pytest.fixture
+def learn(): return learner(metrics=accuracy)
+
+def ranges(model): return {k:v.clone() for k,v in model.state_dict().items() if '_val' in k or k.endswith('scale')}
+def looking(model): return any(m.observer_enabled[0] for m in fake_quantizers(model))
+
+
+def quantizers():
+    "Those of a linear layer, on a backend that uses all eight bits"
+    model = fake_quantized(nn.Sequential(nn.Linear(3, 2)), (torch.zeros(1, 3),), 'qnnpack')
+    return model.get_submodule('0').weight_fake_quant,model.get_submodule('activation_post_process_0')
+
+def test_reference_case():
+    "A case computed in float64 by another program: weights by channel, activations affine"
+    weight,activation = quantizers()
+    w = torch.tensor([[0.0794, 2.1902, -0.1349], [0.1605, 0.4427, 0.6234]])
+    a = torch.tensor([0.221, 0.3405, 0.5777, 0.404, 0.6033])
+    for q in (weight, activation): q.observer_enabled[0] = 1
+    got = weight(w)
+    assert torch.allclose(weight.scale, torch.tensor([0.017245669291338583, 0.004908661417322834]))
+    assert torch.allclose(got, torch.tensor([[0.08622834645669292, 2.1902, -0.13796535433070867],
+                                             [0.16198582677165352, 0.4417795275590551, 0.6234]]), atol=1e-6)
+    assert torch.equal((got/weight.scale[:, None]).round(), torch.tensor([[5., 127, -8], [33, 90, 127]]))
+    got = activation(a)
+    assert activation.scale.item()==pytest.approx(0.0023658823529411764) and activation.zero_point==0
+    assert torch.equal((got/activation.scale).round(), torch.tensor([93., 144, 244, 171, 255]))
+
+def test_reference_loss():
+    "The divergence at temperature 1 alone, of a quantized student's logits"
+    q = torch.tensor([[3.2487, -1.2235, -1.0563], [-2.1459, 1.7308, -4.6031],
+                      [3.4896, -1.5224, 0.6381], [-0.4987, 2.9242, -4.1203]])
+    t = torch.tensor([[-0.8335, -0.1125, -4.2724], [3.2805, -3.5869, -1.6835],
+                      [1.0058, -2.4906, -2.1159], [-1.818, 1.1029, 4.5844]])
+    y = torch.tensor([0, 2, 1, 1])
+    assert SoftTarget(pred=q, teacher_pred=t, T=1).item()==pytest.approx(3.2410890977546467, abs=1e-5)
+    def seed(T): return SoftTarget(pred=q, teacher_pred=t, T=T)+F.cross_entropy(q, y)
+    assert seed(4).item()==pytest.approx(9.020204750954534, abs=1e-4)
+
+def test_original_untouched_and_shared_with_nobody(learn):
+    before,modes = state(learn.model),flags(learn.model)
+    stream = torch.get_rng_state()
+    for bits in (8, 3):
+        q = quantize_aware(learn, bits)
+        assert torch.equal(torch.get_rng_state(), stream)
+        q.fit(1)
+        torch.set_rng_state(stream)
+    assert same(state(learn.model), before) and flags(learn.model)==modes and not n_hooks(learn.model)
+    mine = {p.data_ptr() for p in learn.model.parameters()}
+    assert not mine & {p.data_ptr() for p in q.model.parameters()}
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_close_to_the_original_before_any_training(learn, bits):
+    learn.fit(2)
+    x = torch.cat([b[0] for b in learn.dls.valid])
+    want = learn.model.eval()(x)
+    got = quantize_aware(learn, bits).model.eval()(x)
+    assert (got-want).norm()/want.norm()<{8: .05, 4: .3}[bits]
+
+def test_ranges_follow_training_alone(learn):
+    q = quantize_aware(learn)
+    was = ranges(q.model)
+    q.validate()
+    q.get_preds()
+    q.model(torch.randn(4, 3, 8, 8)*100)
+    assert same(ranges(q.model), was) and not looking(q.model)
+    seen = []
+    class Look(Boom):
+        def __init__(self): super().__init__('after_pred', None, order=50)
+        def __call__(self, name):
+            if name=='after_pred': seen.append((self.learn.training, looking(self.learn.model)))
+    q.fit(2, cbs=Look())
+    assert all(training==on for training,on in seen) and {t for t,_ in seen}=={True, False}
+    assert not same(ranges(q.model), was) and not looking(q.model)
+
+def test_freeze(learn):
+    q = quantize_aware(learn)
+    bn = q.model.get_submodule('0.0').bn
+    seen = []
+    class Look(Boom):
+        def __init__(self): super().__init__('after_pred', None, order=50)
+        def __call__(self, name):
+            if name=='after_pred' and self.learn.training:
+                seen.append((self.learn.pct_train, looking(self.learn.model), bn.training))
+    q.fit(4, cbs=[FreezeQuantizers(.5, .75), Look()])
+    for pct,on,stats in seen: assert on==(pct<.5) and stats==(pct<.75)
+    assert len({s[1:] for s in seen})==3
+    seen.clear()
+    q.fit(1, cbs=Look())
+    assert all(on and stats for _,on,stats in seen)
+
+def test_freeze_batchnorms_with_learned_steps(learn):
+    q = quantize_aware(learn, 3)
+    bn = q.model[0][1]
+    q.fit(1, cbs=FreezeQuantizers(batchnorm=0))
+    assert bn.running_mean.equal(learn.model[0][1].running_mean)
+    q.fit(1)
+    assert not bn.running_mean.equal(learn.model[0][1].running_mean)
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), RuntimeError('memory'), CancelFitException()],
+                         ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'after_step', 'before_validate'])
+def test_nothing_left_behind(learn, exc, event):
+    q = quantize_aware(learn)
+    kd = KD(learn, Attention, match_feature_layers(q, learn))
+    n = len(q.cbs)
+    try: q.fit(1, cbs=[kd, FreezeQuantizers(0, 0), Boom(event, exc, at=0 if 'valid' in event else 1)])
+    except (KeyboardInterrupt, RuntimeError): pass
+    assert not looking(q.model) and not n_hooks(q.model, learn.model) and len(q.cbs)==n
+    assert all(not m.freeze_bn for m in q.model.modules() if hasattr(m, 'freeze_bn'))
+    found = next(cb for cb in q.cbs if hasattr(cb, 'looking'))
+    assert (found.observe, found.batchnorm)==(1, 1)
+
+def test_lr_find_restores(learn, tmp_path):
+    for bits in (8, 3):
+        q = quantize_aware(learn, bits)
+        q.path = tmp_path
+        before = state(q.model)
+        with q.no_bar(): q.lr_find(num_it=6, show_plot=False)
+        assert same(state(q.model), before) and not looking(q.model)
+
+def test_distilled_as_by_hand(learn):
+    "Two steps of the callback, and the same loop written out"
+    q,hand = (quantize_aware(learn, 4) for _ in range(2))
+    kd = KD(learn, partial(SoftTarget, T=1), weight=1, task_weight=0)
+    batches = []
+    class Note(Boom):
+        def __init__(self): super().__init__('after_batch', None, order=50)
+        def __call__(self, name):
+            if name=='after_batch' and self.learn.training: batches.append(self.learn.xb[0].clone())
+    q.fit(1, .05, wd=0, cbs=[kd, Note()])
+    model,teacher = hand.model.train(),learn.model.eval()
+    opt = SGD(list(model.parameters()), lr=.05, mom=0., wd=0)
+    for x in batches:
+        with torch.no_grad(): t = teacher(x)
+        F.kl_div(F.log_softmax(model(x), 1), F.log_softmax(t, 1), log_target=True, reduction='batchmean').backward()
+        opt.step()
+        opt.zero_grad()
+    a,b = state(q.model),state(model)
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-6) for k in a)
+
+def test_weight_0_is_plain_training(learn):
+    a,b = quantize_aware(learn),quantize_aware(learn)
+    same_start(a.dls, 0)
+    a.fit(1)
+    same_start(b.dls, 0)
+    b.fit(1, cbs=KD(learn, weight=0))
+    assert same(state(a.model), state(b.model))
+
+def test_int8(learn):
+    learn.fit(2)
+    q = quantize_aware(learn)
+    found = q.to_int8()
+    assert found.quantized==['0.0', '1.0', '4'] and not any(p.requires_grad for p in found.parameters())
+    x = torch.cat([b[0] for b in learn.dls.valid])
+    want,got = q.model.eval()(x),found(x)
+    assert (got-want).norm()/want.norm()<.05
+    assert torch.equal(found.to('meta').half()(x), got)
+    assert set(validate_int8(found, learn))=={'valid_loss', 'accuracy'}
+    loaded = torch.load(_saved(found), weights_only=False)
+    assert torch.equal(loaded(x), got)
+
+def _saved(o):
+    f = io.BytesIO()
+    torch.save(o, f)
+    f.seek(0)
+    return f
+
+def test_engine_comes_back(learn):
+    was = torch.backends.quantized.engine
+    q = quantize_aware(learn, backend='qnnpack')
+    found = q.to_int8()
+    found(torch.randn(2, 3, 8, 8))
+    assert torch.backends.quantized.engine==was and found.backend=='qnnpack'
+
+def test_some_layers(learn):
+    q = quantize_aware(learn, layers=['1.0'])
+    assert q.quantized==['1.0'] and q.to_int8().quantized==['1.0']
+    assert quantize_aware(learn, 3, layers=['1.0']).quantized==['1.0']
+    for bits in (8, 3):
+        with pytest.raises(ValueError, match="unknown layer to quantize '1.1'"):
+            quantize_aware(learn, bits, layers=['1.1'])
+
+def test_view_stays(learn):
+    learn.add_cb(StudentSees(lambda x: x.flip(-1)))
+    q = quantize_aware(learn)
+    assert any(isinstance(cb, StudentSees) for cb in q.cbs)
+    assert torch.equal(calibration_batches(learn)[0][0], learn.dls.train_ds[:8][0].flip(-1))
+    assert validate_int8(q.to_int8(), learn)['valid_loss']==pytest.approx(q.validate()[0], rel=.1)
+
+def test_export(learn, tmp_path):
+    q = quantize_aware(learn, 3)
+    x = torch.randn(2, 3, 8, 8)
+    q.path = tmp_path
+    want = q.model.eval()(x)
+    assert torch.equal(pickle.loads(pickle.dumps(q.model)).eval()(x), want)
+
+class Branches(nn.Module):
+    def forward(self, x): return x if x.mean()>.5 else -x
+
+def test_refused(learn):
+    for bits in (1, 9, 16, 2.5):
+        with pytest.raises(ValueError, match='bits must be a whole number'): quantize_aware(learn, bits)
+    with pytest.raises(ValueError, match="unknown backend 'x68'; did you mean 'x86'"):
+        quantize_aware(learn, backend='x68')
+    with pytest.raises(ValueError, match='simulated'): quantize_aware(learn, 4).to_int8()
+    with pytest.raises(ValueError, match='has no quantizers'): learn.fit(1, cbs=FreezeQuantizers())
+    with pytest.raises(ValueError, match='observe is a share'): FreezeQuantizers(observe=2)
+    few = learner(dls=data(n=16))
+    with pytest.raises(ValueError, match='at least 32 samples .* got 16'): quantize_aware(few)
+    odd = learner(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(Branches()), *net()))
+    with pytest.raises(ValueError, match=r"in its module '1.0', a Branches"): quantize_aware(odd)
+    q = quantize_aware(learn)
+    q.add_cb(MixedPrecision())
+    with pytest.raises(ValueError, match='to_fp32'): q.fit(1)
+
+def test_without_torchs_quantization(learn, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.ao.quantization.quantize_fx', None)
+    with pytest.raises(ImportError, match='PT2E is not built in yet'): quantize_aware(learn)
+    assert quantize_aware(learn, 3).quantized

@@ -1,0 +1,99 @@
+"The budget comes before the training, poor students stop at a rung, and the winner is judged on what nobody has seen"
+import sys
+
+import pytest
+import torch
+from fastai.metrics import accuracy
+from torch import nn
+
+from fasterai.distill.ship.budget import check_budget, relative_latency, student_cost
+from fasterai.distill.ship.search import halving, halving_cost, pareto, search_student, split_training
+from fasterai.distill.study.measure import n_params
+from helpers import data, net, same, state
+
+optuna = pytest.importorskip('optuna')
+
+
+def test_reference_case():
+    "27 candidates, a third goes on: 81 epochs, where trainings are carried on, instead of 729"
+    rungs = halving(27, 1, 27, 3)
+    assert rungs==[(27, 1), (9, 3), (3, 9), (1, 27)] and halving_cost(rungs)==81
+    assert halving(18, 2, 16, 2)==[(18, 2), (9, 4), (4, 8), (2, 16)]
+    assert halving(1, 2, 16)==[(1, 16)] and halving_cost([(3, 16)])==48
+
+def test_parts_of_the_training_set():
+    dls = data(n=40)
+    a,b = split_training(dls, .25, 0),split_training(dls, .25, 0)
+    rows = lambda ds: {tuple(ds[i][0].flatten().tolist()) for i in range(len(ds))}
+    train,judge = rows(a.train_ds),rows(a.valid_ds)
+    assert (len(train), len(judge))==(30, 10) and not train & judge and train|judge==rows(dls.train_ds)
+    assert rows(b.train_ds)==train and rows(split_training(dls, .25, 1).train_ds)!=train
+    assert a.train.shuffle and not a.valid.shuffle
+    for share in (0, .9, 1):
+        with pytest.raises(ValueError, match='share='): split_training(dls, share)
+
+def test_costs():
+    small = net(2)
+    x = (torch.randn(4, 3, 8, 8),)
+    got = student_cost(small, {'params', 'mb'})
+    assert got['params']==n_params(small) and set(got)=={'params', 'mb'}
+    assert student_cost(small, {'latency'}, small, x)['latency']==pytest.approx(1, abs=.6)
+    with pytest.raises(ValueError, match="unknown budget 'parms'; did you mean 'params'"): check_budget(dict(parms=1))
+    with pytest.raises(ValueError, match='params must be above 0'): check_budget(dict(params=0))
+
+def test_front():
+    assert pareto([1, 2, 3, 2], [.5, .4, .7, .6])==[0, 3, 2]
+    assert pareto([1, 2, 3], [.5, .4, .7], lowest=True)==[0, 1]
+
+made = []
+def make(width=4):
+    made.append(width)
+    return net(width)
+
+def search(teacher=None, space=None, **kwargs):
+    args = dict(budget=dict(params=1500), trials=3, epochs=4, baseline=dict(width=6), seeds=2, progress=False, T=2,
+                metrics=accuracy, loss_func=nn.CrossEntropyLoss())
+    return search_student(data(n=48), teacher or net(8, seed=3), make, space or dict(width=[2, 4, 6, 8, 12, 30]),
+                          **{**args, **kwargs})
+
+def test_search(capsys):
+    stream = torch.get_rng_state()
+    teacher = net(8, seed=3)
+    before = state(teacher)
+    found = search(teacher)
+    assert torch.equal(torch.get_rng_state(), stream) and same(state(teacher), before)
+    t = found.table
+    assert t.state.eq('hand-made').sum()==1 and t.state.isin(['trained', 'stopped']).sum()==3
+    over = t[t.state.eq('over budget')]
+    assert (over.params>1500).all() and over.score.isna().all() and over.epochs.eq(0).all()
+    assert (t.params[t.epochs>0]<=1500).all() and t[t.state.eq('trained')].epochs.eq(4).all()
+    assert t[t.state.eq('stopped')].epochs.isin([1, 2]).all() and len({*t.width[t.state.ne('hand-made')]})==len(t)-1
+    assert found.best['width'] in [2, 4, 6, 8, 12] and found.first==1
+    arms = found.study.table('accuracy')
+    assert set(arms.arm)=={'hand-made', 'found'} or found.best==dict(width=6)
+    assert found.verdict() and len(found.plot().collections)>=2
+    again = search(net(8, seed=3))
+    assert again.table.equals(t)
+
+def test_whole_and_broken_numbers():
+    found = search(space=dict(width=(2, 7)), trials=2, baseline=None)
+    assert found.table.width.between(2, 7).all() and found.table.width.dtype.kind=='i'
+    assert 'nobody knows' in found.verdict()
+
+def test_a_small_space_ends():
+    assert search(space=dict(width=[2, 4]), trials=9).table.state.ne('hand-made').sum()==2
+
+def test_latency():
+    found = search(budget=dict(latency=50.), trials=1)
+    assert 'latency' in found.table and found.table.latency.notna().all()
+
+def test_refused(monkeypatch):
+    with pytest.raises(ValueError, match='the student made by hand is over the budget: params'):
+        search(budget=dict(params=10))
+    made.clear()
+    with pytest.raises(ValueError, match='no student of 6 fits it; the least that was seen is params='):
+        search(budget=dict(params=10), baseline=None, reference=net())
+    for space in ({}, dict(width=4), dict(width=(4, 2)), dict(width=[])):
+        with pytest.raises(ValueError, match='space'): search_student(data(), net(), make, space)
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    with pytest.raises(ImportError, match=r'fasterai-distill\[search\]'): search()
