@@ -79,14 +79,14 @@ class Plan:
         cast = self.dtype is not None and any(p.dtype!=self.dtype for p in net.parameters() if p.is_floating_point())
         return bool(self.channels_last or self.fuse or cast)
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #bc23117e
+# %% ../../../nbs/distill/teacher/forward.ipynb #ea668012
 @patch
 def in_words(self:Plan,
     n_folded:int=None, # How many BatchNorms were folded, once that is known
 )->str:
     "What differs from a network as it is"
     said = []
-    if self.dtype is not None: said.append(str(self.dtype).removeprefix('torch.'))
+    if self.dtype is not None: said.append(str(self.dtype).removeprefix('torch.').removeprefix('q'))
     if self.channels_last: said.append('channels_last')
     if self.fuse and n_folded!=0: said.append(f"{'' if n_folded is None else f'{n_folded} '}BatchNorms folded")
     if self.compiles: said.append('compiled')
@@ -119,10 +119,10 @@ def prepared(
         return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim==4 else x
     return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in xb)
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #42e0a7d5
+# %% ../../../nbs/distill/teacher/forward.ipynb #0bb6f657
 def _precision(dtype, device):
     if dtype is None: return nullcontext()
-    if dtype==torch.float32: return torch.autocast(device.type, enabled=False)
+    if dtype in (torch.float32, torch.qint8): return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=dtype)
 
 def _input_dtype(net, plan):

@@ -89,12 +89,12 @@ def twin(
     model = unwrap(model)
     return bare_copy(model, chain(model.parameters(), model.buffers())).eval()
 
-# %% ../../../nbs/distill/teacher/frozen.ipynb #7eeff306
+# %% ../../../nbs/distill/teacher/frozen.ipynb #b8ab3970
 _dtypes = dict(fp32=torch.float32, float32=torch.float32, bf16=torch.bfloat16, bfloat16=torch.bfloat16,
-               fp16=torch.float16, float16=torch.float16, half=torch.float16)
+               fp16=torch.float16, float16=torch.float16, half=torch.float16, int8=torch.qint8)
 
 def as_dtype(
-    d, # 'bf16', 'fp16', 'fp32' or their long names, the dtype itself, 'auto' or None
+    d, # 'bf16', 'fp16', 'fp32' or their long names, 'int8', the dtype itself, 'auto' or None
 ):
     "A torch dtype, 'auto' or None; ValueError with the nearest name for anything else"
     if d is None or d=='auto' or d in _dtypes.values(): return d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #120c97d4
+# %% ../../../nbs/distill/teacher/network.ipynb #a2786106
 import warnings
 from itertools import chain
 
@@ -15,11 +15,12 @@ from torch import nn
 from fastai.torch_core import rank_distrib, to_device
 from fastcore.basics import patch
 
+from ..layers.int8 import as_int8, calibrate, fake_quantized
 from ..layers.names import unwrap
 from .facts import Agreement
 from .auto import fastest_plan
 from .forward import Engine, Plan, bare, prepared
-from .frozen import frozen_copy, refresh_copy
+from .frozen import bare_copy, frozen_copy, refresh_copy
 from .weights import WeightWatch
 
 # %% ../../../nbs/distill/teacher/network.ipynb #d8e51376
@@ -128,12 +129,13 @@ def to(self:Network,
     self.engines = {}
     self.home = device if self.asked.asks_for_copy and self.copy is None else moved(self.net, device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #9b877603
+# %% ../../../nbs/distill/teacher/network.ipynb #baac22ac
 @patch
 def _make_ready(self:Network, xb, layers, select, axis):
     if self.plan is None:
         self.plan = self._decide(xb, select, axis)
-        if self.plan.changes(self.source): self._make_copy(layers)
+        if self.plan.dtype is torch.qint8: self.copy = self._of_integers(xb)
+        elif self.plan.changes(self.source): self._make_copy(layers)
         else: self.home = moved(self.source, self.device)
         self._watch()
     elif not bare(layers).isdisjoint(self.folded): self._make_copy(layers)
@@ -145,7 +147,7 @@ def _decide(self:Network, xb, select, axis):
     if not rank_distrib(): print(f"teacher {name_of(self.source)}: {said}")
     return plan
 
-# %% ../../../nbs/distill/teacher/network.ipynb #01cf378e
+# %% ../../../nbs/distill/teacher/network.ipynb #1d603681
 @patch
 def _make_copy(self:Network, layers):
     self.keep |= bare(layers)
@@ -153,14 +155,18 @@ def _make_copy(self:Network, layers):
     self.engines = {}
 
 @patch
-def _whole_copy(self:Network, **kwargs):
+def _refuse_placed(self:Network):
     if is_placed(self.source):
         raise ValueError(f"accelerate has placed the parts of the teacher {name_of(self.source)}, so it cannot be "
                          "copied: "
                          "load it in the precision that you want, and give Teacher no dtype, channels_last or fuse")
+
+@patch
+def _whole_copy(self:Network, **kwargs):
+    self._refuse_placed()
     return frozen_copy(self.source, **kwargs).to(self.device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #d66c6bf9
+# %% ../../../nbs/distill/teacher/network.ipynb #cd378b8c
 @patch
 def _engine(self:Network, xb, layers, logits):
     key = layers,logits
@@ -169,11 +175,30 @@ def _engine(self:Network, xb, layers, logits):
 
 @patch
 def _make_engine(self:Network, xb, layers, logits):
+    if layers and self.plan.dtype is torch.qint8:
+        raise ValueError(f"dtype='int8': the maps of {', '.join(layers)} would be integers on grids of their own; "
+                         "losses on feature maps take a teacher of dtype='bf16' or 'fp32'")
     if self.plan.compiles and not logits:
         warnings.warn("compile: a compiled teacher does not stop early, its forward runs to the end")
         return self._engine(xb, layers, True)
     stops = not logits and not is_placed(self.source)
     return Engine(self.net, self.plan, layers, xb if stops else None)
+
+# %% ../../../nbs/distill/teacher/network.ipynb #ffbef580
+@patch
+def _of_integers(self:Network, xb):
+    if self.device.type!='cpu':
+        raise ValueError(f"dtype='int8': a teacher of integers runs on a CPU, and the batch is on {self.device}; use "
+                         "dtype='bf16' or 'fp16' there")
+    if self.asked.compiles or self.asked.channels_last:
+        raise ValueError("dtype='int8' has kernels and a layout of its own: leave out compile and channels_last")
+    self._refuse_placed()
+    xb = prepared(xb, torch.float32)
+    model = fake_quantized(bare_copy(self.source).eval(), xb, torch.backends.quantized.engine)
+    calibrate(model, [xb])
+    found = as_int8(model, torch.backends.quantized.engine)
+    found.folded = {}
+    return found
 
 # %% ../../../nbs/distill/teacher/network.ipynb #bbbce8bf
 @patch
@@ -185,7 +210,7 @@ def _watch(self:Network, full=False):
     self.watch.look(full)
     self.made_from = self.watch.structure,self.watch.version
 
-# %% ../../../nbs/distill/teacher/network.ipynb #70c89d70
+# %% ../../../nbs/distill/teacher/network.ipynb #75afe474
 @patch
 def follow(self:Network,
     full:bool=False, # Compare all values, as at the beginning of a fit?
@@ -195,7 +220,7 @@ def follow(self:Network,
     version = self.watch.look(full)
     now = self.watch.structure,version
     if now==self.made_from: return
-    if self.watch.structure!=self.made_from[0]: self._start_again()
+    if self.watch.structure!=self.made_from[0] or self.asked.dtype is torch.qint8: self._start_again()
     elif self.copy is not None: refresh_copy(self.copy, self.source)
     self.made_from = now
 

@@ -37,14 +37,14 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #8a23f0ac
+# %% ../../../nbs/distill/teacher/teacher.ipynb #687f4d98
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
     A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind"""
     def __init__(self,
         models,             # A Module or Learner, or a list of them: an ensemble, whose probabilities are averaged
-        dtype=None,         # 'bf16', 'fp16', 'fp32' for a frozen copy; 'auto': the fastest safe format; None: as it is
+        dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a frozen copy; 'auto': fastest safe float; None: as is
         channels_last=None, # A copy in channels_last? None: only if dtype='auto' finds it faster
         compile=False,      # `torch.compile` the teacher? True, or a dict of its arguments
         weights=None,       # Of the networks of an ensemble; None: equal ones
