@@ -34,7 +34,7 @@ from fasterai.distill.training.views import StudentSees
 from methods.photos import Photos, body, small, width
 from settings import ShiftFlip
 
-bs,steps = 20,630     # labelled rows in a batch, and steps of each training
+bs,steps = 20,315     # labelled rows in a batch, and steps of each training
 
 
 @cache
