@@ -311,14 +311,14 @@ def _task_alone(self:Session, task):
 
 @patch
 def _mix(self:Session, task, distill, xb):
-    learn,loss = self.learn,self._mixed(task, distill)
+    learn,loss = self.learn,self.mixed(task, distill)
     if loss is None: return
     learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
     learn.loss = loss.detach().clone()
     if task is None: learn.yb = xb[:1]
 
 @patch
-def _mixed(self:Session, task, distill):
+def mixed(self:Session, task, distill):
     "The losses in one, by their weights; None where there is nothing to learn by"
     recipe,w = self.kd.recipe,self.weight
     task_weight = 1-w if recipe.task_weight is None else recipe.task_weight
@@ -344,7 +344,7 @@ def _as_student(kd,
     pred = full_precision(pred)
     task = learn.loss_func(pred, *yb).as_subclass(torch.Tensor) if len(yb) else None
     parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
-    return session._mixed(task, list(parts.values()))
+    return session.mixed(task, list(parts.values()))
 
 # %% ../../../nbs/distill/training/session.ipynb #6f972aae
 @patch
