@@ -71,12 +71,12 @@ def in_turn(learn, epochs, remember=None, keep=0, align=False, binary=False, mea
         if k:
             same_start((), seed+k) # the same new rows for each arm
             old = grow_head(learn, digits_of(classes))
-            if memory: learn.dls = memory.join(learn.dls)
+            if k and memory: learn.dls = memory.join(learn.dls)
             same_start(learn.dls, seed+k)
             if remember: kd = remember(old, 2*k)
         fit_one_cycle(learn, epochs, kd)
         if k and align: align_head(learn, 2)
-        if memory: memory.add(learn, digits_of(classes).train_ds)
+        if memory is not None: memory.add(learn, digits_of(classes).train_ds)
         judged = nearest_mean(learn, memory) if mean else learn
         found.append(accuracy_of(judged))
     learn.model = judged.model
@@ -108,7 +108,7 @@ ways = {
     'labels over the new, no teacher': partial(in_turn, remember=partial(lwf, weight=0)),
     'replay': partial(in_turn, keep=20),
     'replay + LwF': partial(in_turn, keep=20, remember=partial(lwf, ce='all')),
-    'replay + LwF, aligned': partial(in_turn, keep=20, remember=partial(lwf, ce='all'), align=True),
+    'replay, aligned': partial(in_turn, keep=20, align=True),
     'replay + LessForget': partial(in_turn, keep=20, remember=less_forget),
     'replay + PooledOutput': partial(in_turn, keep=20, remember=pooled),
     'replay, nearest mean': partial(in_turn, keep=20, mean=True),
