@@ -5,15 +5,13 @@ as many steps as the five tasks together."""
 from functools import partial
 
 import torch
-from fastai.data.core import Datasets
-from fastai.data.transforms import Categorize
-from fastai.torch_core import TensorImageBW
+from fastai.data.core import DataLoaders
+from fastai.torch_core import TensorCategory, TensorImageBW
 from sklearn.datasets import load_digits
 
 from fasterai.core.seeds import same_start
 from fasterai.distill.loss.remember import LessForget, PooledOutput, weight_by_classes
-from fasterai.distill.methods.continual import (Exemplars, OneHotBCE, Remember, align_head, grow_head,
-                                                nearest_mean)
+from fasterai.distill.methods.continual import (Exemplars, OneHotBCE, Remember, grow_head, nearest_mean)
 from fasterai.distill.study.one_run import fit_one_cycle, quiet
 from families import learner, study
 
@@ -23,22 +21,26 @@ cols = ['arm', 'setting', 'seed', 'epochs', 'valid_loss', 'accuracy', *stages, '
         'seconds']
 
 
-class At:
-    "Picks one item out of an array, as a transform"
-    def __init__(self, a, cls): self.a,self.cls = a,cls
-    def __call__(self, i): return self.cls(self.a[i])
-
 images = torch.tensor(load_digits().images/16, dtype=torch.float32)[:, None]
 labels = load_digits().target
 
 
-def digits_of(classes, seen=None, bs=64):
-    "Training digits of `classes`, validation digits of all that were `seen`"
+class Digits:
+    "Digits by their numbers, of classes that have names"
+    def __init__(self, numbers, vocab):
+        self.vocab = list(vocab)
+        self.rows = [(TensorImageBW(images[i]), TensorCategory(int(labels[i]))) for i in numbers]
+
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.rows[i]
+
+
+def digits_of(classes, seen=None):
+    "Training digits of `classes`, validation digits of all that were `seen`; the first 600 are those of the validation"
     seen = range(max(classes)+1) if seen is None else seen
-    train = [i for i in range(600, len(labels)) if labels[i] in classes]
-    valid = [i for i in range(600) if labels[i] in seen]
-    tfms = [[At(images, TensorImageBW)], [At(labels, int), Categorize(list(seen), sort=False)]]
-    return Datasets(range(len(labels)), tfms, splits=[train, valid]).dataloaders(bs=bs, val_bs=600, num_workers=0)
+    train = Digits([i for i in range(600, len(labels)) if labels[i] in classes], seen)
+    valid = Digits([i for i in range(600) if labels[i] in seen], seen)
+    return DataLoaders.from_dsets(train, valid, bs=64, val_bs=600, num_workers=0, device='cpu')
 
 
 def student():
@@ -60,7 +62,7 @@ def task_known(learn):
     return (pairs.argmax(1)==y%2).float().mean().item()
 
 
-def in_turn(learn, epochs, remember=None, keep=0, align=False, binary=False, mean=False):
+def in_turn(learn, epochs, remember=None, keep=0, binary=False, mean=False):
     "One task after the other; `remember(old, n_old)` makes the callback of each after the first"
     seed = torch.initial_seed()
     memory = Exemplars(keep) if keep else None
@@ -75,7 +77,6 @@ def in_turn(learn, epochs, remember=None, keep=0, align=False, binary=False, mea
             same_start(learn.dls, seed+k)
             if remember: kd = remember(old, 2*k)
         fit_one_cycle(learn, epochs, kd)
-        if k and align: align_head(learn, 2)
         if memory is not None: memory.add(learn, digits_of(classes).train_ds)
         judged = nearest_mean(learn, memory) if mean else learn
         found.append(accuracy_of(judged))
@@ -108,10 +109,8 @@ ways = {
     'labels over the new, no teacher': partial(in_turn, remember=partial(lwf, weight=0)),
     'replay': partial(in_turn, keep=20),
     'replay + LwF': partial(in_turn, keep=20, remember=partial(lwf, ce='all')),
-    'replay, aligned': partial(in_turn, keep=20, align=True),
     'replay + LessForget': partial(in_turn, keep=20, remember=less_forget),
     'replay + PooledOutput': partial(in_turn, keep=20, remember=pooled),
-    'replay, nearest mean': partial(in_turn, keep=20, mean=True),
     'iCaRL': partial(in_turn, keep=20, remember=partial(lwf, ce='binary'), binary=True, mean=True),
     'joint': joint}
 
