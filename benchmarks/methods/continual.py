@@ -1,7 +1,7 @@
 """Digits in five tasks of two classes, one after the other, judged on all ten classes without being told the task.
 
-`new labels, no teacher` and `replay` are the controls of what distillation adds; `joint` has all the data at once, for
-as many steps as the five tasks together."""
+`labels over the new, no teacher` and `replay` are the controls of what distillation adds; `joint` has all the data at
+once, for about as many steps as the five tasks together."""
 from functools import partial
 
 import torch

@@ -66,7 +66,7 @@ def pixel_space(
                          "them to 0 to 1")
     return (lambda x: (x*std+mean).clamp(0, 1)),(lambda x: (x-mean)/std)
 
-# %% ../../../nbs/distill/methods/attack.ipynb #9c0e8a31
+# %% ../../../nbs/distill/methods/attack.ipynb #bd132338
 AGAINST = 'label','teacher','both'
 
 class Attack(Callback):
@@ -95,7 +95,7 @@ class Attack(Callback):
         if self.against not in AGAINST: raise ValueError(unknown_name('against', self.against, AGAINST))
         if not 0<=self.eps<=1: raise ValueError(f"eps must be 0 to 1, of pixels from 0 to 1, got {self.eps}")
         if not 0<=self.natural<=1: raise ValueError(f"natural is a share, 0 to 1, got {self.natural}")
-        if self.steps<1 or not self.step>0:
+        if self.steps<1 or not self.step>0 and self.eps>0:
             raise ValueError(f"steps and step must be positive, got {self.steps} and {self.step}")
 
     def __repr__(self):
