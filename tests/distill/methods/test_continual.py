@@ -16,8 +16,8 @@ from torch import nn
 from fasterai.core.task import task_of
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.loss.remember import LwF
-from fasterai.distill.methods.continual import (Exemplars, NewClasses, OneHotBCE, Remember, align_head, features_of,
-                                                grow_head, head_of, herd, nearest_mean)
+from fasterai.distill.methods.continual import NewClasses, OneHotBCE, Remember, align_head, grow_head, head_of
+from fasterai.distill.methods.exemplars import Exemplars, features_of, herd, nearest_mean
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
 
