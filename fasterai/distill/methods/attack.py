@@ -66,7 +66,7 @@ def pixel_space(
                          "them to 0 to 1")
     return (lambda x: (x*std+mean).clamp(0, 1)),(lambda x: (x-mean)/std)
 
-# %% ../../../nbs/distill/methods/attack.ipynb #bd132338
+# %% ../../../nbs/distill/methods/attack.ipynb #73371ef5
 AGAINST = 'label','teacher','both'
 
 class Attack(Callback):
@@ -83,7 +83,7 @@ class Attack(Callback):
         against:str='label',  # What is to get worse: the answer by the label, by the 'teacher', or by 'both' moving
         natural:float=0.,     # Share of the clean pictures in the loss, 0 to 1
         step:float=None,      # Change of a pixel at each step; None: a quarter of `eps`
-        start:float=None,     # Spread of the normal noise to start from; None: uniform in the box for 'label', else .001
+        start:float=None,     # Spread of the noise to start from; None: uniform in the box for 'label', else .001
     ):
         store_attr('eps,steps,against,natural,start')
         self.step = eps/4 if step is None else step
