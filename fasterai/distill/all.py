@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #e21d072a
+# %% ../../nbs/distill/all.ipynb #26fe60ef
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
@@ -14,9 +14,14 @@ from .losses import *
 from .loss.embeddings import NoTask, Projected
 from .loss.consistency import Consistency
 from .loss.generalized import GeneralizedDistillation
+from .loss.remember import ICaRL, LessForget, LwF, PooledOutput
 from .loss.teacherless import ClassMates, VirtualTeacher
 from .loss.transformers import HiddenStates, ViTKD, split_qkv
 from .methods.assistants import assistants
+from .methods.attack import Attack
+from .methods.continual import OneHotBCE, Remember, align_head, grow_head
+from .methods.discriminator import Discriminator
+from .methods.exemplars import Exemplars, nearest_mean
 from .methods.exits import DeepSupervision
 from .methods.fixmatch import StrongView, fixmatch
 from .methods.generations import born_again
@@ -52,7 +57,7 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #283d41a7
+# %% ../../nbs/distill/all.ipynb #b364c555
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
     'pretrained_teacher',
@@ -63,6 +68,8 @@ __all__ = [
     'born_again', 'assistants', 'which_teacher', 'mix_unlabelled', 'pseudo_labels', 'noisy_student',
     'Consistency', 'StrongView', 'fixmatch', 'GeneralizedDistillation',
     'TokenDistillation', 'keep_layers', 'ViTKD', 'HiddenStates', 'split_qkv',
+    'LwF', 'ICaRL', 'LessForget', 'PooledOutput', 'grow_head', 'Remember', 'OneHotBCE', 'align_head', 'Exemplars',
+    'nearest_mean', 'Attack', 'Discriminator',
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',

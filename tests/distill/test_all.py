@@ -17,6 +17,7 @@ TokenKD keep_layers
 Relations ViTKD AttentionScores HiddenStates HiddenCosine split_qkv
 quantize_aware FreezeQuantizers validate_int8 search_student
 export_student check_file OnnxFile Predictor
+LwF ICaRL LessForget PooledOutput grow_head Remember OneHotBCE align_head Exemplars nearest_mean Attack Discriminator
 plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()
 

@@ -1,0 +1,195 @@
+"New classes in turn: heads, columns, examples, and loops written by hand"
+import random
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import CancelFitException
+from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
+from torch import nn
+
+from fasterai.core.task import task_of
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.loss.remember import LwF
+from fasterai.distill.methods.continual import NewClasses, OneHotBCE, Remember, align_head, grow_head, head_of
+from classes import named
+from helpers import Boom, data, flags, learner, n_hooks, net, same, state
+
+
+def two_tasks(seed=0):
+    "A Learner whose head has grown from 3 classes to 5, with data of the new ones, and its old self"
+    learn = learner(net(c=3, seed=seed), data(y=torch.arange(32)%3))
+    learn.fit(1)
+    torch.manual_seed(seed)
+    old = grow_head(learn, 2)
+    learn.dls = data(y=3+torch.arange(32)%2, c=5)
+    for dl in learn.dls.loaders: dl.rng = random.Random(0)
+    return learn,old
+
+
+def test_a_grown_head_keeps_its_rows_and_everything_else():
+    learn = learner(net(c=3), data())
+    learn.fit(1)
+    before,ids = state(learn.model),[id(m) for m in learn.model.modules()][:-1]
+    learn.model[-1].bias.requires_grad_(False)
+    old = grow_head(learn, 2)
+    name,head = head_of(learn.model)
+    assert (name, head.out_features, head.bias.requires_grad)==('4', 5, False)
+    assert [id(m) for m in learn.model.modules()][:-1]==ids
+    assert torch.equal(head.weight[:3], before['4.weight']) and torch.equal(head.bias[:3], before['4.bias'])
+    assert same(state(old), before) and not old.training and not any(p.requires_grad for p in old.parameters())
+    trained = {id(p) for p in learn.model.parameters() if p.requires_grad}
+    assert {id(p) for ps in learn.opt.param_lists for p in ps}==trained
+    x = learn.dls.one_batch()[0]
+    torch.testing.assert_close(learn.model.eval()(x)[:, :3], old(x))
+    learn.fit(1)
+    assert same(state(old), before)
+
+
+def test_a_head_keeps_dtype_and_wrapper():
+    model = net(c=3).double()
+    learn = learner(nn.DataParallel(model), data())
+    grow_head(learn, 1)
+    assert learn.model.module[-1].weight.dtype==torch.float64 and model[-1].out_features==4
+
+
+def test_the_order_of_the_vocabulary_is_the_order_of_the_columns():
+    learn = learner(net(c=2), named(['b', 'a']))
+    before = state(learn.model)
+    for vocab,what in (['a', 'b', 'c'], "column 0 is 'b' and would become 'a'"), (['b'], "would become nothing"):
+        with pytest.raises(ValueError, match=what): grow_head(learn, named(vocab))
+    with pytest.raises(ValueError, match='a class or more'): grow_head(learn, named(['b', 'a']))
+    with pytest.raises(ValueError, match='name no classes'): grow_head(learn, data())
+    with pytest.raises(ValueError, match='no nn.Linear'): head_of(nn.ReLU())
+    assert same(state(learn.model), before) and list(learn.dls.vocab)==['b', 'a']
+    grow_head(learn, named(['b', 'a', 'c'], ['c']))
+    assert list(learn.dls.vocab)==['b', 'a', 'c'] and learn.model[-1].out_features==3
+
+
+def test_weight_aligning_golden():
+    old = torch.tensor([[1.2856, 0.3036, 0.6191, 0.396, 0.2234], [0.0543, 0.1793, 0.2428, 0.8211, 1.2171],
+                        [0.5594, 0.3767, 0.5611, 1.0077, 1.2262], [0.5305, 0.2755, 0.2912, 0.2374, 0.5103]])
+    new = torch.tensor([[0.4463, 1.6691, 0.2643, 0.9678, 0.0592], [1.5146, 0.3369, 0.3024, 0.8386, 0.5177]])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5, 6))
+    model[1].weight.data = torch.cat([old, new])
+    learn = learner(model)
+    assert align_head(learn, 2)==pytest.approx(0.7396549, abs=1e-6)
+    torch.testing.assert_close(model[1].weight[4, :2], torch.tensor([0.3301079847838268, 1.2345580044873075]))
+    assert torch.equal(model[1].weight[:4], old)
+    for n in (0, 6):
+        with pytest.raises(ValueError, match='leave old and new'): align_head(learn, n)
+
+
+def test_columns_of_the_labels_golden():
+    z = torch.tensor([[-0.1839, -2.9267, 2.1636, -0.4787, -0.9823, -2.0045],
+                      [1.8376, -2.2073, 1.253, -1.123, 0.0577, -0.4615],
+                      [1.1755, 1.5046, -2.117, 2.1119, 1.4955, 2.1294]], dtype=torch.float64)
+    y = torch.tensor([4, 5, 4])
+    for func in nn.CrossEntropyLoss(),F.cross_entropy:
+        new = NewClasses(func, 4)
+        assert new(z, y).item()==pytest.approx(0.7843058814228536, abs=1e-9)
+        assert new(z, torch.tensor([4, 1, -100])).item()==pytest.approx(func(z[:1, 4:], y[:1]-4).item())
+        assert new(z, y*0)==0 and task_of(new).axis==1
+    yes = F.one_hot(y, 6).to(z)
+    torch.testing.assert_close(OneHotBCE()(z, y), F.binary_cross_entropy_with_logits(z, yes))
+    torch.testing.assert_close(OneHotBCE(4)(z, torch.tensor([4, 0, -100]))*2,
+                               F.binary_cross_entropy_with_logits(z[:2, 4:], yes[[0, 1], 4:]*torch.tensor([[1], [0]]))
+                               *2*2/6)
+
+
+def by_hand(loss_of, epochs=2):
+    "Plain SGD on `loss_of(logits, old logits, labels)` in the order of the Learner's batches"
+    learn,old = two_tasks()
+    model,opt = learn.model.train(),torch.optim.SGD(learn.model.parameters(), 0.05)
+    for _ in range(epochs):
+        for x,y in learn.dls.train:
+            with torch.no_grad(): zt = old(x)
+            loss_of(model(x), zt, y).backward()
+            opt.step()
+            opt.zero_grad()
+    return state(model)
+
+
+def of_new(z, zt, y): return F.cross_entropy(z[:, 3:], y-3)+2*lwf(z, zt)
+def of_all(z, zt, y): return F.cross_entropy(z, y)+2*lwf(z, zt)
+def lwf(z, zt): return 4*F.kl_div((z[:, :3]/2).log_softmax(1), (zt/2).softmax(1), reduction='batchmean')
+def icarl(z, zt, y):
+    target = F.one_hot(y, 5).float()
+    target[:, :3] = zt.sigmoid()
+    return F.binary_cross_entropy_with_logits(z, target)
+
+
+@pytest.mark.parametrize('ce, loss, weight', [('new', of_new, 2.), ('all', of_all, 2.), ('binary', icarl, 1.)])
+def test_remember_is_the_loop_written_by_hand(ce, loss, weight):
+    learn,old = two_tasks()
+    before = state(old),flags(old)
+    func = learn.loss_func
+    learn.fit(2, cbs=Remember(old.train(), ce, weight=weight))
+    want = by_hand(loss)
+    for k,v in state(learn.model).items(): torch.testing.assert_close(v, want[k], atol=1e-6, rtol=1e-5)
+    assert same(state(old), before[0]) and learn.loss_func is func and old.training
+
+
+def test_the_validation_is_over_all_classes():
+    learn,old = two_tasks()
+    learn.fit(1, cbs=Remember(old))
+    shown = learn.recorder.values[-1][1]
+    learn2,old2 = two_tasks()
+    learn2.loss_func = NewClasses(learn2.loss_func, 3)
+    learn2.fit(1, cbs=Remember(old2, 'all'))
+    assert same(state(learn.model), state(learn2.model)) # the same training
+    learn2.loss_func = learn.loss_func
+    assert learn2.validate()[0]==pytest.approx(shown) # by another loss shown
+
+
+def test_weight_0_is_the_task_alone():
+    learn,old = two_tasks()
+    learn.fit(2, cbs=Remember(old, 'all', weight=0.))
+    plain,_ = two_tasks()
+    plain.fit(2)
+    assert same(state(learn.model), state(plain.model))
+
+
+@pytest.mark.parametrize('event', ['before_epoch', 'before_train', 'after_pred', 'after_loss', 'after_step',
+                                   'before_validate'])
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), RuntimeError('out of memory'), CancelFitException()],
+                         ids=lambda e: type(e).__name__)
+def test_the_loss_function_is_given_back(event, exc):
+    learn,old = two_tasks()
+    before,func,kd = (state(old), flags(old)),learn.loss_func,Remember(old)
+    boom = Boom(event, exc, at=0 if event.startswith('before') else 1, order=20)
+    try: learn.fit(2, cbs=[kd, boom])
+    except (KeyboardInterrupt, RuntimeError): pass
+    assert boom.n and learn.loss_func is func and kd.task is None and kd.session is None
+    assert same(state(old), before[0]) and flags(old)==before[1] and not n_hooks(learn.model, old)
+    assert not learn.metrics and len(learn.cbs)==len({type(c) for c in learn.cbs})
+
+
+def test_lr_find_and_copies():
+    learn,old = two_tasks()
+    func,kd = learn.loss_func,Remember(old, T=3, ce='new', weight=2.)
+    before = state(learn.model)
+    learn.add_cb(kd)
+    learn.lr_find(num_it=5, show_plot=False)
+    assert learn.loss_func is func and same(before, state(learn.model)) and kd.task is None
+    other = kd.replace(weight=1.)
+    assert (other.ce, other.recipe.weight, other.terms[0].hypers['T'])==('new', 1., 3) and deepcopy(kd).ce=='new'
+    assert other.teacher.models[0] is old
+
+
+def test_refusals():
+    learn,old = two_tasks()
+    with pytest.raises(ValueError, match="did you mean 'new'"): Remember(old, ce='news')
+    with pytest.raises(ValueError, match='MixUp mixes labels'): learn.fit(1, cbs=[Remember(old), MixUp()])
+    with pytest.raises(ValueError, match='let grow_head add'): learn.fit(1, cbs=Remember(learn.model.train()))
+    plain = learner(net(c=3))
+    with pytest.raises(ValueError, match='let grow_head add'): plain.fit(1, cbs=Remember(old))
+    assert plain.loss_func is not None and not plain.metrics
+
+
+def test_the_loss_works_in_the_plain_callback_too():
+    learn,old = two_tasks()
+    learn.fit(1, cbs=KnowledgeDistillationCallback(old, LwF, T=2, weight=.5))
+    assert learn.model[-1].out_features==5

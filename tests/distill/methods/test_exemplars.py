@@ -1,0 +1,65 @@
+"Examples: chosen as herding says, kept, joined, and classified by"
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.metrics import accuracy
+
+from fasterai.distill.methods.continual import grow_head
+from fasterai.distill.methods.exemplars import Exemplars, features_of, herd, nearest_mean
+from classes import named
+from helpers import flags, learner, n_hooks, net, same, state
+
+
+def test_herding_is_the_slow_one():
+    torch.manual_seed(0)
+    f = torch.randn(20, 4)
+    picked = []
+    for k in range(1, 8):
+        left = [i for i in range(20) if i not in picked]
+        picked.append(min(left, key=lambda i: (f.mean(0)-f[[*picked, i]].sum(0)/k).norm()))
+    assert herd(f, 7)==picked and sorted(herd(f, 99))==list(range(20))
+
+
+def test_examples_are_kept_shrink_and_join():
+    learn = learner(net(c=2), named(['b', 'a']))
+    before,mode = state(learn.model),flags(learn.model.train())
+    memory = Exemplars(total=8).add(learn)
+    assert {c:len(rows) for c,rows in memory.rows.items()}=={0: 4, 1: 4}
+    assert same(state(learn.model), before) and flags(learn.model)==mode and not n_hooks(learn.model)
+    f,y = features_of(learn)
+    assert f.shape==(24, 8) and torch.allclose(f.norm(dim=1), torch.ones(24)) and y.tolist()==[0, 1]*12
+    first = {c:[r[0] for r in rows] for c,rows in memory.rows.items()}
+    own = (y==1).nonzero().flatten()
+    want = [learn.dls.train_ds[i][0] for i in own[herd(f[own], 4)].tolist()]
+    assert all(torch.equal(a, b) for a,b in zip(first[1], want))
+
+    dls = named(['b', 'a', 'c'], ['c'], seed=1)
+    joined = memory.join(dls)
+    assert len(joined.train_ds)==32 and len(dls.train_ds)==24 and joined.valid is dls.valid
+    labels = torch.cat([y for _,y in joined.train])
+    assert sorted(labels.tolist())==[0]*4+[1]*4+[2]*24
+    grow_head(learn, dls)
+    memory.add(learn)
+    assert {c:len(rows) for c,rows in memory.rows.items()}=={0: 2, 1: 2, 2: 2}
+    assert torch.equal(memory.rows[1][0][0], first[1][0])
+    with pytest.raises(ValueError, match='in their order'): memory.join(named(['a', 'b', 'c']))
+    for bad in dict(), dict(n=2, total=4), dict(n=0):
+        with pytest.raises(ValueError, match='takes n'): Exemplars(**bad)
+    with pytest.raises(ValueError, match='`add` comes first'): Exemplars(2).join(dls)
+
+
+def test_nearest_mean():
+    learn = learner(net(c=2), named(['b', 'a']), metrics=accuracy)
+    memory = Exemplars(5).add(learn)
+    before = state(learn.model)
+    ncm = nearest_mean(learn, memory)
+    f,y = features_of(learn)
+    mine = {c:torch.stack([f[i] for i in (y==c).nonzero().flatten()[herd(f[y==c], 5)]]).mean(0) for c in (0, 1)}
+    means = F.normalize(torch.stack([mine[0], mine[1]]), dim=1)
+    with ncm.no_bar(): preds = ncm.get_preds(dl=learn.dls.valid)[0]
+    want = -torch.cdist(f, means).square()
+    assert (preds.argmax(1)==want.argmax(1)).all()
+    assert ncm.model.model is not learn.model and same(state(learn.model), before)
+    with pytest.raises(ValueError, match='column 2'):
+        grow_head(learn, named(['b', 'a', 'c'], ['c']))
+        nearest_mean(learn, memory)
