@@ -6,9 +6,8 @@
 __all__ = ['statistics_gap', 'batch_norms', 'BatchNormGap', 'total_variation', 'competition', 'disagreement', 'imbalance',
            'inactivity']
 
-# %% ../../../nbs/distill/methods/priors.ipynb #b6f60ffa
+# %% ../../../nbs/distill/methods/priors.ipynb #6e5c87e3
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
