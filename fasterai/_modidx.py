@@ -1291,6 +1291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'fasterai/distill/methods/data_free.py'),
                                                     'fasterai.distill.methods.data_free._Nothing.__len__': ( 'distill/methods/data_free.html#_nothing.__len__',
                                                                                                              'fasterai/distill/methods/data_free.py'),
+                                                    'fasterai.distill.methods.data_free._Nothing.new_empty': ( 'distill/methods/data_free.html#_nothing.new_empty',
+                                                                                                               'fasterai/distill/methods/data_free.py'),
                                                     'fasterai.distill.methods.data_free._adam': ( 'distill/methods/data_free.html#_adam',
                                                                                                   'fasterai/distill/methods/data_free.py'),
                                                     'fasterai.distill.methods.data_free._last_linear': ( 'distill/methods/data_free.html#_last_linear',

@@ -88,7 +88,7 @@ def _refuse_without_statistics(learn):
                      "adapted here. What remains: answers of a teacher on the new items (KnowledgeDistillationCallback), "
                      "or pseudo_labels")
 
-# %% ../../../nbs/distill/methods/adapt.ipynb #3811b1c9
+# %% ../../../nbs/distill/methods/adapt.ipynb #4f616335
 def _affine(model):
     "Let a gradient reach the weights and biases of BatchNorms, and nothing else; returns the flags as they were"
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -97,21 +97,22 @@ def _affine(model):
         for p in m.parameters(recurse=False): p.requires_grad_(True)
     return flags
 
-def _train(learn, dl, kd, lr, epochs):
-    "Train the BatchNorms of the Learner's model in place"
-    flags = _affine(learn.model)
+def _train(learn, dl, kd, lr, epochs, whole):
+    "Train the Learner's model in place, or of it the BatchNorms"
+    flags = [] if whole else _affine(learn.model)
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("adapt: the model's BatchNorms have no weights (affine=False), take method='bn'")
     trainer = _another(learn, DataLoaders(dl, dl), lr=lr, opt_func=Adam, wd=0., splitter=trainable_params, metrics=[])
     trainer.model = learn.model
     with quiet(trainer): fit_one_cycle(trainer, epochs, kd)
-    for p,was in flags: p.requires_grad_(was).grad = None
+    for p,was in flags: p.requires_grad_(was)
+    for p in learn.model.parameters(): p.grad = None
 
-# %% ../../../nbs/distill/methods/adapt.ipynb #37675255
+# %% ../../../nbs/distill/methods/adapt.ipynb #25447732
 METHODS = dict(
     bn=None,
-    tent=dict(teacher=lambda steps: None, loss=Entropy, epochs=1),
-    ema=dict(teacher=lambda steps: EMA(fitted_decay(steps)), loss=partial(SoftTarget, T=1), epochs=10))
+    tent=dict(whole=False, teacher=lambda steps: None, loss=Entropy, epochs=1),
+    ema=dict(whole=True, teacher=lambda steps: EMA(fitted_decay(steps)), loss=partial(SoftTarget, T=1), epochs=10))
 
 def adapt(
     learn:Learner,         # Trained; stays as it is
@@ -132,6 +133,6 @@ def adapt(
     if how := METHODS[method]:
         n = epochs or how['epochs']
         kd = KnowledgeDistillationCallback(how['teacher'](n*len(dl)), loss or how['loss'], weight=1., task_weight=0.)
-        _train(new, dl, kd, lr, n)
+        _train(new, dl, kd, lr, n, how['whole'])
         _take_statistics(new, dl)
     return new

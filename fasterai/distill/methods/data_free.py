@@ -121,7 +121,7 @@ class PictureLoss:
         if adv: loss = loss + adv*disagreement(logits_of(student(x), who='student'), z, masked=way.intended)
         return loss
 
-# %% ../../../nbs/distill/methods/data_free.ipynb #f22bb5f3
+# %% ../../../nbs/distill/methods/data_free.ipynb #14ecf268
 class Imagine(Callback):
     """Each training batch becomes one of a generator's pictures, and of what class the teacher takes them for; the
     generator learns on the way, with an optimizer of its own"""
@@ -131,12 +131,13 @@ class Imagine(Callback):
         size:tuple,   # Of a picture
         way:Way,      # How the generator learns
         nz:int=64,    # Numbers that a picture is made of
+        bounds:tuple=None, # Least and greatest pixel, as for `dream`
     ):
         self.judge = PictureLoss(still, way)
         self.nz = nz
         self.c = len(vocab_of(still, size))
-        bounds = pixel_bounds(None, still, size)
-        self.generator = picture_generator(size, nz, bounds=bounds).to(still.device)
+        limits = pixel_bounds(bounds, still, size)
+        self.generator = picture_generator(size, nz, bounds=limits).to(still.device)
         self.adam = _adam(self.generator.parameters(), way.lr*(way.steps if way.lr_z else 1))
         self.pool = []   # of (pictures, classes)
         self.losses = [] # of the generator, a number for each time it learned
@@ -232,12 +233,13 @@ def next_batch(self:Imagine,
     x = self.generator(self._noise(n)[0])
     return x,self.judge.still(x).argmax(1)
 
-# %% ../../../nbs/distill/methods/data_free.ipynb #6ad46d80
+# %% ../../../nbs/distill/methods/data_free.ipynb #a33be1d7
 class _Nothing:
     "A data set of noise in the shape of pictures, for what wants to see a batch before there is a generator"
     n_inp = 1
     def __init__(self, n, size): self.n,self.size = n,size
     def __len__(self): return self.n
+    def new_empty(self): return type(self)(0, self.size)
     def __getitem__(self, i):
         if i>=self.n: raise IndexError(i)
         picture = TensorImageBW if self.size[0]==1 else TensorImage
@@ -254,6 +256,7 @@ def data_free_learner(
     valid:TfmdDL=None,    # Real pictures to judge the student by, if there are some; None: none
     loss:Callable=partial(SoftTarget, T=4), # By which the student learns from its teacher
     nz:int=64,            # Numbers that a picture is made of
+    bounds:tuple=None,    # Least and greatest pixel; None: 0 and 1 if the teacher's data are known, else none
     way:dict=None,        # What to change of the method's numbers, such as `dict(steps=10)`
     **kwargs              # For the `Learner`
 )->Learner:
@@ -267,7 +270,7 @@ def data_free_learner(
     learn = Learner(dls, student, **{'loss_func': CrossEntropyLossFlat(), **kwargs})
     said = Teacher(still.net, select=still.select) # of the same pictures, so there is nothing to agree on
     kd = KnowledgeDistillationCallback(said, loss, weight=1., task_weight=0.)
-    learn.add_cbs([Imagine(still, size, how, nz), kd])
+    learn.add_cbs([Imagine(still, size, how, nz, bounds), kd])
     return learn
 
 # %% ../../../nbs/distill/methods/data_free.ipynb #e4e15743

@@ -169,7 +169,7 @@ class Dreams:
         return (f"Dreams: {len(self)} pictures {tuple(self.x.shape[1:])} of {len(self.vocab)} classes, "
                 f"{self.as_intended:.0%} as intended")
 
-# %% ../../../nbs/distill/methods/dream.ipynb #1162e59e
+# %% ../../../nbs/distill/methods/dream.ipynb #7f51794a
 class _At:
     "Picks an item, as a fastai transform"
     def __init__(self, items, cls): self.items,self.cls = items,cls
@@ -191,7 +191,8 @@ def dls(self:Dreams,
     tfms = [[_At(self.x, picture)], [_At(names, type(names[0])), Categorize(self.vocab, sort=False)]]
     order = torch.randperm(n).tolist()
     dsets = Datasets(range(n), tfms, splits=[order[held:], order[:held]])
-    normalized = [] if self.normalize is None else [Normalize.from_stats(*self.normalize, dim=None, cuda=False)]
+    stats = [o.flatten().tolist() for o in self.normalize or ()]
+    normalized = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     dls = dsets.dataloaders(bs=bs, device=device, num_workers=0, after_batch=normalized)
     if not held: dls.loaders[1] = valid
     return dls
@@ -214,7 +215,7 @@ def show_batch(self:Dreams,
         ax.set_title(plain(self.vocab[y]))
     return axs
 
-# %% ../../../nbs/distill/methods/dream.ipynb #e2580a5d
+# %% ../../../nbs/distill/methods/dream.ipynb #840e3732
 def dream(
     teacher,              # A Module, a Learner (which knows classes and normalisation), or a `Teacher` of one network
     n:int,                # How many pictures
@@ -229,7 +230,7 @@ def dream(
     l2:float=0.,          # Of the norm of the batch
     adi:float=0.,         # Of the adaptive competition with `student`
     student:nn.Module=None, # A network that is learning, or its Learner; stays as it is
-    shifts:int=None,      # Roll by up to so many pixels in each step; None: a sixteenth of the side, or 1
+    shifts:int=None,      # Roll by up to so many pixels in each step; None: a sixteenth of the side
     bs:int=256,           # Pictures that are made at a time, at most: a batch has the statistics, not a picture
     bounds:tuple=None,    # Least and greatest pixel; None: 0 and 1 if the teacher's data are known, else none
     progress:bool=True,   # Show a bar?
@@ -248,7 +249,7 @@ def dream(
     vocab = vocab_of(still, size)
     y = _in_turn(n, targets, vocab).to(still.device)
     parts = y.tensor_split(math.ceil(n/bs))
-    if shifts is None: shifts = max(1, min(size[1:])//16)
+    if shifts is None: shifts = min(size[1:])//16
     total = range(iters*len(parts))
     steps = iter(progress_bar(total) if progress else total)
     with torch.autocast(still.device.type, enabled=False):
