@@ -46,18 +46,19 @@ def clean(learn, epochs):
 
 def fit(learn, epochs, way): way(learn, epochs)
 
-def way(f, *args, **kwargs):
+def way(f, **kwargs):
     "What a study calls for each run, for the way itself"
-    f = partial(f, *args, **kwargs)
+    f = partial(f, **kwargs)
     return lambda: f
 
 def run():
+    longer = dict(method='tent', lr=1e-2, epochs=10)
     arms = {
         'as it was': way(adapted),
-        'bn': way(adapted, 'bn'),
-        'tent': way(adapted, 'tent'),
-        'tent, 10 epochs at 1e-2': way(adapted, 'tent', lr=1e-2, epochs=10),
-        'tent with balance, 10 epochs': way(adapted, 'tent', lr=1e-2, epochs=10, loss=partial(Entropy, balance=1.)),
-        'ema': way(adapted, 'ema'),
+        'bn': way(adapted, method='bn'),
+        'tent': way(adapted, method='tent'),
+        'tent, 10 epochs at 1e-2': way(adapted, **longer),
+        'tent with balance, 10 epochs': way(adapted, **longer, loss=partial(Entropy, balance=1.)),
+        'ema': way(adapted, method='ema'),
         'clean images': way(clean)}
     return study('adapt', full1197, arms, fit=fit, baseline='as it was').run(1, seeds=5)

@@ -45,8 +45,9 @@ def taught_on(make, learn, epochs):
     steps = epochs*n//bs
     kd = KnowledgeDistillationCallback(teacher(), kd_loss, weight=1., task_weight=0.)
     fit_one_cycle(learn, max(1, round(steps/len(learn.dls.train))), kd)
-    if pictures.logits.any(): # they are meant to be something
-        with torch.no_grad(): return dict(second=second()(pictures.x).argmax(1).eq(pictures.y).float().mean().item())
+    if not pictures.logits.any(): return # they are meant to be nothing
+    judge = second()
+    with torch.no_grad(): return dict(second=judge(pictures.x).argmax(1).eq(pictures.y).float().mean().item())
 
 def generated(method, learn, epochs):
     "As many steps, with a generator in the loop"

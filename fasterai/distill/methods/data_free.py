@@ -233,7 +233,7 @@ def next_batch(self:Imagine,
     x = self.generator(self._noise(n)[0])
     return x,self.judge.still(x).argmax(1)
 
-# %% ../../../nbs/distill/methods/data_free.ipynb #a33be1d7
+# %% ../../../nbs/distill/methods/data_free.ipynb #2e44f68c
 class _Nothing:
     "A data set of noise in the shape of pictures, for what wants to see a batch before there is a generator"
     n_inp = 1
@@ -241,7 +241,7 @@ class _Nothing:
     def __len__(self): return self.n
     def new_empty(self): return type(self)(0, self.size)
     def __getitem__(self, i):
-        if i>=self.n: raise IndexError(i)
+        if i and i>=self.n: raise IndexError(i) # an empty one shows what it would hold
         picture = TensorImageBW if self.size[0]==1 else TensorImage
         return picture(torch.randn(self.size)),0
 
