@@ -29,7 +29,7 @@ def shifted_loader(learn, seed):
     "A loader of the dim images, with labels, to judge by"
     return TfmdDL(list(zip(*dim(learn, seed))), bs=600, num_workers=0)
 
-def adapted(learn, epochs, method=None, **kwargs):
+def adapted(learn, trained_for, /, method=None, **kwargs):
     "The network as it is, or adapted to the dim images without their labels"
     seed = torch.initial_seed()
     learn.model = source(seed)

@@ -73,7 +73,7 @@ def _take_statistics(learn, dl):
     for m,was in zip(layers, momenta): m.momentum = was
     learn.model.eval()
 
-# %% ../../../nbs/distill/methods/adapt.ipynb #a316984d
+# %% ../../../nbs/distill/methods/adapt.ipynb #c288f059
 def _another(learn, dls=None, **kwargs):
     "A Learner like `learn`, with a copy of its model and of the callbacks that change the inputs"
     views = [copy(cb) for cb in learn.cbs if 'view' in vars(cb)]
@@ -85,8 +85,7 @@ def _another(learn, dls=None, **kwargs):
 def _refuse_without_statistics(learn):
     if batch_norms(unwrap(learn.model)): return
     raise ValueError(f"adapt: the {name_of(learn.model)} has no BatchNorm with running statistics, and nothing else is "
-                     "adapted here. What remains: answers of a teacher on the new items (KnowledgeDistillationCallback), "
-                     "or pseudo_labels")
+                     "adapted here. What remains: a teacher's answers on the new items, or pseudo_labels")
 
 # %% ../../../nbs/distill/methods/adapt.ipynb #4f616335
 def _affine(model):

@@ -51,15 +51,15 @@ class Still:
         raise ValueError(f"the {self.name} gives logits of shape {tuple(z.shape)}; pictures are made for one class "
                          "each, (B, C) with two or more classes")
 
-# %% ../../../nbs/distill/methods/dream.ipynb #4a8f0e62
+# %% ../../../nbs/distill/methods/dream.ipynb #32089aa9
 def refuse_without_statistics(
     still:Still, # A teacher
     bn:float,    # Weight of the statistics
 ):
     "ValueError if statistics are to be looked at and there are none"
     if not bn or batch_norms(still.net): return
-    raise ValueError(f"the {still.name} has no BatchNorm with running statistics, from which dream learns what its data "
-                     "were like. What remains: data_free_learner(..., method='zskt') or 'dafl', which need none; "
+    raise ValueError(f"the {still.name} has no BatchNorm with running statistics, from which dream learns what its "
+                     "data were like. What remains: data_free_learner(..., method='zskt') or 'dafl', which need none; "
                      "unlabelled pictures of another kind, if there are any; and bn=0 here, by the classes alone, "
                      "which teaches little more than noise does")
 
@@ -260,13 +260,13 @@ def dream(
     x = _as_pictures(x, _stats(still, size))
     return Dreams(x.cpu(), y.cpu(), z.cpu(), vocab, still.facts.normalize, _losses(judge, len(parts)))
 
-# %% ../../../nbs/distill/methods/dream.ipynb #d0b6926d
+# %% ../../../nbs/distill/methods/dream.ipynb #ec680fe9
 def checked_size(
     size:tuple, # Of a picture
 )->tuple:
     "`size`. ValueError if it is not (channels, height, width)"
-    fits = isinstance(size, (tuple, list, torch.Size)) and len(size)==3 and all(isinstance(o, int) and o>0 for o in size)
-    if not fits: raise ValueError(f"size must be (channels, height, width), such as (3, 32, 32), got {size}")
+    three = isinstance(size, (tuple, list, torch.Size)) and len(size)==3
+    if not three or not all(isinstance(o, int) and o>0 for o in size): raise ValueError(f"size must be (channels, height, width), such as (3, 32, 32), got {size}")
     return tuple(size)
 
 def vocab_of(
