@@ -260,13 +260,14 @@ def dream(
     x = _as_pictures(x, _stats(still, size))
     return Dreams(x.cpu(), y.cpu(), z.cpu(), vocab, still.facts.normalize, _losses(judge, len(parts)))
 
-# %% ../../../nbs/distill/methods/dream.ipynb #ec680fe9
+# %% ../../../nbs/distill/methods/dream.ipynb #7313c7e5
 def checked_size(
     size:tuple, # Of a picture
 )->tuple:
     "`size`. ValueError if it is not (channels, height, width)"
     three = isinstance(size, (tuple, list, torch.Size)) and len(size)==3
-    if not three or not all(isinstance(o, int) and o>0 for o in size): raise ValueError(f"size must be (channels, height, width), such as (3, 32, 32), got {size}")
+    if not three or not all(isinstance(o, int) and o>0 for o in size):
+        raise ValueError(f"size must be (channels, height, width), such as (3, 32, 32), got {size}")
     return tuple(size)
 
 def vocab_of(

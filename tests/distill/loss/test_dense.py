@@ -52,7 +52,6 @@ def test_in_a_learner(loss):
     teacher = net(width=4, seed=1)
     learn = learner(cbs=KnowledgeDistillationCallback(teacher, loss, '0', '0', weight=1., task_weight=1.))
     learn.fit(1)
-    losses = learn.knowledge_distillation.log
     assert learn.knowledge_distillation.log.history.distill_loss.gt(0).all()
 
 
