@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #26fe60ef
+# %% ../../nbs/distill/all.ipynb #356ac44c
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
 from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
+from .loss.dense import CIRKD, IFVD, PKD
 from .loss.embeddings import NoTask, Projected
 from .loss.consistency import Consistency
 from .loss.generalized import GeneralizedDistillation
 from .loss.remember import ICaRL, LessForget, LwF, PooledOutput
 from .loss.teacherless import ClassMates, VirtualTeacher
 from .loss.transformers import HiddenStates, ViTKD, split_qkv
+from .methods.adapt import Entropy, adapt
 from .methods.assistants import assistants
 from .methods.attack import Attack
 from .methods.continual import OneHotBCE, Remember, align_head, grow_head
+from .methods.data_free import DataFreeDistillation, data_free_learner
 from .methods.discriminator import Discriminator
+from .methods.dream import dream
 from .methods.exemplars import Exemplars, nearest_mean
 from .methods.exits import DeepSupervision
 from .methods.fixmatch import StrongView, fixmatch
@@ -57,7 +61,7 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #b364c555
+# %% ../../nbs/distill/all.ipynb #5bfe8c0d
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
     'pretrained_teacher',
@@ -69,7 +73,8 @@ __all__ = [
     'Consistency', 'StrongView', 'fixmatch', 'GeneralizedDistillation',
     'TokenDistillation', 'keep_layers', 'ViTKD', 'HiddenStates', 'split_qkv',
     'LwF', 'ICaRL', 'LessForget', 'PooledOutput', 'grow_head', 'Remember', 'OneHotBCE', 'align_head', 'Exemplars',
-    'nearest_mean', 'Attack', 'Discriminator',
+    'nearest_mean', 'Attack', 'Discriminator', 'dream', 'data_free_learner', 'DataFreeDistillation', 'adapt', 'Entropy',
+    'PKD', 'IFVD', 'CIRKD',
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
