@@ -21,7 +21,8 @@ nb_merge_streams = True
 nb_render_markdown_format = 'myst'  # tables in outputs, too
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'deflist']
 myst_heading_anchors = 4
-suppress_warnings = ['mystnb.unknown_mime_type']  # widgets; each comes with text as well
+suppress_warnings = ['mystnb.unknown_mime_type',    # widgets; each comes with text as well
+                     'misc.highlighting_failure']  # a command over two lines
 
 autodoc_typehints = 'none'  # they are in the tables
 autodoc_inherit_docstrings = False
