@@ -2063,6 +2063,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                               'fasterai/distill/study/should_i_distil.py'),
                                                         'fasterai.distill.study.should_i_distil.DistilAnswer._in_short': ( 'distill/study/should_i_distil.html#distilanswer._in_short',
                                                                                                                            'fasterai/distill/study/should_i_distil.py'),
+                                                        'fasterai.distill.study.should_i_distil.DistilAnswer._reached': ( 'distill/study/should_i_distil.html#distilanswer._reached',
+                                                                                                                          'fasterai/distill/study/should_i_distil.py'),
                                                         'fasterai.distill.study.should_i_distil.DistilAnswer._repr_html_': ( 'distill/study/should_i_distil.html#distilanswer._repr_html_',
                                                                                                                              'fasterai/distill/study/should_i_distil.py'),
                                                         'fasterai.distill.study.should_i_distil.DistilAnswer._say': ( 'distill/study/should_i_distil.html#distilanswer._say',

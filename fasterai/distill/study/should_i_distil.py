@@ -122,15 +122,19 @@ def _alone_for(self:DistilAnswer, arm, short):
     ratio = seconds[arm]/max(seconds[_alone], 1e-9)
     return max(self.epochs, math.ceil(self.epochs*ratio-0.1))
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #4572a8d0
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #3335225f
+@patch
+def _reached(self:DistilAnswer, arm, epochs, seed):
+    "The metric of a run; None before it"
+    key = self.study.asked.get((arm, epochs, seed))
+    row = key and self.study.log.find(**key)
+    return float(row[self.metric]) if row else None
+
 @patch
 def _differences(self:DistilAnswer, arm, epochs, alone, seeds):
     "Gains of an arm over the student alone, in the order of the seeds that both have; more is better"
-    runs = self.study.named().set_index('seed')
-    def of(a, n): return runs[runs.arm.eq(a) & runs.epochs.eq(n)][self.metric]
-    a,b = of(arm, epochs),of(_alone, alone)
-    both = [s for s in seeds if s in a.index and s in b.index]
-    return (a[both]-b[both]).to_numpy()*(-1 if self.lowest else 1)
+    pairs = [(self._reached(arm, epochs, s), self._reached(_alone, alone, s)) for s in seeds]
+    return np.array([a-b for a,b in pairs if None not in (a, b)])*(-1 if self.lowest else 1)
 
 @patch
 def gains(self:DistilAnswer,

@@ -110,10 +110,10 @@ def test_a_faster_arm_does_not_shorten_the_student_alone(fake):
     assert fake((.3, .3), slow=(.5, .6), equal='time').as_long=={'a':4, 'b':4}
 
 def test_killed_and_resumed(fake, tmp_path):
-    args = dict(gains=(.2, .1), slow=(2, 1.5), equal='time')
+    args = dict(gains=(.2, .1), slow=(2, 1.5), equal='time', pairs=4)
     whole = fake(**args)
     n = world['calls']
-    for at in (2, 6, 9, n):
+    for at in (2, 8):
         path = tmp_path/f'{at}.csv'
         with pytest.raises(KeyboardInterrupt): fake(**args, die_at=at, path=path)
         found = fake(**args, path=path)
@@ -181,7 +181,7 @@ def test_the_bench_s_tasks_run(monkeypatch, tmp_path):
     from methods import should_i
     monkeypatch.setattr(should_i, 'trained', lambda make, epochs, seed=0: make().model.eval())
     assert len(should_i.tasks)>=5 and not all(can for *_,can in should_i.tasks.values())
-    for name in list(should_i.tasks)[-2:]:
+    for name in ['teacher with other names']:
         found = should_i.ask(name, epochs=1, pairs=1, folder=tmp_path)
         assert should_i.row(name, found)['answer']==NOT_DECIDED
     noisy = should_i.data(200, .4)
