@@ -25,13 +25,13 @@ def evidence(
     ratio = np.where(np.isinf(u), wide, (1+np.where(np.isinf(u), 0, u))/(1+np.where(np.isinf(u), 0, u)/wide))
     return np.where(n>1, ratio**(n/2)/np.sqrt(wide), 1.)
 
-# %% ../../nbs/core/sequences.ipynb #aeca7b82
+# %% ../../nbs/core/sequences.ipynb #484bb3ed
 def critical_t(
     n:int|np.ndarray, # How many differences
     alpha:float=0.05, # Chance to be wrong, both sides together
     effect:float=2.,  # As for `evidence`
 )->np.ndarray:
-    "The |t| whose `evidence` is `1/alpha`; infinite where there is none. ValueError for an alpha or effect out of range"
+    "The |t| whose `evidence` is `1/alpha`, or infinity if there is none. ValueError for alpha or effect out of range"
     if not 0<alpha<1: raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     if not effect>0: raise ValueError(f"effect must be positive, got {effect}")
     n = np.asarray(n, float)

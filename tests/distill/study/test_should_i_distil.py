@@ -149,7 +149,8 @@ def test_the_probe_leaves_out_what_its_advice_names():
     found = ask(arms=ways, dls=dls, teacher=t, pairs=1, epochs=1, metrics=accuracy)
     assert found.arms==['fine'] and set(found.left_out)=={'asleep', 'fights'}
     for arm in ways:
-        notes = suggest_weights(Learner(dls, student(), CrossEntropyLossFlat()), fresh_callback(found.study.arms[arm])).notes
+        learn = Learner(dls, student(), CrossEntropyLossFlat())
+        notes = suggest_weights(learn, fresh_callback(found.study.arms[arm])).notes
         assert any(f': {arm}' in o for o in notes)==(arm!='fine')
     only = ask(arms={k:ways[k] for k in ('asleep', 'fights')}, dls=dls, teacher=t, metrics=accuracy)
     assert only.answer==NOT_DECIDED and only.arm=='alone' and only.leading is only.interval is None
@@ -186,4 +187,5 @@ def test_the_bench_s_tasks_run(monkeypatch, tmp_path):
         assert should_i.row(name, found)['answer']==NOT_DECIDED
     noisy = should_i.data(200, .4)
     clean,wrong = (torch.tensor([int(y) for _,y in d.train_ds]) for d in (should_i.data(200), noisy))
-    assert .25<(clean!=wrong).float().mean()<.45 and torch.equal(noisy.valid_ds.tensors[1], should_i.data().valid_ds.tensors[1])
+    assert .25<(clean!=wrong).float().mean()<.45
+    assert torch.equal(noisy.valid_ds.tensors[1], should_i.data().valid_ds.tensors[1])
