@@ -1,4 +1,4 @@
-"""Should I distil? Small tasks of the digits, some of which distilling cannot help, and what a sequential study says
+"""Should I distil? Small tasks of the digits, some with a teacher that has nothing to say, and what a sequential study says
 
 Each task has a log of its runs in `benchmarks/results/should_i/`; `family-should_i.csv` has a row for each task, with
 the leading arm's gain in fresh pairs of runs beside the answer."""
@@ -58,7 +58,7 @@ def untrained():
     set_seed(0)
     return digits_net(32).eval()
 
-# name -> (arguments of `data`, what makes the teacher, can distilling help by what is known of the teacher?)
+# name -> (arguments of `data`, what makes the teacher, is it expected to help?)
 tasks = {
     '100 labels': (dict(), good, True),
     '100 labels, early teacher': (dict(), early, True),
@@ -107,7 +107,7 @@ def table():
     "The tasks' answers, gains in points"
     found = pd.read_csv(results/'family-should_i.csv')
     def span(low, high): return ['' if pd.isna(a) else f'{100*a:+.1f} to {100*b:+.1f}' for a,b in zip(low, high)]
-    return pd.DataFrame({'can help':found.can_help.map({True:'yes', False:'no'}), 'answer':found.answer,
+    return pd.DataFrame({'expected to help':found.can_help.map({True:'yes', False:'no'}), 'answer':found.answer,
                          'leading':found.leading, 'interval':span(found.low, found.high), 'pairs':found.pairs,
                          'runs':found.runs, 'cost':[f'{o:.0%}' for o in found.share],
                          'fresh pairs':span(found.fresh_low, found.fresh_high)}).fillna('').set_index(found.task)
