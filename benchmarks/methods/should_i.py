@@ -1,4 +1,4 @@
-"""Should I distil? Small tasks of the digits, some with a teacher that has nothing to say, and what a sequential study says
+"""Should I distil? Small tasks of the digits, and what a sequential study says of them
 
 Each task has a log of its runs in `benchmarks/results/should_i/`; `family-should_i.csv` has a row for each task, with
 the leading arm's gain in fresh pairs of runs beside the answer."""
