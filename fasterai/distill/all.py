@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #356ac44c
+# %% ../../nbs/distill/all.ipynb #3f4c964c
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
@@ -47,6 +47,7 @@ from .study.compare import compare, plot_attention, plot_compare, plot_similarit
 from .study.experiment import Experiment
 from .study.probes import knn_accuracy, linear_probe, probe_head
 from .study.report import save_report
+from .study.should_i_distil import should_i_distil
 from .study.study import Study
 from .study.sweep import sweep
 from .study.which_teacher import which_teacher
@@ -61,7 +62,7 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #5bfe8c0d
+# %% ../../nbs/distill/all.ipynb #99ba0086
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
     'pretrained_teacher',
@@ -77,7 +78,7 @@ __all__ = [
     'PKD', 'IFVD', 'CIRKD',
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
-    'Study', 'Experiment', 'sweep', 'compare', 'suggest_weights',
+    'Study', 'Experiment', 'should_i_distil', 'sweep', 'compare', 'suggest_weights',
     'quantize_aware', 'FreezeQuantizers', 'validate_int8', 'search_student',
     'export_student', 'check_file', 'OnnxFile', 'Predictor',
     'plot_compare', 'plot_attention', 'plot_similarity', 'plot_soft_targets', 'save_report']
