@@ -31,8 +31,8 @@ def learner(dls, channels, width, cbs=None):
 
 def run(data=Path('data')):
     dls = folder_dls(data/'cifar10_small', 'cpu', valid='test', size=32, bs=64, pad=4)
-    colours = trained(partial(learner, dls, 3, 64), 20)
-    greys = Teacher(trained(partial(learner, dls, 1, 64, StudentSees(grey)), 20), tfms=grey)
+    colours = trained(partial(learner, dls, 3, 32), 12)
+    greys = Teacher(trained(partial(learner, dls, 1, 32, StudentSees(grey)), 12), tfms=grey)
     soft = dict(loss=partial(SoftTarget, T=4), weight=0.9)
     arms = {'alone': None,
             'taught from colours': dict(teacher=colours, **soft),
