@@ -53,7 +53,7 @@ def fasterai_distill(
     except (ValueError, TypeError, OSError, ImportError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
     carry_out(*job)
 
-# %% ../../../nbs/distill/command/entry.ipynb #3bc29836
+# %% ../../../nbs/distill/command/entry.ipynb #d159e7c9
 def loss_names()->list[str]:
     "Names of the losses that have a recipe, without importing them"
     source = Path(find_spec('fasterai.distill.loss').origin).parent/'catalogue.py'
@@ -61,7 +61,7 @@ def loss_names()->list[str]:
     entries = [c.args[0] for c in calls if getattr(c.func, 'id', '') in _ENTRIES and c.args]
     return sorted(o.id for o in entries if isinstance(o, ast.Name))
 
-_ENTRIES = '_prediction','_map','_relation','_embedding','_learned'
+_ENTRIES = '_prediction','_map','_relation','_embedding','_token','_learned'
 
 # %% ../../../nbs/distill/command/entry.ipynb #d71bec06
 def _plain(o):
