@@ -25,7 +25,7 @@ def data(tmp_path_factory):
     folders = 'oxford-iiit-pet','camvid_tiny','mnist_png','imagenette2-160'
     pets,camvid,mnist,imagenette = (home/'data'/n for n in folders)
     for d in (pets/'images', camvid/'images', camvid/'labels'): d.mkdir(parents=True)
-    for i in range(160): _picture(rng, 96, 80, i%2).save(pets/'images'/f"{('Birman', 'beagle')[i%2]}_{i}.jpg")
+    for i in range(48): _picture(rng, 96, 80, i%2).save(pets/'images'/f"{('Birman', 'beagle')[i%2]}_{i}.jpg")
     (camvid/'codes.txt').write_text('Sky\nRoad\nVoid\n')
     for i in range(16):
         _picture(rng, 64, 48, i%2).save(camvid/'images'/f'f{i:02}.png')
