@@ -3035,6 +3035,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'fasterai/distill/teacher/forward.py'),
                                                   'fasterai.distill.teacher.forward.Plan.in_words': ( 'distill/teacher/forward.html#plan.in_words',
                                                                                                       'fasterai/distill/teacher/forward.py'),
+                                                  'fasterai.distill.teacher.forward.Plan.integers': ( 'distill/teacher/forward.html#plan.integers',
+                                                                                                      'fasterai/distill/teacher/forward.py'),
                                                   'fasterai.distill.teacher.forward._Stop': ( 'distill/teacher/forward.html#_stop',
                                                                                               'fasterai/distill/teacher/forward.py'),
                                                   'fasterai.distill.teacher.forward._Watched': ( 'distill/teacher/forward.html#_watched',

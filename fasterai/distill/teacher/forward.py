@@ -55,7 +55,7 @@ def same_rng(
 
 def _index(device): return torch.cuda.current_device() if device.index is None else device.index
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #b445c57b
+# %% ../../../nbs/distill/teacher/forward.ipynb #46563757
 @dataclass(frozen=True)
 class Plan:
     "How a frozen network runs. The default is as it is"
@@ -66,6 +66,8 @@ class Plan:
 
     @property
     def compiles(self)->bool: return self.compile is not False
+    @property
+    def integers(self)->bool: return self.dtype is torch.qint8
     @property
     def asks_for_copy(self)->bool: return bool(self.dtype or self.channels_last or self.fuse)
     @property

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #a2786106
+# %% ../../../nbs/distill/teacher/network.ipynb #2f753c20
 import warnings
 from itertools import chain
 
@@ -19,7 +19,7 @@ from ..layers.int8 import as_int8, calibrate, fake_quantized
 from ..layers.names import unwrap
 from .facts import Agreement
 from .auto import fastest_plan
-from .forward import Engine, Plan, bare, prepared
+from .forward import Engine, Plan, bare, prepared, size_of
 from .frozen import bare_copy, frozen_copy, refresh_copy
 from .weights import WeightWatch
 
@@ -129,12 +129,12 @@ def to(self:Network,
     self.engines = {}
     self.home = device if self.asked.asks_for_copy and self.copy is None else moved(self.net, device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #baac22ac
+# %% ../../../nbs/distill/teacher/network.ipynb #6e69a2ab
 @patch
 def _make_ready(self:Network, xb, layers, select, axis):
     if self.plan is None:
         self.plan = self._decide(xb, select, axis)
-        if self.plan.dtype is torch.qint8: self.copy = self._of_integers(xb)
+        if self.plan.integers: self.copy = self._of_integers(xb)
         elif self.plan.changes(self.source): self._make_copy(layers)
         else: self.home = moved(self.source, self.device)
         self._watch()
@@ -166,7 +166,7 @@ def _whole_copy(self:Network, **kwargs):
     self._refuse_placed()
     return frozen_copy(self.source, **kwargs).to(self.device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #cd378b8c
+# %% ../../../nbs/distill/teacher/network.ipynb #7471ef0b
 @patch
 def _engine(self:Network, xb, layers, logits):
     key = layers,logits
@@ -175,7 +175,7 @@ def _engine(self:Network, xb, layers, logits):
 
 @patch
 def _make_engine(self:Network, xb, layers, logits):
-    if layers and self.plan.dtype is torch.qint8:
+    if layers and self.plan.integers:
         raise ValueError(f"dtype='int8': the maps of {', '.join(layers)} would be integers on grids of their own; "
                          "losses on feature maps take a teacher of dtype='bf16' or 'fp32'")
     if self.plan.compiles and not logits:
@@ -184,7 +184,7 @@ def _make_engine(self:Network, xb, layers, logits):
     stops = not logits and not is_placed(self.source)
     return Engine(self.net, self.plan, layers, xb if stops else None)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #ffbef580
+# %% ../../../nbs/distill/teacher/network.ipynb #ff2d29f1
 @patch
 def _of_integers(self:Network, xb):
     if self.device.type!='cpu':
@@ -193,7 +193,9 @@ def _of_integers(self:Network, xb):
     if self.asked.compiles or self.asked.channels_last:
         raise ValueError("dtype='int8' has kernels and a layout of its own: leave out compile and channels_last")
     self._refuse_placed()
-    xb = prepared(xb, torch.float32)
+    xb,n = prepared(xb, torch.float32),size_of(xb)
+    if n<32: warnings.warn(f"dtype='int8': the ranges of the teacher's activations are those of the first batch, and {n} "
+                           "samples tell little of them: take batches of 32 or more")
     model = fake_quantized(bare_copy(self.source).eval(), xb, torch.backends.quantized.engine)
     calibrate(model, [xb])
     found = as_int8(model, torch.backends.quantized.engine)
@@ -210,7 +212,7 @@ def _watch(self:Network, full=False):
     self.watch.look(full)
     self.made_from = self.watch.structure,self.watch.version
 
-# %% ../../../nbs/distill/teacher/network.ipynb #75afe474
+# %% ../../../nbs/distill/teacher/network.ipynb #20d525cc
 @patch
 def follow(self:Network,
     full:bool=False, # Compare all values, as at the beginning of a fit?
@@ -220,7 +222,7 @@ def follow(self:Network,
     version = self.watch.look(full)
     now = self.watch.structure,version
     if now==self.made_from: return
-    if self.watch.structure!=self.made_from[0] or self.asked.dtype is torch.qint8: self._start_again()
+    if self.watch.structure!=self.made_from[0] or self.asked.integers: self._start_again()
     elif self.copy is not None: refresh_copy(self.copy, self.source)
     self.made_from = now
 

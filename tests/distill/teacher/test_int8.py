@@ -69,6 +69,13 @@ def test_maps_and_untraceable_networks_are_refused(net, xb):
     with pytest.raises(ValueError, match=fx): Teacher(Branches(), dtype='int8').compute(xb)
 
 
+def test_a_small_first_batch_is_warned_of(net, xb):
+    with pytest.warns(UserWarning, match='8 samples tell little'): Teacher(net, dtype='int8').compute(xb[:8])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        Teacher(net, dtype='int8').compute(xb[:32])
+
+
 def test_a_gpu_is_refused(net):
     there = Teacher(net, dtype='int8').nets[0]
     there.device = torch.device('cuda')
