@@ -184,7 +184,7 @@ def _make_engine(self:Network, xb, layers, logits):
     stops = not logits and not is_placed(self.source)
     return Engine(self.net, self.plan, layers, xb if stops else None)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #ff2d29f1
+# %% ../../../nbs/distill/teacher/network.ipynb #6d1ce014
 @patch
 def _of_integers(self:Network, xb):
     if self.device.type!='cpu':
@@ -193,9 +193,10 @@ def _of_integers(self:Network, xb):
     if self.asked.compiles or self.asked.channels_last:
         raise ValueError("dtype='int8' has kernels and a layout of its own: leave out compile and channels_last")
     self._refuse_placed()
-    xb,n = prepared(xb, torch.float32),size_of(xb)
-    if n<32: warnings.warn(f"dtype='int8': the ranges of the teacher's activations are those of the first batch, and {n} "
-                           "samples tell little of them: take batches of 32 or more")
+    if size_of(xb)<32:
+        warnings.warn("dtype='int8': the ranges of the teacher's activations are those of the first batch, and "
+                      f"{size_of(xb)} samples tell little of them: take batches of 32 or more")
+    xb = prepared(xb, torch.float32)
     model = fake_quantized(bare_copy(self.source).eval(), xb, torch.backends.quantized.engine)
     calibrate(model, [xb])
     found = as_int8(model, torch.backends.quantized.engine)
