@@ -6,25 +6,29 @@
 __all__ = ['available_losses', 'catalogue', 'recipe_of', 'standardize', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD',
            'RLD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD', 'Ranking', 'Cosine', 'Embedding', 'Affinity',
            'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST', 'RKDDistance',
-           'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG', 'TokenKD', 'Relations', 'AttentionScores', 'HiddenCosine',
-           'ConfidentTeachers', 'DeepMutualLearning', 'several']
+           'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG', 'PKD', 'IFVD', 'CIRKD', 'LwF', 'ICaRL', 'LessForget', 'PooledOutput',
+           'TokenKD', 'Relations', 'AttentionScores', 'HiddenCosine', 'ConfidentTeachers', 'DeepMutualLearning',
+           'several']
 
-# %% ../../nbs/distill/losses.ipynb #396c3b27
+# %% ../../nbs/distill/losses.ipynb #f42a1bd7
 from .loss.catalogue import available_losses, catalogue, recipe_of
+from .loss.dense import CIRKD, IFVD, PKD
 from .loss.embeddings import Affinity, Cosine, Embedding
 from .loss.logits import *
 from .loss.maps import *
 from .loss.refined import RLD
 from .loss.relations import *
+from .loss.remember import ICaRL, LessForget, LwF, PooledOutput
 from .loss.several import ConfidentTeachers, DeepMutualLearning, several
 from .loss.tokens import TokenKD
 from .loss.transformers import AttentionScores, HiddenCosine, Relations
 
-# %% ../../nbs/distill/losses.ipynb #1b3c2f01
+# %% ../../nbs/distill/losses.ipynb #3999241a
 _all_ = ['available_losses', 'catalogue', 'recipe_of', 'standardize',
          'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NKD', 'RLD', 'HardTarget', 'DIST', 'TTM', 'WTTM', 'BinaryKD',
          'Ranking', 'Cosine', 'Embedding', 'Affinity',
          'Attention', 'FitNet', 'ActivationBoundaries', 'Similarity', 'CWD', 'ChannelStats', 'NST',
          'RKDDistance', 'RKDAngle', 'RKD', 'PKT', 'CC', 'IRG',
+         'PKD', 'IFVD', 'CIRKD', 'LwF', 'ICaRL', 'LessForget', 'PooledOutput',
          'TokenKD', 'Relations', 'AttentionScores', 'HiddenCosine',
          'ConfidentTeachers', 'DeepMutualLearning', 'several']

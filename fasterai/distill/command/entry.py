@@ -61,7 +61,7 @@ def loss_names()->list[str]:
     entries = [c.args[0] for c in calls if getattr(c.func, 'id', '') in _ENTRIES and c.args]
     return sorted(o.id for o in entries if isinstance(o, ast.Name))
 
-_ENTRIES = '_prediction','_map','_relation','_embedding','_token','_learned'
+_ENTRIES = '_prediction','_embedding','_map','_relation','_dense','_memory','_token','_learned'
 
 # %% ../../../nbs/distill/command/entry.ipynb #d71bec06
 def _plain(o):

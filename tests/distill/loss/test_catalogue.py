@@ -9,7 +9,7 @@ from torch import nn
 
 from fasterai.distill import losses as L
 from fasterai.distill.loss import learned
-from fasterai.distill.loss.catalogue import KINDS, catalogue, loss_by_name
+from fasterai.distill.loss.catalogue import GENERAL, KINDS, catalogue, loss_by_name
 from fasterai.distill.loss.terms import Term, as_terms
 from fasterai.distill.losses import *
 
@@ -20,10 +20,11 @@ def test_every_loss_has_an_entry():
     of_stacks = {'ConfidentTeachers', 'DeepMutualLearning'} # which ask for the answers of several networks
     functions = {n for n in L.__all__ if n[0].isupper()} - of_stacks
     modules = {n for n in learned.__all__ if n!='LearnedLoss'} | {'Queue', 'HiddenStates', 'ViTKD'}
-    assert set(catalogue)==functions | modules and len(functions)==32 and len(modules)==7
-    assert available_losses()+available_losses('token')==[o for o in catalogue if o in functions]
+    assert set(catalogue)==functions | modules and len(functions)==39 and len(modules)==7
+    assert [o.name for o in catalogue.values() if o.kind!='learned']==[o for o in L.__all__ if o in functions]
+    assert available_losses()==[o.name for o in catalogue.values() if o.kind in GENERAL]
     assert set(available_losses('learned'))==modules
-    assert [len(available_losses(k)) for k in KINDS]==[12, 3, 7, 6, 4, 7]
+    assert [len(available_losses(k)) for k in KINDS]==[12, 3, 7, 6, 3, 4, 4, 7]
 
 
 @pytest.mark.parametrize('info', catalogue.values(), ids=lambda o: o.name)
