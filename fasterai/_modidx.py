@@ -3531,6 +3531,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                            'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.ViewTrace.make': ( 'distill/teacher/recorded/replay.html#viewtrace.make',
                                                                                                                        'fasterai/distill/teacher/recorded/replay.py'),
+                                                          'fasterai.distill.teacher.recorded.replay.ViewTrace.n_seen': ( 'distill/teacher/recorded/replay.html#viewtrace.n_seen',
+                                                                                                                         'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.ViewTrace.tag': ( 'distill/teacher/recorded/replay.html#viewtrace.tag',
                                                                                                                       'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.Views': ( 'distill/teacher/recorded/replay.html#views',

@@ -109,7 +109,7 @@ def test_all_students_of_a_seed_see_the_same(loss, images, monkeypatch):
 
 
 def _command(tmp_path, out):
-    return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0-1', '--epochs', '8', '--only',
+    return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0-1', '--epochs', '3', '--only',
             'alone,SoftTarget,Logits', '--out', tmp_path/out, '--models', tmp_path]
 
 

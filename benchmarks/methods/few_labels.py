@@ -31,7 +31,7 @@ from fasterai.distill.training.views import StudentSees
 from methods.photos import Photos, body, pictures, small, width
 from settings import ShiftFlip
 
-bs,steps,size = 20,1000,192     # labelled rows in a batch, steps of each training, pixels that the teacher is shown
+bs,steps,size = 20,500,192     # labelled rows in a batch, steps of each training, pixels that the teacher is shown
 folder = Path('data/imagenette2sq_96')
 
 
@@ -74,7 +74,7 @@ def teacher():
     learn.freeze()
     with quiet(learn): fit_one_cycle(learn, 20)
     print(f'teacher: {learn.validate()[1]:.1%}')
-    return Teacher(learn.model.eval(), size=size, cache=Replay(2))
+    return Teacher(learn.model.eval(), size=size, cache=Replay(50))
 
 
 def student():

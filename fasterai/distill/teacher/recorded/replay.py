@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['seeded', 'ViewTrace', 'Once', 'Views', 'dry_run', 'replayed_mix']
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #6305a6cf
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #d29dff2e
 import hashlib
 import random
+import warnings
 import zlib
 from contextlib import contextmanager, nullcontext
 
@@ -88,6 +89,12 @@ def _order_of(self:ViewTrace, view):
         self._orders[view] = self._draw_order(view)
     return self._orders[view]
 
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #0a3724ca
+@patch
+def n_seen(self:ViewTrace):
+    "Number of samples in all views"
+    return len({i for v in range(self.k) for i in self._draw_order(v)})
+
 # %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #cf2d5086
 @patch
 def create_batches(self:ViewTrace, rows):
@@ -107,7 +114,7 @@ def make(self:ViewTrace, rows):
 def _transform(self:ViewTrace, transforms, b):
     with seeded(self.seed, 'batch', self.tag, device=self.dl.device): return transforms(b)
 
-# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #1c33aff3
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #e6dfe54a
 class Once:
     "Each sample has one input"
     k,seed = None,0
@@ -136,7 +143,14 @@ class Views:
         self.k = k
         self.seed = seed
 
-    def trace(self, dl, passes=0): return ViewTrace(dl, self.k, self.seed, passes)
+    def trace(self, dl, passes=0):
+        "Warns if the epochs that come round leave samples out"
+        trace = ViewTrace(dl, self.k, self.seed, passes)
+        n = len(dl.dataset) if hasattr(dl.dataset, '__len__') else 0
+        if trace.n<n and (seen := trace.n_seen())<n:
+            warnings.warn(f"Replay(k={self.k}): the {self.k} epochs that come round hold {seen} of {n} samples, the "
+                          "others will never be seen; take a larger k, such as the number of epochs")
+        return trace
 
     def some_rows(self, n, some): return list(range(min(some, n)))
 

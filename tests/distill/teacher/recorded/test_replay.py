@@ -1,4 +1,7 @@
 "Views that come round, with the batches and the mixtures that they had"
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix
 from fastai.vision.augment import Brightness
 
+from fasterai.data.unlabelled import mix_unlabelled
 from fasterai.distill.teacher.recorded.recorded import Replay
 from recording import N, PROBE, Blobs, Teacher, learner, loaders, train
 
@@ -53,6 +57,16 @@ class TestReplay:
         teacher = Teacher()
         train(self.dls(cls=WeightedDL), teacher, Replay(k=2), n=4)
         assert sum(teacher.seen)==2*N+PROBE
+
+    def test_samples_that_no_view_holds_are_said(self):
+        dls = mix_unlabelled(self.dls(), Blobs(), ratio=0.25)
+        with pytest.warns(UserWarning, match=r'Replay\(k=2\): the 2 epochs .* never be seen') as said:
+            train(dls, Teacher(), Replay(k=2))
+        n,of = map(int, re.search(r'hold (\d+) of (\d+)', str(said[0].message)).groups())
+        assert N+12<=n<=N+24 and of==2*N
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            train(dls, Teacher(), Replay(k=40))
 
     def test_another_seed_is_another_cache(self, path):
         train(self.dls(), Teacher(), Replay(k=2, path=path))
