@@ -105,7 +105,7 @@ def read_notebook(app, docname, source):
     nb['metadata']['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}  # which knows `!command`
     if docname==app.config.root_doc:
         nb['cells'].append(new_markdown_cell((Path(app.confdir)/'contents.md').read_text(encoding='utf-8')))
-    nb['metadata']['source_map'] = [*range(len(nb['cells']))]  # else lines count in ten thousands, and rst is padded by them
+    nb['metadata']['source_map'] = [*range(len(nb['cells']))]  # lines in ten thousands else, by which rst is padded
     source[0] = json.dumps(nb)
 
 # Docstrings and docments

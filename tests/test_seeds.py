@@ -1,7 +1,6 @@
 """The documents that this library was asked for run as they are written
 
-They are the callback tutorial, the losses guide and the blog post. Epochs are cut to 1, and fastai's default batch of 64
-to 16.
+They are the callback tutorial, the losses guide and the blog post. Epochs are cut to 1, batches to 16.
 `untar_data(URLs.PETS)` finds a small folder of images made here, and the pretrained weights that `vision_learner` asks
 for are random ones, so nothing is downloaded."""
 import os, subprocess, sys

@@ -128,7 +128,7 @@ _relations = [
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #8d9db5fb
 _dense_maps = [
-    _dense(PKD, 'Cao et al.', 'NeurIPS 2022', '2207.02039', 6, 'mmrazor', note='on the levels of a detector\'s pyramid'),
+    _dense(PKD, 'Cao et al.', 'NeurIPS 2022', '2207.02039', 6, 'mmrazor', note='on the levels of a pyramid'),
     _dense(IFVD, 'Wang et al.', 'ECCV 2020', None, 50, 'CIRKD', note='beside SoftTarget on the pixels'),
     _dense(CIRKD, 'Yang et al.', 'CVPR 2022', '2204.06986', 1, 'authors', note='beside SoftTarget on the pixels')]
 
