@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #d641b343
+# %% ../../../nbs/distill/training/session.ipynb #48b395e5
 from contextlib import ExitStack
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch import distributed as dist, nn
 
 from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
+from ...core.together import is_distributed
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, asking, refuse_shared
 from .autocast import leaving_autocast
@@ -310,7 +311,7 @@ def _as_student(kd,
     parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
     return mixed(task, list(parts.values()), kd.recipe, session.weight)
 
-# %% ../../../nbs/distill/training/session.ipynb #6f972aae
+# %% ../../../nbs/distill/training/session.ipynb #2b5ce74f
 @patch
 def begin_epoch(self:Session):
     "A new epoch's log; at the first one, bring teacher and student together"
@@ -346,5 +347,5 @@ def after_step(self:Session):
 @patch
 def _sum_over_processes(self:Session, sums):
     "The sum of each process's `sums`, so that all show the same columns"
-    if hasattr(self.learn, 'distributed_trainer') and dist.is_initialized(): dist.all_reduce(sums)
+    if is_distributed(self.learn): dist.all_reduce(sums)
     return sums
