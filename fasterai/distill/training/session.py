@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #48b395e5
+# %% ../../../nbs/distill/training/session.ipynb #d2365c18
 from contextlib import ExitStack
 from functools import partial
 
@@ -20,6 +20,7 @@ from ...core.task import full_inputs, logits_of, task_of
 from ...core.together import is_distributed
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, asking, refuse_shared
+from .ask_ahead import AskAhead
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
@@ -95,7 +96,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #7d349bac
+# %% ../../../nbs/distill/training/session.ipynb #5c869a3b
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -128,9 +129,18 @@ def _begin_teacher(self:Session, record):
         offered = {**question, 'record': record, 'as_student': partial(_as_student, self.kd)}
         teacher.begin(self.learn, **accepted(teacher.begin, offered))
         self._load_teacher()
+        if record and teacher.ahead is not None: self._ask_ahead(partial(teacher.ahead, **question))
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
     self.ask = asking(answer, question)
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
+
+@patch
+def _ask_ahead(self:Session, ask):
+    "Let the question come before the student's forward"
+    cb = AskAhead(self.kd, ask)
+    self.learn.add_cb(cb)
+    self.fit.passing.append(cb)
+    self.stack.callback(self.learn.remove_cb, cb)
 
 @patch
 def _load_teacher(self:Session):
