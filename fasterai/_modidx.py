@@ -2932,6 +2932,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'fasterai/distill/teacher/elsewhere.py'),
                                                     'fasterai.distill.teacher.elsewhere.Elsewhere.end': ( 'distill/teacher/elsewhere.html#elsewhere.end',
                                                                                                           'fasterai/distill/teacher/elsewhere.py'),
+                                                    'fasterai.distill.teacher.elsewhere.Elsewhere.place': ( 'distill/teacher/elsewhere.html#elsewhere.place',
+                                                                                                            'fasterai/distill/teacher/elsewhere.py'),
                                                     'fasterai.distill.teacher.elsewhere.Elsewhere.start': ( 'distill/teacher/elsewhere.html#elsewhere.start',
                                                                                                             'fasterai/distill/teacher/elsewhere.py'),
                                                     'fasterai.distill.teacher.elsewhere.Elsewhere.to': ( 'distill/teacher/elsewhere.html#elsewhere.to',

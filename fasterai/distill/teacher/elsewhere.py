@@ -34,7 +34,7 @@ def _marks(xb):
     "Where the tensors of a batch are, and how often they were changed in place"
     return [(t.data_ptr(), t.shape, t.stride(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors_in(xb)]
 
-# %% ../../../nbs/distill/teacher/elsewhere.ipynb #66606b21
+# %% ../../../nbs/distill/teacher/elsewhere.ipynb #b261850c
 class Elsewhere(Network):
     "A network on a device of its own, which batches and answers travel to and from. ValueError if there is none such"
     def __init__(self,
@@ -50,6 +50,8 @@ class Elsewhere(Network):
         raise ValueError(f"device='{where}': accelerate has placed the parts of the teacher {name_of(source)} already")
 
     def __getstate__(self): return {**super().__getstate__(), 'where': str(self.where)}
+    @property
+    def place(self): return f'on {self.where}'
     def to(self, device): super().to(self.where)
     def end(self): self.begun = None
 

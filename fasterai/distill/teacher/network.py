@@ -58,9 +58,10 @@ def name_of(
     "Its class, without wrappers"
     return type(unwrap(net)).__name__
 
-# %% ../../../nbs/distill/teacher/network.ipynb #0f411356
+# %% ../../../nbs/distill/teacher/network.ipynb #d12a3c51
 class Network:
     "One network of a teacher: the caller's `source`, and what was made of it to run"
+    place = None # where it is, in words, if not beside the student
     def __init__(self,
         source:nn.Module, # Runs itself, if no copy is asked for
         tfm=None,         # What its batch goes through first, `f(*xb)`

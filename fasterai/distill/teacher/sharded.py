@@ -66,9 +66,10 @@ def _around_the_same_weights(net):
     memo.update({id(b): b.detach() for b in net.buffers()})
     return deepcopy(net, memo).eval()
 
-# %% ../../../nbs/distill/teacher/sharded.ipynb #cb8a1b7e
+# %% ../../../nbs/distill/teacher/sharded.ipynb #da9adbb4
 class Sharded(Network):
     "A network in pieces on all ranks of a distributed training; elsewhere a network like others, with a warning"
+    place = 'sharded'
     def __init__(self,
         source:nn.Module, # As in `Network`; stays whole where it is
         tfm=None,         # As in `Network`
@@ -102,8 +103,8 @@ class Sharded(Network):
     def _warn(self):
         if self.warned: return
         self.warned = True
-        warnings.warn("shard=True: this training has one process, in which the teacher is whole; start the script with torchrun, "
-                      "and put the training into `learn.distrib_ctx()`")
+        warnings.warn("shard=True: this training has one process, in which the teacher is whole; start the script with "
+                      "torchrun, and put the training into `learn.distrib_ctx()`")
 
 # %% ../../../nbs/distill/teacher/sharded.ipynb #7e3bd669
 @patch

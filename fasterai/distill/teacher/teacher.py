@@ -335,7 +335,7 @@ def as_teacher(
     if not a_network and callable(getattr(teacher, 'answer', None)): return AdaptedTeacher(teacher)
     return Teacher(teacher, **kwargs)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #a3ad3717
+# %% ../../../nbs/distill/teacher/teacher.ipynb #39a2c4a6
 @patch
 def __repr__(self:Teacher):
     nets = ' + '.join(f"{name_of(m)} of {_millions(m)} parameters" for m in self.models)
@@ -346,8 +346,10 @@ def __repr__(self:Teacher):
 @patch
 def _how(self:Teacher):
     net = self.nets[0]
-    if net.plan is not None: return net.plan.in_words(len(net.folded))
-    return 'the fastest safe format, tried on the first batch' if net.asked.dtype=='auto' else net.asked.in_words()
+    if net.plan is not None: how = net.plan.in_words(len(net.folded))
+    elif net.asked.dtype=='auto': how = 'the fastest safe format, tried on the first batch'
+    else: how = net.asked.in_words()
+    return how if net.place is None else f'{how}, {net.place}'
 
 def _millions(net): return f"{sum(p.numel() for p in net.parameters())/1e6:.3g} M"
 

@@ -14,7 +14,7 @@ from .network import Network
 from .sharded import Sharded
 from .worker import InWorker
 
-# %% ../../../nbs/distill/teacher/where.ipynb #81f2b4c5
+# %% ../../../nbs/distill/teacher/where.ipynb #8d381792
 def networks(
     device=None, # As in `Teacher`
     worker=False,# As in `Teacher`
@@ -24,8 +24,8 @@ def networks(
     said = dict(device=device is not None, worker=bool(worker), shard=bool(shard))
     named = [k for k,v in said.items() if v]
     if len(named)>1:
-        raise ValueError(f"{' and '.join(named)}: a teacher is in one place; a worker runs on the CPU, and a sharded teacher "
-                         "where the student of each rank is")
+        raise ValueError(f"{' and '.join(named)}: a teacher is in one place; a worker runs on the CPU, and a sharded "
+                         "teacher where the student of each rank is")
     if worker: return InWorker
     if shard: return Sharded
     return Network if device is None else partial(Elsewhere, where=device)

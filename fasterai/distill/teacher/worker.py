@@ -78,7 +78,7 @@ def _failure(e):
         e = RuntimeError(f'{type(e).__name__}: {e}').with_traceback(e.__traceback__)
         return packed((False, ExceptionWithTraceback(e, e.__traceback__)))
 
-# %% ../../../nbs/distill/teacher/worker.ipynb #8b7034be
+# %% ../../../nbs/distill/teacher/worker.ipynb #7f759469
 def _answers(b):
     "A function that answers as the network in `b` does"
     model,asked = torch.load(io.BytesIO(b), weights_only=False, map_location='cpu')
@@ -94,8 +94,8 @@ def _sent(model, asked):
     to = io.BytesIO()
     try: torch.save((model, asked), to)
     except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(f"worker=True: the teacher {name_of(model)} cannot be sent to another process ({e}); functions "
-                         "and classes that it uses must stand at the top level of a module") from e
+        raise ValueError(f"worker=True: the teacher {name_of(model)} cannot be sent to another process ({e}); "
+                         "functions and classes that it uses must stand at the top level of a module") from e
     return to.getvalue()
 
 # %% ../../../nbs/distill/teacher/worker.ipynb #cbdf7cdc
@@ -136,7 +136,7 @@ class Worker:
         if self.process.is_alive(): self.process.kill()
         self.process.join()
 
-# %% ../../../nbs/distill/teacher/worker.ipynb #3af334b0
+# %% ../../../nbs/distill/teacher/worker.ipynb #d1c39b3c
 @patch
 def _first_reply(self:Worker):
     reply = self._wait()
@@ -144,16 +144,17 @@ def _first_reply(self:Worker):
     try: self._value(reply)
     except AttributeError as e:
         if "Can't get attribute" not in str(e): raise
-        raise ValueError(f"worker=True: the teacher {name_of(self.model)} uses what was defined in a notebook or at the "
-                         f"prompt, where another process cannot find it ({e}): put it into a file and import it") from e
+        raise ValueError(f"worker=True: the teacher {name_of(self.model)} uses what was defined in a notebook or at "
+                         "the prompt, where another process cannot find it "
+                         f"({e}): put it into a file and import it") from e
 
 @patch
 def _how_it_ended(self:Worker):
     self.process.join(1)
     code = self.process.exitcode or 0
     if code<0: return f"{self} was ended by {signal.Signals(-code).name}"
-    return (f"{self} ended with code {code} before it answered; what it said about that is above. A script that is not "
-            "imported only must start its training under `if __name__=='__main__':`")
+    return (f"{self} ended with code {code} before it answered; what it said about that is above. A script must "
+            "start its training under `if __name__=='__main__':`, since the process reads it, too")
 
 # %% ../../../nbs/distill/teacher/worker.ipynb #a00d6ab4
 @patch
@@ -216,9 +217,10 @@ def _value(self:Worker, reply):
     if not fine: raise value
     return value
 
-# %% ../../../nbs/distill/teacher/worker.ipynb #6ae3169f
+# %% ../../../nbs/distill/teacher/worker.ipynb #67689020
 class InWorker(Elsewhere):
     "A network that a process of its own runs, within a fit"
+    place = 'in a process of its own'
     copies = True # what the worker has was made from the source
     def __init__(self,
         source:nn.Module, # As in `Network`

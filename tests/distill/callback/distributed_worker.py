@@ -68,8 +68,8 @@ class Answers(GradsAt):
 def columns(bs, distributed):
     "A table in which the teacher's columns stand beside those of fastai's own metrics, until one of them rises"
     dls = data(n=40, bs=bs)
-    dls.train.get_idxs = lambda: list(range(40)) if distributed else [20*r+i+j for i in range(0, 20, 5) for r in range(2)
-                                                                      for j in range(5)] # the same batches
+    same = [20*r+i+j for i in range(0, 20, 5) for r in range(2) for j in range(5)] # in one process, the same batches
+    dls.train.get_idxs = lambda: list(range(40)) if distributed else same
     learn = learner(model(4, 0), dls, wd=0., lr=1., metrics=[task, soft_target])
     stop = EarlyStoppingCallback('valid_distill_loss', patience=1)
     kd = KnowledgeDistillationCallback(model(8, 1), SoftTarget, weight=0.7, valid=True)

@@ -86,7 +86,7 @@ def test_an_interrupted_fit_ends_the_worker():
 def test_the_question_leaves_before_the_students_forward_and_is_put_once(monkeypatch):
     t = Teacher(net(8, seed=1), device='cpu')
     said = []
-    ahead,call,forward = Elsewhere.ahead,Elsewhere.start,nn.Linear.forward
+    ahead,call = Elsewhere.ahead,Elsewhere.start
     monkeypatch.setattr(Elsewhere, 'ahead', lambda self, *o: (said.append('ahead'), ahead(self, *o)))
     monkeypatch.setattr(Elsewhere, 'start', lambda self, *o: (said.append('asked'), call(self, *o))[1])
     class Says(Callback):
@@ -123,7 +123,8 @@ def test_batches_without_an_answer_are_left_behind():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match='device and worker and shard: a teacher is in one place'):
         Teacher(net(), device='cpu', worker=True, shard=True)
-    with pytest.raises(ValueError, match="device='cuda:99': there is no such device here"): Teacher(net(), device='cuda:99')
+    with pytest.raises(ValueError, match="device='cuda:99': there is no such device here"):
+        Teacher(net(), device='cuda:99')
     bad = net()
     bad.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match='worker=True: the teacher Sequential cannot be sent to another process'):
@@ -132,7 +133,7 @@ def test_what_cannot_be_is_refused():
 
 def test_a_worker_that_cannot_begin_says_why(monkeypatch):
     monkeypatch.setattr(worker, 'serve', ends)
-    with pytest.raises(RuntimeError, match=r"ended with code 7 .* must start its training under `if __name__=='__main__'"):
+    with pytest.raises(RuntimeError, match=r"code 7 .* must start its training under `if __name__=='__main__'"):
         worker.Worker(net())
 
 
