@@ -58,9 +58,10 @@ def name_of(
     "Its class, without wrappers"
     return type(unwrap(net)).__name__
 
-# %% ../../../nbs/distill/teacher/network.ipynb #0f411356
+# %% ../../../nbs/distill/teacher/network.ipynb #d12a3c51
 class Network:
     "One network of a teacher: the caller's `source`, and what was made of it to run"
+    place = None # where it is, in words, if not beside the student
     def __init__(self,
         source:nn.Module, # Runs itself, if no copy is asked for
         tfm=None,         # What its batch goes through first, `f(*xb)`
@@ -98,7 +99,7 @@ def opts(self:Network)->dict:
     "What was asked for that may change an answer"
     return {k:getattr(self.asked, k) for k in ('dtype', 'channels_last', 'fuse')}
 
-# %% ../../../nbs/distill/teacher/network.ipynb #f2056817
+# %% ../../../nbs/distill/teacher/network.ipynb #ce1a6c27
 @patch
 def __call__(self:Network,
     xb:tuple,         # A batch of the student's inputs
@@ -108,13 +109,21 @@ def __call__(self:Network,
     axis:int=1,       # Their class axis
 )->tuple:
     "What the network returned (None if it could be stopped before), and the maps"
-    for tfm in (self.agreement.tfm, self.tfm):
-        if tfm is not None: xb = _as_tuple(tfm(*xb))
+    xb = self.inputs(xb)
     self.follow()
     self._make_ready(xb, layers, select, axis)
     if self.home==self.device: return self._engine(xb, layers, logits)(xb)
     xb = to_device(xb, self.home)
     return to_device(self._engine(xb, layers, logits)(xb), self.device)
+
+@patch
+def inputs(self:Network,
+    xb:tuple, # A batch of the student's inputs
+)->tuple:
+    "What the network is asked about"
+    for tfm in (self.agreement.tfm, self.tfm):
+        if tfm is not None: xb = _as_tuple(tfm(*xb))
+    return xb
 
 def _as_tuple(o): return tuple(o) if isinstance(o, (tuple, list)) else (o,)
 
@@ -129,16 +138,19 @@ def to(self:Network,
     self.engines = {}
     self.home = device if self.asked.asks_for_copy and self.copy is None else moved(self.net, device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #6e69a2ab
+# %% ../../../nbs/distill/teacher/network.ipynb #07210ac8
 @patch
 def _make_ready(self:Network, xb, layers, select, axis):
     if self.plan is None:
         self.plan = self._decide(xb, select, axis)
         if self.plan.integers: self.copy = self._of_integers(xb)
-        elif self.plan.changes(self.source): self._make_copy(layers)
+        elif self._runs_a_copy(): self._make_copy(layers)
         else: self.home = moved(self.source, self.device)
         self._watch()
     elif not bare(layers).isdisjoint(self.folded): self._make_copy(layers)
+
+@patch
+def _runs_a_copy(self:Network): return self.plan.changes(self.source)
 
 @patch
 def _decide(self:Network, xb, select, axis):
@@ -184,6 +196,18 @@ def _make_engine(self:Network, xb, layers, logits):
     stops = not logits and not is_placed(self.source)
     return Engine(self.net, self.plan, layers, xb if stops else None)
 
+# %% ../../../nbs/distill/teacher/network.ipynb #78e2f92f
+@patch
+def begin(self:Network, learn): "A fit of `learn` starts"
+
+@patch
+def end(self:Network): "No fit is running any more"
+
+@patch(as_prop=True)
+def copies(self:Network)->bool:
+    "Is it something made from the source that answers?"
+    return self.asked.asks_for_copy or self.asked.compiles
+
 # %% ../../../nbs/distill/teacher/network.ipynb #6d1ce014
 @patch
 def _of_integers(self:Network, xb):
@@ -203,17 +227,16 @@ def _of_integers(self:Network, xb):
     found.folded = {}
     return found
 
-# %% ../../../nbs/distill/teacher/network.ipynb #bbbce8bf
+# %% ../../../nbs/distill/teacher/network.ipynb #af82d485
 @patch
 def _watch(self:Network, full=False):
     "Begin to watch the source: its values where something was made from them, else the modules alone"
     if is_placed(self.source): return                   # its hooks put other tensors there all the time
-    made = self.asked.asks_for_copy or self.asked.compiles
-    if self.watch is None: self.watch = WeightWatch(self.source, values=made)
+    if self.watch is None: self.watch = WeightWatch(self.source, values=self.copies)
     self.watch.look(full)
     self.made_from = self.watch.structure,self.watch.version
 
-# %% ../../../nbs/distill/teacher/network.ipynb #20d525cc
+# %% ../../../nbs/distill/teacher/network.ipynb #e283704a
 @patch
 def follow(self:Network,
     full:bool=False, # Compare all values, as at the beginning of a fit?
@@ -224,8 +247,12 @@ def follow(self:Network,
     now = self.watch.structure,version
     if now==self.made_from: return
     if self.watch.structure!=self.made_from[0] or self.asked.integers: self._start_again()
-    elif self.copy is not None: refresh_copy(self.copy, self.source)
+    else: self._refresh()
     self.made_from = now
+
+@patch
+def _refresh(self:Network):
+    if self.copy is not None: refresh_copy(self.copy, self.source)
 
 @patch
 def _start_again(self:Network):

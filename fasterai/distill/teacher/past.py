@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['PastSelf', 'LastBatch', 'PastEpoch']
 
-# %% ../../../nbs/distill/teacher/past.ipynb #935f53a3
+# %% ../../../nbs/distill/teacher/past.ipynb #f8d3a88a
 import weakref
 
 import torch
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import apply, find_bs, num_distrib, to_concat, to_device
+from fastai.torch_core import apply, find_bs, to_concat, to_device
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 
+from ...core.together import is_distributed
 from ..layers.capture import tensors_in
 from .protocol import BaseTeacher
 from .recorded.trace import Trace, check_dl, innermost
@@ -94,7 +95,7 @@ def _alike(a, b):
     "Do tensors of two batches differ in the number of rows only?"
     return [(t.shape[1:], t.dtype) for t in tensors_in(a)]==[(t.shape[1:], t.dtype) for t in tensors_in(b)]
 
-# %% ../../../nbs/distill/teacher/past.ipynb #1a9f02c5
+# %% ../../../nbs/distill/teacher/past.ipynb #097d824f
 _SMALL = 2**28 # bytes
 
 class _Table(nn.Module):
@@ -102,8 +103,9 @@ class _Table(nn.Module):
     def __init__(self):
         super().__init__()
         for k in ('said', 'seen'): self.register_buffer(k, None, persistent=False) # their size is not known yet
+        self.fresh = None # rows of this epoch that other processes have not been told, and the epoch
 
-    def forget(self): self.said = self.seen = None
+    def forget(self): self.said = self.seen = self.fresh = None
     def get_extra_state(self): return self.said, self.seen
     def set_extra_state(self, state): self.said,self.seen = state
 
@@ -114,7 +116,44 @@ class _Table(nn.Module):
         self.said = torch.zeros(n, like.shape[1], **how)
         self.seen = torch.zeros(n, 1, dtype=torch.bool, device=self.said.device)
 
-# %% ../../../nbs/distill/teacher/past.ipynb #59a23159
+# %% ../../../nbs/distill/teacher/past.ipynb #11f9a736
+_AT_ONCE = 2**16 # rows
+
+@patch
+def keep(self:_Table,
+    rows,     # Of the batch
+    epoch:int,# The training's
+    last:bool # Is this the epoch's last batch?
+):
+    "Note what the others do not know; tell them at the end of the epoch"
+    new = torch.zeros_like(self.seen) if self.fresh is None else self.fresh[1]
+    new[rows] = True
+    self.fresh = epoch,new
+    if last: self.share()
+
+@patch
+def share_older(self:_Table, epoch):
+    "Tell the others what is new of an epoch before this one"
+    if self.fresh is not None and self.fresh[0]!=epoch: self.share()
+
+@patch
+def share(self:_Table):
+    "Let all processes have the same table; they all have to call it"
+    (_,new),self.fresh = self.fresh,None
+    rank,world = dist.get_rank(),dist.get_world_size()
+    first = self._reduced(torch.where(new, rank, world), dist.ReduceOp.MIN)
+    self.seen |= first<world
+    for said,whose in zip(self.said.split(_AT_ONCE), (first%world).split(_AT_ONCE)):
+        said.copy_(self._reduced(said.masked_fill(whose!=rank, 0)))
+
+@patch
+def _reduced(self:_Table, t, op=dist.ReduceOp.SUM):
+    "Of all processes; by way of the GPU, which is where theirs can meet"
+    there = t.cuda() if dist.get_backend()=='nccl' else t
+    dist.all_reduce(there, op)
+    return there.to(t.device)
+
+# %% ../../../nbs/distill/teacher/past.ipynb #e8b3fc5c
 class PastEpoch(PastSelf):
     """Answers what the student said of each picture when it last saw it, and with the label before (PS-KD: Kim et al.,
     ICCV 2021, arXiv 2006.12000)"""
@@ -124,33 +163,35 @@ class PastEpoch(PastSelf):
         super().__init__(_Table())
         self.max_gb = max_gb
         self.trace = None # of the training's loader, within a fit
+        self.fit = None   # the Learner, within a fit
 
     def another(self): return PastEpoch(self.max_gb)
 
     def begin(self, learn, layers=(), logits=True, record=True):
-        "Number the pictures of the training. TypeError or ValueError where that cannot be, or in several processes"
+        "Number the pictures of the training. TypeError or ValueError where that cannot be"
         super().begin(learn, layers, logits)
-        if num_distrib()>1:
-            raise ValueError("PastEpoch: each process would remember the pictures of its own epoch only, and meet "
-                             "others in the next: train in one process")
         if not record: return
         dl = innermost(learn.dls.train)
         check_dl(dl, 'PastEpoch')
         self.trace = Trace(dl)
+        self.fit = learn
 
     def end(self):
         "Leave the loader as it was"
         if self.trace is not None: self.trace.close()
-        self.trace = None
+        self.trace = self.fit = None
 
     def answer(self, *xb, layers=(), logits=True, pred=None, target=None):
         "What the student said last time; takes down what it says now"
-        if self.trace is None: return self.compute(*xb, pred=pred)
-        rows = self._rows(pred)
+        validating = self.fit is not None and not self.fit.training
+        if self.trace is None or validating: return self.compute(*xb, pred=pred)
+        rows,together = self._rows(pred),is_distributed(self.fit)
+        if together: self.learns.share_older(self.fit.epoch)
         said,seen = self.learns.said,self.learns.seen
         answer = torch.where(seen[rows].to(pred.device), said[rows].to(pred.device).float(), _from_labels(target, pred))
         said[rows] = pred.detach().to(said)
         seen[rows] = True
+        if together: self.learns.keep(rows, self.fit.epoch, last=self.fit.iter+1==self.fit.n_iter)
         return answer, {}
 
 # %% ../../../nbs/distill/teacher/past.ipynb #31590a48

@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #82866fb4
+# %% ../../../nbs/distill/teacher/teacher.ipynb #a41f6a28
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from ...core.cost import best_time, flops
 from ...core.task import logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
+from .elsewhere import Elsewhere
 from .ensemble import ensemble_logits
 from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
@@ -32,12 +33,14 @@ from .inputs import Renormalize, not_said, own_inputs, resize_batch, statistics_
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
 from .recorded.recorded import as_cache
+from .sharded import in_turns
+from .where import networks
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #ac640300
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #687f4d98
+# %% ../../../nbs/distill/teacher/teacher.ipynb #3d5f6e18
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -57,6 +60,9 @@ class Teacher(BaseTeacher):
         classes=None,       # Names of its classes in the order of its logits; None: as its Learner's data says
         normalize=None,     # How its images were normalised, `(mean, std)` or a `Normalize`; None: as its data says
         size=None,          # Side, or (height, width), to which images are resized for it; None: they stay as they are
+        device=None,        # A device of its own, such as 'cuda:1'; None: the student's
+        worker=False,       # A process of its own, on the CPU, in a fit?
+        shard=False,        # Under `distrib_ctx`: in pieces on all ranks?
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
         self.facts = [_with(facts_of(m), classes, normalize, size) for m in _as_list(models)] # of the data of each
@@ -68,7 +74,8 @@ class Teacher(BaseTeacher):
         self.axis,self.average = self.given
         self.cache = cache
         plan = Plan(as_dtype(dtype), channels_last, fuse, compile)
-        self.nets = [Network(m, f, plan) for m,f in zip(self.models, own_inputs(_as_list(models), tfms, size))]
+        make = networks(device, worker, shard)
+        self.nets = [make(m, f, plan) for m,f in zip(self.models, own_inputs(_as_list(models), tfms, size))]
         self._forget_fit()
 
     def _forget_fit(self):
@@ -197,7 +204,7 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #b1fbb61e
+# %% ../../../nbs/distill/teacher/teacher.ipynb #5ab39906
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -213,11 +220,13 @@ def begin(self:Teacher,
     self.fits.append(_Fit(learn, self.axis, self.average, [net.agreement for net in self.nets]))
     self._learn_task(task_of(learn.loss_func), logits)
     self._agree_with(facts_of(learn))
+    for net in self.nets: net.begin(learn)
+    self.device = None
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
     for net in self.nets: net.follow(full=True)
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
     if self.cache is None or not record or self._is_attached_otherwise(learn, layers, logits): return
-    self.cache.attach(learn, self, layers, logits)
+    with in_turns(self.nets): self.cache.attach(learn, self, layers, logits)
     self.fits[-1].recorded = layers,logits
 
 @patch
@@ -255,7 +264,7 @@ def _agree_with(self:Teacher, student):
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #897e7da9
+# %% ../../../nbs/distill/teacher/teacher.ipynb #b27730fd
 @patch
 def answer(self:Teacher,
     *xb,         # The student's inputs, one batch
@@ -264,16 +273,36 @@ def answer(self:Teacher,
 )->tuple:
     "What the teacher says about the batch: from the cache, where one is attached for just this question, else computed"
     layers = _as_layers(layers)
-    question = layers,logits
-    if any(f.recorded==question and f.learn is self.fits[-1].learn for f in self.fits): return self.cache.ask(*xb)
-    return self.compute(*xb, layers=layers, logits=logits)
+    if not self._is_recorded(layers, logits): return self.compute(*xb, layers=layers, logits=logits)
+    with in_turns(self.nets): return self.cache.ask(*xb)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #89a66a81
+@patch
+def _is_recorded(self:Teacher, layers, logits):
+    return any(f.recorded==(layers, logits) and f.learn is self.fits[-1].learn for f in self.fits)
+
+# %% ../../../nbs/distill/teacher/teacher.ipynb #742697e9
+@patch(as_prop=True)
+def ahead(self:Teacher):
+    "Takes a question before the student's forward, `f(*xb, layers, logits)`; None for a teacher beside the student"
+    return self._ask_ahead if isinstance(self.nets[0], Elsewhere) else None
+
+@patch
+@torch.no_grad()
+def _ask_ahead(self:Teacher, *xb, layers=(), logits=True):
+    layers = _as_layers(layers)
+    if not self.checked or self._is_recorded(layers, logits): return
+    with same_rng(device_of(xb) or self.device):
+        self.nets[0].ahead(xb, layers, logits, self.select, self._class_axis)
+        for net in self.nets[1:] if logits else (): net.ahead(xb, (), True, self.select, self._class_axis)
+
+# %% ../../../nbs/distill/teacher/teacher.ipynb #ae65fd49
 @patch
 def end(self:Teacher):
     "Let the cache go, and go on with the fit around this one as that had begun; safe to call at any time"
     if not self.fits: return
     fit = self.fits.pop()
+    if not self.fits:
+        for net in self.nets: net.end()
     if fit.recorded is not None: self.cache.detach()
     if not self.fits: return # what the last fit has found out stays to be seen
     self.axis,self.average = fit.axis,fit.average
@@ -306,7 +335,7 @@ def as_teacher(
     if not a_network and callable(getattr(teacher, 'answer', None)): return AdaptedTeacher(teacher)
     return Teacher(teacher, **kwargs)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #a3ad3717
+# %% ../../../nbs/distill/teacher/teacher.ipynb #39a2c4a6
 @patch
 def __repr__(self:Teacher):
     nets = ' + '.join(f"{name_of(m)} of {_millions(m)} parameters" for m in self.models)
@@ -317,8 +346,10 @@ def __repr__(self:Teacher):
 @patch
 def _how(self:Teacher):
     net = self.nets[0]
-    if net.plan is not None: return net.plan.in_words(len(net.folded))
-    return 'the fastest safe format, tried on the first batch' if net.asked.dtype=='auto' else net.asked.in_words()
+    if net.plan is not None: how = net.plan.in_words(len(net.folded))
+    elif net.asked.dtype=='auto': how = 'the fastest safe format, tried on the first batch'
+    else: how = net.asked.in_words()
+    return how if net.place is None else f'{how}, {net.place}'
 
 def _millions(net): return f"{sum(p.numel() for p in net.parameters())/1e6:.3g} M"
 

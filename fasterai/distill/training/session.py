@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #d641b343
+# %% ../../../nbs/distill/training/session.ipynb #d2365c18
 from contextlib import ExitStack
 from functools import partial
 
@@ -17,8 +17,10 @@ from torch import distributed as dist, nn
 
 from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
+from ...core.together import is_distributed
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, asking, refuse_shared
+from .ask_ahead import AskAhead
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
@@ -94,7 +96,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #7d349bac
+# %% ../../../nbs/distill/training/session.ipynb #5c869a3b
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -127,9 +129,18 @@ def _begin_teacher(self:Session, record):
         offered = {**question, 'record': record, 'as_student': partial(_as_student, self.kd)}
         teacher.begin(self.learn, **accepted(teacher.begin, offered))
         self._load_teacher()
+        if record and teacher.ahead is not None: self._ask_ahead(partial(teacher.ahead, **question))
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
     self.ask = asking(answer, question)
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
+
+@patch
+def _ask_ahead(self:Session, ask):
+    "Let the question come before the student's forward"
+    cb = AskAhead(self.kd, ask)
+    self.learn.add_cb(cb)
+    self.fit.passing.append(cb)
+    self.stack.callback(self.learn.remove_cb, cb)
 
 @patch
 def _load_teacher(self:Session):
@@ -310,7 +321,7 @@ def _as_student(kd,
     parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
     return mixed(task, list(parts.values()), kd.recipe, session.weight)
 
-# %% ../../../nbs/distill/training/session.ipynb #6f972aae
+# %% ../../../nbs/distill/training/session.ipynb #2b5ce74f
 @patch
 def begin_epoch(self:Session):
     "A new epoch's log; at the first one, bring teacher and student together"
@@ -346,5 +357,5 @@ def after_step(self:Session):
 @patch
 def _sum_over_processes(self:Session, sums):
     "The sum of each process's `sums`, so that all show the same columns"
-    if hasattr(self.learn, 'distributed_trainer') and dist.is_initialized(): dist.all_reduce(sums)
+    if is_distributed(self.learn): dist.all_reduce(sums)
     return sums

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OptimizerGuests', 'TrainAlong', 'remember_states']
 
-# %% ../../../nbs/distill/training/train_along.ipynb #5a91406f
+# %% ../../../nbs/distill/training/train_along.ipynb #2143510a
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Iterable
@@ -17,6 +17,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import norm_bias_params
 from fastcore.foundation import L
 from torch import nn
+
+from ...core.together import is_distributed
 
 # %% ../../../nbs/distill/training/train_along.ipynb #942c2243
 class OptimizerGuests:
@@ -67,7 +69,7 @@ class OptimizerGuests:
     def load_state_dict(self, sd):
         with self.outside() as opt: return opt.load_state_dict(sd)
 
-# %% ../../../nbs/distill/training/train_along.ipynb #3efd12e9
+# %% ../../../nbs/distill/training/train_along.ipynb #e65f9c15
 class TrainAlong(Callback):
     """Trains `params` with the student's optimizer from `join` to `leave`, clipped by the same norm, and averaged over
     the ranks of a distributed training"""
@@ -129,8 +131,7 @@ class TrainAlong(Callback):
 
     @property
     def _world(self):
-        distributed = hasattr(self.learn, 'distributed_trainer') and dist.is_initialized()
-        return dist.get_world_size() if distributed else 1
+        return dist.get_world_size() if is_distributed(self.learn) else 1
 
 # %% ../../../nbs/distill/training/train_along.ipynb #37d45cb6
 def remember_states(

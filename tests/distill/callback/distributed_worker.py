@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator  # noqa: F401, before fastai.distributed, which needs it
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.distributed import DistributedDL, DistributedTrainer  # noqa: F401
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
-from fasterai.distill.losses import Attention, FitNet, SoftTarget
+from fasterai.distill.losses import Attention, FitNet, Mutual, SoftTarget
+from fasterai.distill.teacher.past import PastEpoch
 from helpers import GradsAt, data, learner, n_hooks, state
 
 DistributedDL._broadcast = lambda self, t, rank: t  # fastai sends it through a GPU; the data here is not shuffled
@@ -53,6 +55,45 @@ def run(bs, distributed):
                 teacher_same=all(torch.equal(before[k], after[k]) for k in before), weights=state(kd.learned))
 
 
+def soft_target(pred, y): return SoftTarget(pred, soft_target.teacher)
+def task(pred, y): return nn.functional.cross_entropy(pred, y)
+
+
+class Answers(GradsAt):
+    "Lets fastai's own metric know what the teacher says"
+    def after_pred(self):
+        with torch.no_grad(): soft_target.teacher = model(8, 1)(self.learn.xb[0])
+
+
+def columns(bs, distributed):
+    "A table in which the teacher's columns stand beside those of fastai's own metrics, until one of them rises"
+    dls = data(n=40, bs=bs)
+    same = [20*r+i+j for i in range(0, 20, 5) for r in range(2) for j in range(5)] # in one process, the same batches
+    dls.train.get_idxs = lambda: list(range(40)) if distributed else same
+    learn = learner(model(4, 0), dls, wd=0., lr=1., metrics=[task, soft_target])
+    stop = EarlyStoppingCallback('valid_distill_loss', patience=1)
+    kd = KnowledgeDistillationCallback(model(8, 1), SoftTarget, weight=0.7, valid=True)
+    cbs = [kd, Answers(), stop]
+    if distributed:
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(12, cbs=cbs)
+    else: learn.fit(12, cbs=cbs)
+    return dict(names=list(learn.recorder.metric_names[1:-1]), values=[[*v] for v in learn.recorder.values])
+
+
+def past(bs, distributed):
+    "What is known of the student's past, after epochs of other orders"
+    dls = data(n=18, bs=bs)
+    epochs = iter(range(100))
+    dls.train.get_idxs = lambda: torch.randperm(18, generator=torch.Generator().manual_seed(next(epochs))).tolist()
+    learn,kd = learner(model(4, 0), dls, wd=0., lr=1.),KnowledgeDistillationCallback(PastEpoch(), Mutual, weight=.9)
+    if distributed:
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(3, cbs=kd)
+    else: learn.fit(3, cbs=kd)
+    table = kd.teacher.learns
+    return dict(said=table.said, seen=table.seen, student=state(learn.model))
+
+
 if __name__=='__main__':
     rank = int(os.environ['RANK'])
-    torch.save(run(8, True), Path(sys.argv[1])/f'{rank}.pth')
+    found = dict(gradients=run(8, True), columns=columns(5, True), past=past(9, True))
+    torch.save(found, Path(sys.argv[1])/f'{rank}.pth')

@@ -18,6 +18,22 @@ class Block(nn.Module):
 
     def forward(self, x): return self.relu(x + self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 
+class Breaks(nn.Module):
+    "Fails at its fourth batch"
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        self.n = 0
+
+    def forward(self, x):
+        self.n += 1
+        if self.n>3: raise KeyError('the fourth batch')
+        return self.inner(x)
+
+def ends(*args):
+    "A process that cannot begin"
+    raise SystemExit(7)
+
 def make_net(c_out=5, head=None):
     "Stem, two blocks, head; BatchNorms that do something; dropout; in train mode but for one part"
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), Block(8), Block(8),

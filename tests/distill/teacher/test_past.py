@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.learner import Learner
 
@@ -72,7 +73,7 @@ def test_a_big_table_is_kept_in_half_precision(monkeypatch):
     torch.testing.assert_close(t.answer(pred=then, target=old)[0], now, rtol=1e-3, atol=1e-3)
 
 
-def test_what_it_cannot_remember_is_refused(monkeypatch):
+def test_what_it_cannot_remember_is_refused():
     def fit(dls=None, t=None, cbs=(), loss=Mutual, **kwargs):
         learner(dls=dls).fit(1, cbs=[KD(t or PastEpoch(), loss), *cbs], **kwargs)
     for t in PastEpoch(), LastBatch():
@@ -87,8 +88,19 @@ def test_what_it_cannot_remember_is_refused(monkeypatch):
         Learner(data(), dense, loss_func=lambda p,y: p.mean()).fit(1, cbs=KD(PastEpoch(), SoftTarget))
     both = KD(PastEpoch(), Mutual),KD(PastEpoch(), Mutual)
     with pytest.raises(ValueError, match='PastEpoch: another one is attached'): learner().fit(1, cbs=both)
-    monkeypatch.setattr(past, 'num_distrib', lambda: 2)
-    with pytest.raises(ValueError, match='train in one process'): fit()
+
+
+def test_a_validation_changes_no_memory():
+    t,learn = PastEpoch(),learner()
+    kd = KD(t, Mutual, valid=True)
+    seen = []
+    class Look(Callback):
+        order = 99
+        def after_train(self): seen.append(t.learns.said.clone())
+        def after_validate(self): seen.append(t.learns.said.clone())
+    learn.fit(1, cbs=[kd, Look()])
+    assert torch.equal(*seen)
+    assert learn.recorder.values[0][-1]==pytest.approx(0, abs=1e-6) # it says what the student says
 
 
 def test_a_probe_changes_no_memory():
