@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #d2365c18
+# %% ../../../nbs/distill/training/session.ipynb #1cd238a2
 from contextlib import ExitStack
 from functools import partial
 
@@ -13,14 +13,14 @@ import torch
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
-from torch import distributed as dist, nn
+from torch import nn
 
 from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
-from ...core.together import is_distributed
+from ...core.together import summed
 from ..layers.names import unwrap
 from ..teacher.protocol import accepted, asking, refuse_shared
-from .ask_ahead import AskAhead
+from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first
@@ -96,7 +96,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #5c869a3b
+# %% ../../../nbs/distill/training/session.ipynb #d1f3503a
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -129,18 +129,10 @@ def _begin_teacher(self:Session, record):
         offered = {**question, 'record': record, 'as_student': partial(_as_student, self.kd)}
         teacher.begin(self.learn, **accepted(teacher.begin, offered))
         self._load_teacher()
-        if record and teacher.ahead is not None: self._ask_ahead(partial(teacher.ahead, **question))
+        if record and teacher.ahead is not None: ask_ahead(self, partial(teacher.ahead, **question))
     answer = teacher.answer if record else getattr(teacher, 'compute', teacher.answer)
     self.ask = asking(answer, question)
     self.facts = task.facts if teacher.axis is None else {**task.facts, 'axis': teacher.axis}
-
-@patch
-def _ask_ahead(self:Session, ask):
-    "Let the question come before the student's forward"
-    cb = AskAhead(self.kd, ask)
-    self.learn.add_cb(cb)
-    self.fit.passing.append(cb)
-    self.stack.callback(self.learn.remove_cb, cb)
 
 @patch
 def _load_teacher(self:Session):
@@ -321,7 +313,7 @@ def _as_student(kd,
     parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
     return mixed(task, list(parts.values()), kd.recipe, session.weight)
 
-# %% ../../../nbs/distill/training/session.ipynb #2b5ce74f
+# %% ../../../nbs/distill/training/session.ipynb #78f43d61
 @patch
 def begin_epoch(self:Session):
     "A new epoch's log; at the first one, bring teacher and student together"
@@ -334,7 +326,7 @@ def begin_epoch(self:Session):
 def end_epoch(self:Session, training:bool=True):
     "Take the means of the training, or of the validation, over all processes"
     self.end_batch()
-    self.kd.log.close(training, self._sum_over_processes)
+    self.kd.log.close(training, partial(summed, learn=self.learn))
 
 @patch
 def begin_validation(self:Session):
@@ -353,9 +345,3 @@ def after_step(self:Session):
     "Tell the teacher that the student has changed, if it has"
     if self.ask is None or self.fit.notes.get('skipped')==self.learn.train_iter: return
     self.kd.teacher.after_step(self.learn)
-
-@patch
-def _sum_over_processes(self:Session, sums):
-    "The sum of each process's `sums`, so that all show the same columns"
-    if is_distributed(self.learn): dist.all_reduce(sums)
-    return sums
