@@ -74,7 +74,7 @@ def teacher():
     learn.freeze()
     with quiet(learn): fit_one_cycle(learn, 20)
     print(f'teacher: {learn.validate()[1]:.1%}')
-    return Teacher(learn.model.eval(), size=size, cache=Replay(50))
+    return Teacher(learn.model.eval(), size=size, channels_last=True, fuse=True, cache=Replay(50))
 
 
 def student():
@@ -84,7 +84,7 @@ def student():
 def train(learn, cbs=None): fit_one_cycle(learn, steps//len(learn.dls.train), cbs)
 
 def alone(learn, epochs): train(learn)
-def taught(learn, epochs): train(learn, KnowledgeDistillationCallback(teacher(), partial(SoftTarget, T=4), weight=0.9))
+def taught(learn, epochs): train(learn, KnowledgeDistillationCallback(teacher(), partial(SoftTarget, T=1), weight=0.9))
 
 def taught_on_all(learn, epochs, ratio=2):
     "Two photographs without a label for each one with"
