@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['manifest_name', 'HOLE', 'WHOLE', 'DAMAGED', 'SKIPPED', 'with_check', 'checked_header', 'identity', 'Manifest',
            'is_recording', 'make_manifest', 'try_lock', 'part_lock', 'part_name', 'Piece', 'shard_name', 'shard_header',
-           'open_piece', 'differences', 'pieces_of', 'Shards']
+           'open_piece', 'refuse_others', 'differences', 'pieces_of', 'Shards']
 
 # %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #db197376
 import errno
@@ -128,7 +128,7 @@ def part_name(
     parts:int, # how many
 )->str: return f'part-{part:04d}-of-{parts:04d}'
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #7f96df75
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #1c33bf97
 @dataclass(frozen=True)
 class Piece:
     "A file with some rows of a recording"
@@ -158,7 +158,7 @@ def open_piece(
 )->Piece:
     "What the file holds; ValueError where it is damaged, or another recording's"
     header,end = checked_header(file)
-    _refuse_others(manifest, header, file)
+    refuse_others(manifest, header, file)
     whole = not file.name.endswith('.part')
     named = file.name.removesuffix('.part')
     if shard_name(header['shard'])!=named:
@@ -169,12 +169,17 @@ def open_piece(
         raise ValueError(f"recording: {file} was cut short by {size_text(short)}; delete it, and record again")
     return Piece(file, end, header['first'], header['rows'], whole)
 
-def _refuse_others(manifest, header, file):
+def refuse_others(
+    manifest:Manifest, # Of the recording
+    header:dict,       # Of a shard
+    file:Path,         # The shard
+):
+    "ValueError where the shard is another recording's"
     if header.get('recording')==manifest.id: return
     why = differences(header.get('of') or {}, manifest.header) or 'the teacher answered otherwise'
     raise ValueError(f"recording: {file} is a shard of another recording than {manifest.path/manifest_name}: {why}")
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #35e2ea3f
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #6ada3600
 _settings = dict(
     kind="it is recorded by {}, here by {}",
     samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
@@ -193,7 +198,9 @@ def differences(
     def short(o): return str(o)[:200]
     told = [_settings[o].format(short(was.get(o)), short(ours.get(o))) for o in only if not same(o)]
     if told: return ', '.join(told)
-    a,b = was.get('probe') or {},ours.get('probe') or {}
+    return _other_probe(was.get('probe') or {}, ours.get('probe') or {})
+
+def _other_probe(a, b):
     if a.get('inputs')!=b.get('inputs'): return 'samples do not look as they did: the data or the transforms differ'
     return 'another teacher, or other weights of it' if a.get('answers')!=b.get('answers') else ''
 
@@ -212,7 +219,7 @@ def pieces_of(
             found[name] = open_piece(manifest, manifest.path/name)
     return sorted(found.values(), key=lambda o: o.first)
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #d3d94355
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #3c47563a
 _in_memory = 1<<28
 
 class Shards(Store):
@@ -237,6 +244,10 @@ class Shards(Store):
         "Safe to call again"
         while self.fds: os.close(self.fds.pop())
 
+    def rows_of(self, rows):
+        "What a trace calls its rows is what we do"
+        return rows
+
     def piece_of(self, rows):
         "The number of the piece in which each row lies; -1 for none"
         if not self.pieces: return np.full(len(rows), -1)
@@ -256,9 +267,10 @@ class Shards(Store):
     def _runs(self, rows):
         return runs((np.diff(rows)!=1) | (np.diff(self.piece_of(rows))!=0))
 
-    def _files(self, rows): return ', '.join(self.pieces[i].file.name for i in np.unique(self.piece_of(rows)))
+    def _files(self, rows):
+        return ', '.join(self.pieces[i].file.name for i in np.unique(self.piece_of(rows)))
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #7daa1339
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #ea28565c
 HOLE,WHOLE,DAMAGED,SKIPPED = 0,1,2,3
 _skipped_tag = 0xffffffff
 _at_once = 1<<24 # bytes
@@ -278,7 +290,7 @@ def _states(self:Shards, rows):
     rec = self._pread(rows)
     found = np.full(len(rows), WHOLE, np.uint8)
     found[rec['tag']==_skipped_tag] = SKIPPED
-    found[~self._are_whole(rec, rows)] = DAMAGED
+    found[~self._are_whole(rec.view(np.uint8).reshape(len(rows), self.row.itemsize), rows)] = DAMAGED
     found[rec['tag']==0] = HOLE
     return found
 

@@ -132,7 +132,7 @@ def _name(tmp, path):
     except OSError:  # a file system without links
         if not os.path.lexists(path): os.rename(tmp, path)
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #aaa14afc
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #74079b0e
 def row_type(
     fields:list, # Name, type and shape of each
 )->np.dtype:
@@ -142,8 +142,10 @@ def row_type(
 
 def _checksum(raw, row): return zlib.crc32(raw[8:], zlib.crc32(raw[:4], row))
 
-def _checksums(rec, numbers):
-    raw = rec.view(np.uint8).reshape(len(rec), rec.dtype.itemsize)
+def _bytes(rec): return rec.view(np.uint8).reshape(len(rec), rec.dtype.itemsize)
+
+def _checksums(raw, numbers):
+    "Of rows as bytes: a copy of some fields has other padding"
     return np.array([_checksum(*o) for o in zip(raw, np.asarray(numbers).tolist())], np.uint32)
 
 def runs(
@@ -204,7 +206,7 @@ class Store:
         "Where `rows` lie, for a message"
         return self.path
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #97114c86
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #22677efd
 @patch
 def read(self:Store, rows, tag):
     "What is stored in `rows`, and which of them are whole and of this `tag`"
@@ -221,14 +223,16 @@ def _load(self:Store, rows, tag):
     rec = self._pread(rows)
     there = rec['tag']==tag
     found = np.flatnonzero(there)
-    damaged = found[~self._are_whole(rec[found], rows[found])]
+    damaged = found[~self._are_whole(_bytes(rec)[found], rows[found])]
     if len(damaged):
         there[damaged] = False
         self._tell_damaged(rows[damaged])
     return rec,there
 
 @patch
-def _are_whole(self:Store, rec, rows): return rec['crc']==_checksums(rec, self._numbers(rows))
+def _are_whole(self:Store, raw, rows):
+    there = raw[:, 4:8].copy().view('<u4')[:, 0]
+    return there==_checksums(raw, self._numbers(rows))
 
 @patch
 def _tell_damaged(self:Store, rows):
@@ -238,7 +242,7 @@ def _tell_damaged(self:Store, rows):
 @patch
 def _pread(self:Store, rows):
     rec = np.zeros(len(rows), self.row)
-    raw = rec.view(np.uint8).reshape(len(rows), -1)
+    raw = _bytes(rec)
     for i,j in self._runs(rows):
         fd,place = self._place(rows[i])
         if fd is None: continue
@@ -258,17 +262,17 @@ def missing(self:Store):
     written = [any(os.pread(self.fd, 4, self._place(r)[1])) for r in rows]
     return rows[~np.array(written, bool)]
 
-# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #349ade23
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #33158004
 @patch
 def write(self:Store, rows, tag, sig, said):
     "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
     if self.cannot_write is not None: raise self.cannot_write
     rec = np.zeros(len(rows), self.row)
-    raw = rec.view(np.uint8).reshape(len(rows), -1)
+    raw = _bytes(rec)
     rec['tag'] = tag
     rec['sig'] = sig
     for name,o in said.items(): rec[name] = o.numpy()
-    rec['crc'] = _checksums(rec, self._numbers(rows))
+    rec['crc'] = _checksums(raw, self._numbers(rows))
     for i,j in self._runs(rows):
         fd,place = self._place(rows[i])
         if os.pwrite(fd, raw[i:j], place)!=raw[i:j].size: raise OSError("the disk is full")
