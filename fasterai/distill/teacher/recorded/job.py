@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Report', 'this_part', 'Job', 'StreamJob', 'record']
 
-# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #4d75e65c
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #f1e7a1d8
 import json
 import os
 import time
@@ -25,9 +25,10 @@ from torch import nn
 
 from ....core.files import whole_file
 from ..protocol import accepted
-from .codec import fields_of, soft_target_error
-from .keys import KeyedShards, KeyTrace, Log, Stream, key_field, logs_of, make_log
+from .codec import fields_of, index_type, soft_target_error
+from .keys import KeyTrace, Stream
 from .layout import Layout, shards_for
+from .logs import KeyedShards, Log, key_field, logs_of, make_log
 from .recorded import TeacherCache
 from .recorder import Recorder
 from .replay import Once, Views, ViewTrace, dry_run, seeded
@@ -128,23 +129,20 @@ class Job:
     @property
     def trace(self): return self.recorder.trace
 
-# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #aeff731d
-_most_in_16_bits = 1<<15
-
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #80c260e8
 @patch
 def settle(self:Job, xb):
     "Make the folder's header, or see that it is ours; ValueError where it is not"
     probe,pred,fm = self.recorder._probe(xb)
     self._use_short_numbers(pred)
     header = {**self._header(pred, fm), 'probe':probe.about()}
-    layout = self._new_layout()
-    header['shards'] = shards_for(layout, row_type(header['fields']).itemsize, self.report.parts)
+    header['shards'] = shards_for(Layout.of(header), row_type(header['fields']).itemsize, self.report.parts)
     self.manifest = make_manifest(self.path, header, probe.block)
     was = self.manifest.header
     why = differences(was, {**header, 'probe':was['probe'], 'shards':was['shards'], 'teacher':was['teacher']})
     why = why or probe.misfit(was, self.manifest.block, self.codec.dtype, lambda: self.recorder._probe(xb)[0])
     self._refuse(why)
-    self.layout = self._new_layout(self.manifest.header['shards'])
+    self.layout = Layout.of(self.manifest.header)
 
 @patch
 def _refuse(self:Job, why):
@@ -153,13 +151,7 @@ def _refuse(self:Job, why):
 
 @patch
 def _use_short_numbers(self:Job, pred):
-    if self.codec.topk and pred is not None and pred.shape[1]<=_most_in_16_bits: self.codec.index = torch.int16
-
-@patch
-def _new_layout(self:Job, shards=1):
-    dl,k = self.trace.dl,self.recorder.cache.k
-    views = dict(views=k, drop_last=dl.drop_last, processes=self.processes) if k else {}
-    return Layout(self.trace.n, bs=dl.bs, shards=shards, **views)
+    if self.codec.topk and pred is not None: self.codec.index = index_type(pred.shape[1])
 
 @patch
 def _header(self:Job, pred, fm):
@@ -171,7 +163,7 @@ def _header(self:Job, pred, fm):
                 classes=pred.shape[1] if codec.logits and pred.ndim>1 else None, fields=fields,
                 batches=[dl.bs, dl.drop_last, self.processes] if cache.k else None,
                 total=None if self.trace.n is None else (cache.k or 1)*self.trace.n,
-                bs=dl.bs, teacher=dict(nets=nets, weights=weights_digest(teacher) if hasattr(teacher, 'models') else ''),
+                bs=dl.bs, shards=None, teacher=dict(nets=nets, weights=weights_digest(teacher) if hasattr(teacher, 'models') else ''),
                 data=f'{type(dl.dataset).__name__} in a {type(dl).__name__}')
 
 # %% ../../../../nbs/distill/teacher/recorded/job.ipynb #f5a193b4

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Layout', 'shards_for']
 
-# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #25fbe76e
-from dataclasses import asdict, dataclass
+# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #3b70e48c
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #0220b4ee
+# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #9655a817
 @dataclass(frozen=True)
 class Layout:
     "Rows, batches and shards of a recording"
@@ -23,11 +23,15 @@ class Layout:
     processes:int=1      # Of the training, where there are views
     shards:int=1         # Files
 
-    @property
-    def rows(self)->int: return self.samples*(self.views or 1)
+    @classmethod
+    def of(cls,
+        header:dict, # Of a recording
+    ):
+        k,(_,drop_last,processes) = header['views'][0],header['batches'] or (None, False, 1)
+        return cls(header['samples'], k, header['bs'], drop_last, processes, header['shards'] or 1)
 
     @property
-    def about(self)->dict: return asdict(self)
+    def rows(self)->int: return self.samples*(self.views or 1)
 
     @cached_property
     def _of_view(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reader']
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #5ab3d098
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #9a7c1bce
 import torch
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib
@@ -13,7 +13,8 @@ from fastcore.basics import patch
 
 from ...layers.capture import tensors_in
 from .codec import Codec, soft_target_error
-from .keys import KeyedShards, Stream, logs_of
+from .keys import Stream
+from .logs import KeyedShards, logs_of
 from .probe import hex_of
 from .recorder import Recorder
 from .shards import Shards, differences, manifest_name, pieces_of

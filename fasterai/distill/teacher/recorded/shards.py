@@ -270,7 +270,7 @@ class Shards(Store):
     def _files(self, rows):
         return ', '.join(self.pieces[i].file.name for i in np.unique(self.piece_of(rows)))
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #ea28565c
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #a735d1e6
 HOLE,WHOLE,DAMAGED,SKIPPED = 0,1,2,3
 _skipped_tag = 0xffffffff
 _at_once = 1<<24 # bytes
@@ -286,8 +286,8 @@ def states(self:Shards,
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 @patch
-def _states(self:Shards, rows):
-    rec = self._pread(rows)
+def _states(self:Shards, rows, rec=None):
+    if rec is None: rec = self._pread(rows)
     found = np.full(len(rows), WHOLE, np.uint8)
     found[rec['tag']==_skipped_tag] = SKIPPED
     found[~self._are_whole(rec.view(np.uint8).reshape(len(rows), self.row.itemsize), rows)] = DAMAGED
@@ -300,3 +300,25 @@ def skip(self:Shards,
 ):
     "Note that there is nothing to be recorded"
     self.write(rows, _skipped_tag, 0, {})
+
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #aad7e60d
+@patch
+def raw_rows(self:Shards, rows):
+    "Rows as they are in the files, with what became of each"
+    rec = self._pread(rows)
+    return rec,self._states(rows, rec)
+
+@patch
+def put(self:Shards,
+    rows, # Their numbers here
+    rec,  # As `raw_rows` of another recording gives them
+):
+    "Store rows of another recording; OSError if they do not fit on the disk"
+    for tag in np.unique(rec['tag']):
+        at = np.flatnonzero(rec['tag']==tag)
+        self.write(rows[at], tag, rec['sig'][at], {name: _AsTensor(rec[name][at]) for name in rec.dtype.names[3:]})
+
+class _AsTensor:
+    "An array where `write` expects a tensor"
+    def __init__(self, a): self.a = a
+    def numpy(self): return self.a
