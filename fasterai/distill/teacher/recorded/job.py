@@ -133,7 +133,7 @@ class Job:
     @property
     def trace(self): return self.recorder.trace
 
-# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #80c260e8
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #add23782
 @patch
 def settle(self:Job, xb):
     "Make the folder's header, or see that it is ours; ValueError where it is not"
@@ -143,7 +143,8 @@ def settle(self:Job, xb):
     header['shards'] = shards_for(Layout.of(header), row_type(header['fields']).itemsize, self.report.parts)
     self.manifest = make_manifest(self.path, header, probe.block)
     was = self.manifest.header
-    why = differences(was, {**header, 'probe':was['probe'], 'shards':was['shards'], 'teacher':was['teacher']})
+    by_probe = {o: was.get(o) for o in ('probe', 'shards', 'teacher')} # who the teacher is, it says itself
+    why = differences(was, {**header, **by_probe})
     why = why or probe.misfit(was, self.manifest.block, self.codec.dtype, lambda: self.recorder._probe(xb)[0])
     self._refuse(why)
     self.layout = Layout.of(self.manifest.header)
@@ -364,7 +365,7 @@ def tell_size(self:StreamJob):
     print(f"Recording into {self.path}: rows of {size_text(r.row_bytes)}, {size_text(1e6*r.row_bytes)} a million; "
           f"{r.found:,} of part {r.part} of {r.parts} are there", flush=True)
 
-# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #8906f10e
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #800b5fa3
 @patch
 def batches(self:StreamJob):
     for b in self.trace.dl: yield self.trace.rows,self.recorder.inputs(b)
@@ -375,6 +376,7 @@ def write(self:StreamJob, rows, sig, said):
     first = {k:i for i,k in reversed([*enumerate(map(tuple, rows.tolist()))]) if k not in self.new}
     new = torch.tensor(sorted(first.values()), dtype=torch.long)
     self.new.update(first)
+    if not first: return
     self.log.append(torch.from_numpy(rows)[new], sig[new.numpy()], {k:o[new] for k,o in said.items()})
     self.report.asked += len(new)
     self.report.rows = self.report.found+self.report.asked

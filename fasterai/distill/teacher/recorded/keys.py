@@ -36,7 +36,7 @@ def key_hash(
     if isinstance(key, np.integer): key = int(key)
     return tuple(np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), '<i8').tolist())
 
-# %% ../../../../nbs/distill/teacher/recorded/keys.ipynb #3317ec0c
+# %% ../../../../nbs/distill/teacher/recorded/keys.ipynb #d5884d6f
 class KeyTrace(Trace):
     "Makes `dl` say the hashes of the keys that its batches are made of, `(B, 2)`"
     replaced = 'create_batches','create_item','after_batch'
@@ -49,12 +49,16 @@ class KeyTrace(Trace):
         self.key = key or sample_key
         self.wanted = wanted
         self.latest = None
+        self.source = None   # what is being drawn from
         super().__init__(dl)
 
     def _count(self): return None
 
     def create_item(self, s):
-        item = self._call('create_item', s)
+        if self.source is None: raise AttributeError("no sample is being drawn") # fastai's `n_inp` would draw one
+        self.dl.it = self.source
+        try: item = self._call('create_item', s)
+        finally: del self.dl.it
         self.latest = key_hash(self.key(item))
         if self.wanted is None or self.wanted(self.latest): return item
         raise SkipItemException()
@@ -64,10 +68,12 @@ class KeyTrace(Trace):
 
     def _drawn(self, samples):
         "Hash and item of each sample of a worker's own iterator"
-        self.dl.it = iter(self.dl.dataset)
+        it = iter(self.dl.dataset)
         for s in samples:
+            self.source = it
             try: item = self.dl.do_item(s)
             except StopIteration: return
+            finally: self.source = None
             if item is not None: yield self.latest,item
 
     def draw(self, n):
