@@ -15,7 +15,7 @@ import torch
 from fastai.data.core import TfmdDL
 
 from fasterai.distill.teacher.recorded.codec import Codec
-from fasterai.distill.teacher.recorded.job import record
+from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.shards import Manifest, Shards, WHOLE, pieces_of
 from fasterai.distill.teacher.recorded.signature import signature
 from fasterai.distill.teacher.recorded.upkeep import check_recording

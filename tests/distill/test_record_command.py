@@ -72,4 +72,5 @@ def test_looking_after_a_recording_loads_no_pytorch(tmp_path):
     code = ("import sys; from fasterai.distill.command.record import main; sys.argv = ['x', '--check', sys.argv[1]]\n"
             "try: main()\nexcept SystemExit as e: print(e, 'torch' in sys.modules)")
     r = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
-    assert r.stdout.strip()==f"fasterai_record: recording: there is no recording in {tmp_path}: no teacher.recording False"
+    said = f"fasterai_record: recording: there is no recording in {tmp_path}: no teacher.recording"
+    assert r.stdout.strip()==f"{said} False"

@@ -45,13 +45,13 @@ def fasterai_record(
     try: return _look_after(*doing, path, out) if doing else _record(**kwargs)
     except (ValueError, TypeError, OSError, ImportError, re.error) as e: raise CliError(f"fasterai_record: {e}") from e
 
-# %% ../../../nbs/distill/command/record.ipynb #6ea377cd
+# %% ../../../nbs/distill/command/record.ipynb #24477f66
 def _look_after(what, path, out):
     "Print what is asked for; the exit code"
     from fasterai.distill.teacher.recorded.upkeep import (check_recording, describe_recording, info_text,
                                                           merge_recordings)
     if path is None: raise ValueError(f"--{what} needs the folder of a recording")
-    if what=='merge' and out is None: raise ValueError("--merge needs two folders: that of the recording, and a new one")
+    if what=='merge' and out is None: raise ValueError("--merge needs two folders, the second a new one")
     if what!='merge' and out is not None: raise ValueError(f"--{what} takes one folder, got {path!r} and {out!r}")
     if what=='info': return print(info_text(describe_recording(path)))
     check = check_recording(path) if what=='check' else merge_recordings(path.split(','), out)
@@ -64,7 +64,7 @@ def _part(part):
     if not found: raise ValueError(f"part must be i/n, for example 0/4, got {part!r}")
     return tuple(map(int, found.groups()))
 
-# %% ../../../nbs/distill/command/record.ipynb #ce96bc0f
+# %% ../../../nbs/distill/command/record.ipynb #251cfedb
 def _record(path, out, teacher, teacher_weights, trust_pickle, views, seed, topk, fp32, part, processes, T, size, bs,
             pattern, augment, workers):
     part = _part(part)
@@ -74,7 +74,7 @@ def _record(path, out, teacher, teacher_weights, trust_pickle, views, seed, topk
     if teacher_weights is None: raise ValueError("teacher_weights: a file of the trained teacher is needed")
     import torch
     from fasterai.distill.command.options import Networks, Pictures
-    from fasterai.distill.teacher.recorded.job import record, use_own_gpu
+    from fasterai.distill.teacher.recorded.record import record, use_own_gpu
     use_own_gpu()
     dls = Pictures(path, size, bs, pattern, augment, workers).dls()
     net = Networks(teacher, weights=teacher_weights, trust_pickle=trust_pickle).make_teacher(dls)

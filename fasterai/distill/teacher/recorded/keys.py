@@ -17,14 +17,14 @@ from .replay import Once, seeded
 from .signature import signature
 from .trace import Trace
 
-# %% ../../../../nbs/distill/teacher/recorded/keys.ipynb #6dcdf3fd
+# %% ../../../../nbs/distill/teacher/recorded/keys.ipynb #a33c6fea
 def sample_key(
     item, # What the data set yields
 ):
     "`item['__key__']` of a dictionary, or a text that comes first; TypeError where there is neither"
     if isinstance(item, Mapping) and '__key__' in item: return item['__key__']
     if isinstance(item, (tuple, list)) and item and isinstance(item[0], (str, bytes)): return item[0]
-    raise TypeError(f"key: the data set yields a {type(item).__name__} without `__key__`, and no text comes first in it; "
+    raise TypeError(f"key: the data set yields a {type(item).__name__} without `__key__`, and no text comes first; "
                     "give key=, a function from what it yields to the sample's own name")
 
 def key_hash(

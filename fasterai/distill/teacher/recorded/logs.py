@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['key_field', 'log_name', 'make_log', 'open_log', 'logs_of', 'KeyedShards', 'Log']
 
-# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #d9bd9520
+# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #98d37182
 import os
 from pathlib import Path
 
 import numpy as np
 
-from .shards import (Piece, Shards, checked_header, part_name, refuse_others,
-                                                      with_check)
+from .shards import (WHOLE, Piece, Shards, checked_header, part_name,
+                                                      refuse_others, with_check)
 from .store import Store, create
 
 # %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #870d1831
@@ -92,26 +92,17 @@ def _sorted_keys(row, pieces):
     new = np.r_[True, (keys[1:]!=keys[:-1]).any(1)]
     return rows[new],keys[new]
 
-# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #1b9a5a91
+# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #7af03403
 class Log:
     "A log that its part appends to: what a killed process left half written is cut off first"
     def __init__(self, manifest,
         file:Path, # As `make_log` gives it; locked by the caller
     ):
         piece = open_log(manifest, file)
-        self.store = Shards(manifest, [piece], write=True, n=piece.n, keep=False)
-        n = self._whole_rows(piece)
-        os.truncate(file, piece.start+n*manifest.row.itemsize)
-        self.n = n
-        self._make_room(piece)
-
-    def _whole_rows(self, piece):
-        bad = self.store.states(piece)!=1
-        return piece.n-int(np.argmin(bad[::-1])) if not bad.all() else 0
-
-    def _make_room(self, piece):
-        "Whatever is appended belongs to the piece"
-        self.store.pieces = [Piece(piece.file, piece.start, 0, 1<<62, True)]
+        self.n = _whole_rows(manifest, piece)
+        os.truncate(file, piece.start+self.n*manifest.row.itemsize)
+        endless = Piece(file, piece.start, 0, 1<<62, True) # whatever is appended belongs to it
+        self.store = Shards(manifest, [endless], write=True, n=self.n, keep=False)
 
     def append(self, keys, sig, said):
         "Add rows; OSError if they do not fit on the disk"
@@ -122,3 +113,10 @@ class Log:
     def close(self):
         for fd in self.store.fds: os.fsync(fd)
         self.store.close()
+
+def _whole_rows(manifest, piece):
+    "How many rows there are up to the last one that is whole"
+    store = Shards(manifest, [piece], n=piece.n, keep=False)
+    whole = np.flatnonzero(store.states(piece)==WHOLE)
+    store.close()
+    return int(whole[-1])+1 if len(whole) else 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .signature import batch_size, signature
 
-# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #ef87f07d
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #ab91b873
 _most = 4096  # numbers of a sample's logits or map
 
 def _some_values(t):
@@ -51,7 +51,8 @@ class Probe:
     ):
         said = [o for o in (pred, *fm.values()) if o is not None]
         n = batch_size(xb)
-        return cls(hex_of(signature(xb)), hex_of(signature(said)[:n]), [_some_values(o[:n]) for o in said], _where(said[0]))
+        answers = hex_of(signature(said)[:n])
+        return cls(hex_of(signature(xb)), answers, [_some_values(o[:n]) for o in said], _where(said[0]))
 
 # %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #9cfe1bf0
 @patch(as_prop=True)

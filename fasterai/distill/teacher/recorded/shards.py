@@ -7,14 +7,14 @@ __all__ = ['manifest_name', 'HOLE', 'WHOLE', 'DAMAGED', 'SKIPPED', 'with_check',
            'is_recording', 'make_manifest', 'try_lock', 'part_lock', 'part_name', 'Piece', 'shard_name', 'shard_header',
            'open_piece', 'refuse_others', 'differences', 'pieces_of', 'Shards']
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #db197376
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #b23d5226
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import socket
 import zlib
+from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,11 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+try: import fcntl
+except ImportError: fcntl = None # not on Windows
+
 from .store import (Store, create, read_block, read_header, row_type, runs,
-                                                       size_text, whole_pages)
+                                                       size_text)
 
 # %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #1aa5a452
 manifest_name = 'teacher.recording'
@@ -93,13 +96,14 @@ def make_manifest(
         create(path/manifest_name, with_check({**header, 'rows': 0, 'block_check': zlib.crc32(block)}), block, 0)
     return Manifest.at(path)
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #4a7b7b53
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #7578e086
 _no_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 def try_lock(
     fd, # Of an open file
 )->bool:
-    "Is it ours? Where a file system knows no locks, it is"
+    "Is it ours? Where the system knows no locks, it is"
+    if fcntl is None: return True
     try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in _no_locks: return False
@@ -219,7 +223,7 @@ def pieces_of(
             found[name] = open_piece(manifest, manifest.path/name)
     return sorted(found.values(), key=lambda o: o.first)
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #3c47563a
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #70fb4aa8
 _in_memory = 1<<28
 
 class Shards(Store):
@@ -235,7 +239,7 @@ class Shards(Store):
         self.row = manifest.row
         self.n = manifest.header['total'] if n is None else n
         self.pieces = sorted(pieces, key=lambda o: o.first)
-        self.firsts = np.array([o.first for o in self.pieces], int)
+        self.bounds = [o.first for o in self.pieces],[o.first+o.n for o in self.pieces]
         self.fds = [os.open(o.file, (os.O_RDWR if write else os.O_RDONLY)|os.O_CLOEXEC) for o in self.pieces]
         self.cannot_write = None if write else OSError("a recording is written by `record`, not by a training")
         self.kept = np.zeros(self.n, self.row) if keep and self.n*self.row.itemsize<=_in_memory else None
@@ -251,18 +255,19 @@ class Shards(Store):
     def piece_of(self, rows):
         "The number of the piece in which each row lies; -1 for none"
         if not self.pieces: return np.full(len(rows), -1)
-        at = np.searchsorted(self.firsts, rows, 'right')-1
-        stops = np.array([o.first+o.n for o in self.pieces])
+        firsts,stops = map(np.array, self.bounds)
+        at = np.searchsorted(firsts, rows, 'right')-1
         return np.where((at>=0) & (rows<stops[at]), at, -1)
 
     def _place(self, row):
-        i = self.piece_of(np.array([row]))[0]
-        if i<0: return None,0
-        return self.fds[i],self.pieces[i].start+int(row-self.firsts[i])*self.row.itemsize
+        firsts,stops = self.bounds
+        i,row = bisect_right(firsts, row)-1,int(row)
+        if i<0 or row>=stops[i]: return None,0
+        return self.fds[i],self.pieces[i].start+(row-firsts[i])*self.row.itemsize
 
     def _numbers(self, rows):
         at = self.piece_of(rows)
-        return np.where(at<0, 0, rows-self.firsts[at]) if self.pieces else rows
+        return np.where(at<0, 0, rows-np.array(self.bounds[0])[at]) if self.pieces else rows
 
     def _runs(self, rows):
         return runs((np.diff(rows)!=1) | (np.diff(self.piece_of(rows))!=0))
@@ -270,7 +275,7 @@ class Shards(Store):
     def _files(self, rows):
         return ', '.join(self.pieces[i].file.name for i in np.unique(self.piece_of(rows)))
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #a735d1e6
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #d7191396
 HOLE,WHOLE,DAMAGED,SKIPPED = 0,1,2,3
 _skipped_tag = 0xffffffff
 _at_once = 1<<24 # bytes
@@ -288,10 +293,11 @@ def states(self:Shards,
 @patch
 def _states(self:Shards, rows, rec=None):
     if rec is None: rec = self._pread(rows)
-    found = np.full(len(rows), WHOLE, np.uint8)
-    found[rec['tag']==_skipped_tag] = SKIPPED
-    found[~self._are_whole(rec.view(np.uint8).reshape(len(rows), self.row.itemsize), rows)] = DAMAGED
-    found[rec['tag']==0] = HOLE
+    found = np.full(len(rows), HOLE, np.uint8)
+    written = np.flatnonzero(rec['tag'])
+    raw = rec.view(np.uint8).reshape(len(rows), self.row.itemsize)
+    found[written] = np.where(self._are_whole(raw[written], rows[written]), WHOLE, DAMAGED)
+    found[(found==WHOLE) & (rec['tag']==_skipped_tag)] = SKIPPED
     return found
 
 @patch

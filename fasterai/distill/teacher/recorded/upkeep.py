@@ -52,7 +52,7 @@ def check_recording(
     (_check_logs if manifest.header['kind']=='keys' else _check_shards)(manifest, check)
     return check
 
-# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #15815bd8
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #2728aa5c
 def _check_shards(manifest, check):
     layout = Layout.of(manifest.header)
     planned = [layout.planned(i) for i in range(layout.shards)]
@@ -63,10 +63,12 @@ def _check_shards(manifest, check):
         count = np.bincount(states[wanted], minlength=4)
         for name,k in dict(holes=HOLE, whole=WHOLE, damaged=DAMAGED, skipped=SKIPPED).items():
             setattr(check, name, getattr(check, name)+int(count[k]))
-        if count[DAMAGED]: check.wrong.append(f"{shard_name(i)}: {count[DAMAGED]:,} rows have a wrong checksum; delete it")
+        if not count[DAMAGED]: continue
+        check.wrong.append(f"{shard_name(i)}: {count[DAMAGED]:,} rows have a wrong checksum; delete it")
     known = {shard_name(i) for i in range(layout.shards)}
     for file in sorted(manifest.path.glob('shard-*')):
-        if file.name.removesuffix('.part') not in known: check.wrong.append(f"{file}: there is no such shard; delete it")
+        if file.name.removesuffix('.part') in known: continue
+        check.wrong.append(f"{file}: there is no such shard; delete it")
 
 def _states_of(manifest, shard, check):
     "Of the rows of a shard, finished or not; None where it cannot be read"
@@ -92,12 +94,13 @@ def _check_logs(manifest, check):
     for piece in pieces:
         count = np.bincount(store.states(piece), minlength=4)
         check.whole += int(count[WHOLE])
-        check.damaged += int(count[DAMAGED]+count[HOLE])
-        if count[DAMAGED]+count[HOLE]: check.wrong.append(f"{piece.file.name}: {count[DAMAGED]+count[HOLE]:,} damaged rows")
+        damaged = int(count[DAMAGED]+count[HOLE])
+        check.damaged += damaged
+        if damaged: check.wrong.append(f"{piece.file.name}: {damaged:,} damaged rows")
     check.doubles = store.doubles
     store.close()
 
-# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #4b3803d1
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #58594972
 def describe_recording(
     path, # A folder that `record` has written into
 )->dict:
@@ -106,14 +109,14 @@ def describe_recording(
     h = manifest.header
     (topk,dtype),(k,seed) = h['keeps'],h['views']
     files = [o for o in manifest.path.iterdir() if o.name.startswith(('shard-', 'keys-'))]
-    kept = [f"the {topk} largest of {h['classes']:,} and the rest as one" if topk else f"{h['classes']} logits"]*h['logits']
+    logits = f"the {topk} largest of {h['classes']:,} and the rest as one" if topk else f"{h['classes']} logits"
     rows = h['total'] if h['total'] is not None else sum(o.n for o in logs_of(manifest))
     return {'recording': f'{manifest.path} ({manifest.id})',
             'teacher': f"{', '.join(h['teacher']['nets'])}, weights {h['teacher']['weights'] or 'unknown'}",
             'data': h['data'] + ('' if h['samples'] is None else f", {h['samples']:,} samples"),
             'views': f'{k}, seed {seed}, {_batches(h)}' if k else '1',
             'known by': 'the key of each sample' if h['kind']=='keys' else 'the index of each sample',
-            'answers': ', '.join([*kept, *(f'map of {o}' for o in h['layers'])]), 'topk': topk,
+            'answers': ', '.join([*[logits]*h['logits'], *(f'map of {o}' for o in h['layers'])]), 'topk': topk,
             'dtype': dtype.removeprefix('torch.'), 'rows': f"{rows:,} of {size_text(manifest.row.itemsize)}",
             'bytes': size_text(sum(o.stat().st_size for o in files)), 'files': _files(files), **_reports(manifest.path)}
 
@@ -129,8 +132,9 @@ def _reports(path):
     "What the jobs had to say"
     said = [json.loads(o.read_text()) for o in sorted(path.glob('part-*.json'))]
     errors = [e for o in said for e in o['errors']]
-    lost = f"{np.mean([e[0] for e in errors]):.2g} on average, {max(e[1] for e in errors):.2g} at most" if errors else None
-    return {f"error at T={said[0]['T']:g}": lost} if lost else {}
+    if not errors: return {}
+    mean,most = np.mean([e[0] for e in errors]),max(e[1] for e in errors)
+    return {f"error at T={said[0]['T']:g}": f"{mean:.2g} on average, {most:.2g} at most"}
 
 def info_text(
     said:dict # What `describe_recording` gives

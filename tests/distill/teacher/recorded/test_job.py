@@ -12,7 +12,8 @@ from fastai.vision.augment import Brightness
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.teacher.recorded import store
-from fasterai.distill.teacher.recorded.job import Report, record, this_part
+from fasterai.distill.teacher.recorded.job import Report, this_part
+from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.recorded import RecordedTeacher, Recording, Replay, TeacherCache
 from fasterai.distill.teacher.recorded.shards import Manifest, Shards, pieces_of
 from fasterai.distill.teacher.recorded.upkeep import check_recording
@@ -71,7 +72,8 @@ class TestTraining:
         for i in range(3): record(Teacher(), dls().train, path, views=2, part=(i, 3), **fp32)
         assert check_recording(path).ok
         cache = Recording(path)
-        assert torch.equal(train(dls(), None, cache, n=4), train(dls(), Teacher(), Replay(k=2, dtype=torch.float32), n=4))
+        replayed = train(dls(), Teacher(), Replay(k=2, dtype=torch.float32), n=4)
+        assert torch.equal(train(dls(), None, cache, n=4), replayed)
         assert cache.asked==0 and cache.k==2
 
     @pytest.mark.parametrize('n_workers', [0, 2])

@@ -8,7 +8,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_basics import ItemTransform
 from torch.utils.data import IterableDataset
 
-from fasterai.distill.teacher.recorded.job import record
+from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.recorded import Recording
 from fasterai.distill.teacher.recorded.upkeep import check_recording, describe_recording, merge_recordings
 from recording import BS, N, Blobs, Teacher, loaders, train
@@ -105,7 +105,8 @@ class Other(Teacher):
 
 def test_a_random_stream_is_noticed(path):
     def noisy(o): return o['img']+torch.rand(1),o['cls']
-    with pytest.raises(ValueError, match='drawn twice, gave different inputs'): record(Teacher(), streams(tfm=noisy).train, path)
+    with pytest.raises(ValueError, match='drawn twice, gave different inputs'):
+        record(Teacher(), streams(tfm=noisy).train, path)
 
 def test_merged_and_described(path):
     for i in range(2): record(Teacher(), streams().train, path, part=(i, 2), **fp32)

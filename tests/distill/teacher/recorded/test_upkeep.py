@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fasterai.distill.teacher.recorded.job import record
+from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.layout import Layout, shards_for
 from fasterai.distill.teacher.recorded.paper import plan_recording, row_bytes
 from fasterai.distill.teacher.recorded.recorded import Recording
@@ -82,7 +82,8 @@ def test_described(path):
 
 
 class TestLayout:
-    @pytest.mark.parametrize('n,k,bs,drop_last,processes', [(48, None, 8, True, 1), (45, None, 8, False, 1), (5, 3, 8, False, 1),
+    @pytest.mark.parametrize('n,k,bs,drop_last,processes', [
+        (48, None, 8, True, 1), (45, None, 8, False, 1), (5, 3, 8, False, 1),
         (45, 2, 8, False, 1), (45, 2, 8, True, 1), (45, 3, 7, False, 2), (46, 2, 5, True, 4), (47, 1, 4, False, 5)])
     @pytest.mark.parametrize('shards', [1, 3, 7])
     def test_each_row_of_the_plan_is_in_one_batch_and_one_shard(self, n, k, bs, drop_last, processes, shards):
