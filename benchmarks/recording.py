@@ -7,7 +7,8 @@ The teacher is a matrix and the samples are made of their numbers, so that the t
 every answer can be computed again in the end. A process is killed by SIGKILL up to a second after it began to write,
 and started again. The figures are written to `results/recording.json`.
 """
-import argparse, json, os, random, resource, signal, subprocess, sys, tempfile, time
+import argparse, json, os, random, resource, signal, tempfile, time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastai.data.core import TfmdDL
 
 from fasterai.distill.teacher.recorded.codec import Codec
 from fasterai.distill.teacher.recorded.record import record
-from fasterai.distill.teacher.recorded.shards import Manifest, Shards, WHOLE, pieces_of
+from fasterai.distill.teacher.recorded.shards import WHOLE, Manifest, Shards, pieces_of
 from fasterai.distill.teacher.recorded.signature import signature
 from fasterai.distill.teacher.recorded.upkeep import check_recording
 
@@ -43,9 +44,10 @@ def loader(n):
     return TfmdDL(Numbers(n), bs=BS, num_workers=0, device='cpu', create_batch=lambda rows: (inputs(rows),),
                   n_inp=1)
 
-def work(path, n, part, parts):
-    "One process"
-    torch.set_num_threads(1)
+def work(log, path, n, part, parts):
+    "One process, which writes what it says to an open file"
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     start = _peak_mb()
     report = record(Matrix(), loader(n), path, part=(part, parts))
     print(json.dumps(dict(asked=report.asked, seconds=report.seconds, start_mb=start, peak_mb=_peak_mb())), flush=True)
@@ -54,39 +56,38 @@ def _peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
 
 class Process:
-    "One that records, and can be killed"
+    "One that records, and can be killed; a fork, so that no time is the imports'"
     def __init__(self, path, n, part, parts):
         self.args = path,n,part,parts
         self.start()
 
     def start(self):
-        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-        cmd = [sys.executable, __file__, '--work', *map(str, self.args)]
         self.log = tempfile.TemporaryFile('w+')
-        self.run = subprocess.Popen(cmd, stdout=self.log, stderr=subprocess.STDOUT, env=env)
+        self.run = get_context('fork').Process(target=work, args=(self.log.fileno(), *self.args))
+        self.run.start()
 
-    def said(self):
-        self.log.seek(0)
-        return self.log.read()
+    def said(self): return os.pread(self.log.fileno(), 1<<20, 0).decode()
 
-    def writes(self): return 'Recording into' in self.said() and self.run.poll() is None
+    def writes(self): return 'Recording into' in self.said() and self.run.is_alive()
 
     def kill(self):
         "SIGKILL, and another one; False if it had ended before"
-        self.run.send_signal(signal.SIGKILL)
-        killed = self.run.wait()==-signal.SIGKILL
+        self.run.kill()
+        self.run.join()
+        killed = self.run.exitcode==-signal.SIGKILL
         if killed: self.start()
         return killed
 
     def result(self):
-        if self.run.wait(): raise RuntimeError(self.said()[-3000:])
+        self.run.join()
+        if self.run.exitcode: raise RuntimeError(self.said()[-3000:])
         return json.loads(self.said().splitlines()[-1])
 
 def run(path, n, jobs, kills, seed=0):
     "Results of the processes, how many were killed, and the seconds from the first start to the last end"
     rng,start,killed = random.Random(seed),time.time(),0
     processes = [Process(path, n, i, jobs) for i in range(jobs)]
-    while killed<kills and any(p.run.poll() is None for p in processes):
+    while killed<kills and any(p.run.is_alive() for p in processes):
         writing = [p for p in processes if p.writes()]
         if not writing:
             time.sleep(0.02)
@@ -127,9 +128,8 @@ def main():
     p.add_argument('--jobs', type=int, default=4)
     p.add_argument('--kills', type=int, default=20)
     p.add_argument('--out', default=RESULTS/'recording.json', help='file, - for none')
-    p.add_argument('--work', nargs=4, help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.work: return work(args.work[0], *map(int, args.work[1:]))
+    torch.set_num_threads(1) # OpenMP's threads do not survive a fork
     result = measure(args.rows, args.jobs, args.kills)
     print(json.dumps(result, indent=1))
     if str(args.out)!='-': Path(args.out).write_text(json.dumps(result, indent=1)+'\n')
