@@ -20,9 +20,10 @@ import resource
 import statistics as stats
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,8 @@ from torch.utils.data import TensorDataset
 from torchvision import models
 
 from fasterai.data.digits import digits_net
-from fasterai.distill.teacher.recorded.recorded import Replay, TeacherCache
+from fasterai.distill.teacher.recorded.recorded import RecordedTeacher, Replay, TeacherCache
+from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import Attention, DecoupledKD, FitNet, Similarity, SoftTarget
 from fasterai.distill.teacher.teacher import Teacher
@@ -204,6 +206,16 @@ def cached(b, cache, dls=None):
     if not cache.hits: raise RuntimeError("the callback did not ask the cache")
     return visit
 
+def recorded(b):
+    "Ours with what a job has recorded, and no teacher"
+    folder = tempfile.TemporaryDirectory()
+    with redirect_stdout(None): record(b.teacher, b.dls.train, folder.name)
+    kd = KnowledgeDistillationCallback(RecordedTeacher(folder.name), weight=0.5)
+    kd.folder = folder # there as long as it is
+    visit = visit_fastai(b, kd)
+    for _ in range(2): visit()
+    return visit
+
 def original(b, loss, layers=None):
     lib = sys.modules['fasterai_original']
     loss = getattr(lib.losses, loss)
@@ -227,6 +239,7 @@ def variants(b):
          'SoftTarget, compiled teacher': partial(ours, b, **compiled),
          **{f'FitNet at {s}, early stop': partial(ours, b, FitNet, [s]) for s in b.stages[1:3]},
          'SoftTarget, cached': lambda: cached(b, TeacherCache()),
+         'SoftTarget, recorded': lambda: recorded(b),
          'plain student, augmented': partial(visit_fastai, b, dls=b.augmented),
          'SoftTarget, replayed, augmented': lambda: cached(b, Replay(k=2), b.augmented),
          'SoftTarget, two teachers': partial(ours, b, teacher=lambda b: [b.teacher, b.new_teacher()])}

@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #3f4c964c
+# %% ../../nbs/distill/all.ipynb #d05ce341
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
 from .loss.learned import CRD, OFD, ReviewKD, VID
 from .losses import *
-from .loss.dense import CIRKD, IFVD, PKD
 from .loss.embeddings import NoTask, Projected
 from .loss.consistency import Consistency
 from .loss.generalized import GeneralizedDistillation
-from .loss.remember import ICaRL, LessForget, LwF, PooledOutput
 from .loss.teacherless import ClassMates, VirtualTeacher
 from .loss.transformers import HiddenStates, ViTKD, split_qkv
 from .methods.adapt import Entropy, adapt
@@ -55,17 +53,21 @@ from .teacher.following import EMA
 from .teacher.oneself import Oneself
 from .teacher.peers import Peers
 from .teacher.pretrained import pretrained_teacher
-from .teacher.recorded.recorded import Replay, TeacherCache
+from .teacher.recorded.paper import plan_recording
+from .teacher.recorded.record import record
+from .teacher.recorded.recorded import RecordedTeacher, Replay, TeacherCache
+from .teacher.recorded.upkeep import check_recording, describe_recording, merge_recordings
 from .teacher.teacher import Renormalize, Teacher, resize_batch
 from .training.views import StudentSees
 
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #99ba0086
+# %% ../../nbs/distill/all.ipynb #6d3b08e6
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
-    'pretrained_teacher',
+    'pretrained_teacher', 'record', 'RecordedTeacher', 'plan_recording', 'check_recording', 'describe_recording',
+    'merge_recordings',
     *distillation_callback.__all__, 'StudentSees',
     *[n for n in losses.__all__ if n!='Embedding'], # fastai has one of its own
     'VID', 'CRD', 'ReviewKD', 'OFD', 'ClassMates', 'VirtualTeacher', 'NoTask', 'Projected',
@@ -73,9 +75,8 @@ __all__ = [
     'born_again', 'assistants', 'which_teacher', 'mix_unlabelled', 'pseudo_labels', 'noisy_student',
     'Consistency', 'StrongView', 'fixmatch', 'GeneralizedDistillation',
     'TokenDistillation', 'keep_layers', 'ViTKD', 'HiddenStates', 'split_qkv',
-    'LwF', 'ICaRL', 'LessForget', 'PooledOutput', 'grow_head', 'Remember', 'OneHotBCE', 'align_head', 'Exemplars',
+    'grow_head', 'Remember', 'OneHotBCE', 'align_head', 'Exemplars',
     'nearest_mean', 'Attack', 'Discriminator', 'dream', 'data_free_learner', 'DataFreeDistillation', 'adapt', 'Entropy',
-    'PKD', 'IFVD', 'CIRKD',
     'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'should_i_distil', 'sweep', 'compare', 'suggest_weights',

@@ -2,7 +2,8 @@
 
 WANTED = """
 KnowledgeDistillationCallback get_model_layers get_module_by_name match_feature_layers
-Teacher Renormalize resize_batch TeacherCache Replay
+Teacher Renormalize resize_batch TeacherCache Replay record RecordedTeacher plan_recording check_recording
+describe_recording merge_recordings
 SoftTarget Logits Mutual DecoupledKD NKD HardTarget DIST TTM WTTM BinaryKD Ranking standardize
 Attention FitNet ActivationBoundaries Similarity CWD ChannelStats NST
 RKDDistance RKDAngle RKD PKT CC IRG VID CRD ReviewKD OFD available_losses catalogue recipe_of

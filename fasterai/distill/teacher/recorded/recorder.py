@@ -64,7 +64,7 @@ class Recorder:
 
     def inputs(self, b): return split_batch(self.learn.dls, b)[0]
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #17877a32
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #fb346d20
 @patch
 def open(self:Recorder,
     dl, # What draws the samples
@@ -80,11 +80,14 @@ def open(self:Recorder,
         self.trace = cache.views.trace(dl, cache.passes)
         self.undo.callback(self._end_trace)
         for cb in mixers: self.undo.enter_context(replayed_mix(cb, self.trace))
-        xb = dry_run(cache.views, self.trace, self.inputs)
+        xb = self._dry_run()
         self._find_file(xb)
         self._watch_weights()
         if cache.eager and not cache.off: self._ask_everything()
         self.undo = self.undo.pop_all()
+
+@patch
+def _dry_run(self:Recorder): return dry_run(self.cache.views, self.trace, self.inputs)
 
 @patch
 def _end_trace(self:Recorder):

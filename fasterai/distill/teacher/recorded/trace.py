@@ -101,7 +101,7 @@ def draw(self:Trace, rows):
     b = self.make(rows)
     return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #7bdd9a7d
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #c0d7bf18
 def innermost(
     dl, # A DataLoader, perhaps inside a `DistributedDL`
 ):
@@ -112,15 +112,18 @@ def innermost(
 def check_dl(
     dl,          # What `innermost` gives
     who='cache', # Who asks, for the error
+    stream=False # Do its samples bring keys instead?
 ):
     "TypeError or ValueError where the samples of a batch have no number, with the remedy"
     if not isinstance(dl, DataLoader):
         kind = f'{type(dl).__module__}.{type(dl).__name__}'
         raise TypeError(f"{who}: a {kind} does not say which samples are in a batch; "
                         "give `DataLoaders` a fastai TfmdDL of the same dataset")
-    if not dl.indexed or dl.n is None:
+    if stream and dl.indexed: raise TypeError(f"{who}: these answers are known by the keys of a stream, and this "
+                                              f"{type(dl.dataset).__name__} has indices; give an `IterableDataset`")
+    if not stream and (not dl.indexed or dl.n is None):
         raise TypeError(f"{who}: an iterable dataset has no indices to remember its samples by; "
-                        "use one with `__getitem__` and `__len__`")
+                        "use one with `__getitem__` and `__len__`, or `record` it by its samples' keys")
     if isinstance(dl.__dict__.get('after_batch'), _AfterBatch):
         raise ValueError(f"{who}: another one is attached to this DataLoader; `detach` it first")
     if 'create_batches' in dl.__dict__ or type(dl).create_batches is not DataLoader.create_batches:
