@@ -37,14 +37,14 @@ from .recorded.recorded import as_cache
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #687f4d98
+# %% ../../../nbs/distill/teacher/teacher.ipynb #cfbca31d
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
     A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind"""
     def __init__(self,
         models,             # A Module or Learner, or a list of them: an ensemble, whose probabilities are averaged
-        dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a frozen copy; 'auto': fastest safe float; None: as is
+        dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a copy; 'auto': what is fast and safe; None: as is
         channels_last=None, # A copy in channels_last? None: only if dtype='auto' finds it faster
         compile=False,      # `torch.compile` the teacher? True, or a dict of its arguments
         weights=None,       # Of the networks of an ensemble; None: equal ones
@@ -137,7 +137,7 @@ def compute(self:Teacher,
 
 def _as_layers(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #6bd0002e
+# %% ../../../nbs/distill/teacher/teacher.ipynb #200ec722
 @patch
 def _ask_networks(self:Teacher, xb, layers, logits):
     "The logits of each network (of none, if they are not wanted), and the maps of the first"
@@ -149,7 +149,8 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     return [net.agreement.of_logits(z, self._class_axis) for net,z in zip(self.nets, preds)], maps
 
 @patch
-def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, self.select, self._class_axis)
+def _ask(self:Teacher, net, xb, layers, logits):
+    return net(xb, layers, logits, select=self.select, axis=self._class_axis, average=self.average)
 
 @patch
 def _one_voice(self:Teacher, preds):
