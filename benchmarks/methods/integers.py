@@ -36,14 +36,14 @@ from fasterai.distill.teacher.teacher import Teacher
 from methods.photos import Photos, pictures
 from settings import ShiftFlip
 
-bs,lr,epochs,more = 50,5e-3,20,4 # more: epochs of learning to round
+bs,lr,epochs,more = 50,5e-3,10,2 # more: epochs of learning to round
 
 
 @cache
 def small(part, data=Path('data')):
     "The photographs of a part at 64 pixels, as bytes, and their classes"
     x,y = pictures(data/'imagenette2sq_160_small'/part)
-    return resize_batch(x.float(), size=64)[0].round().byte(),y
+    return resize_batch(x.float(), size=64).round().byte(),y
 
 def dls():
     norm = partial(Normalize.from_stats, *imagenet_stats, cuda=False)
@@ -127,7 +127,7 @@ def distilled(learn, epochs, teacher):
 
 def of(dtype):
     "One teacher for all seeds, in a precision"
-    def teacher(): return Teacher(in_full(100, 64), dtype=dtype)
+    def teacher(): return Teacher(in_full(100, 48), dtype=dtype)
     return arm(teacher)
 
 def run():
