@@ -117,7 +117,7 @@ def speed(pairs=15, seed=0):
         with torch.no_grad(): return best_time(lambda: f(x), x.device, 5)
     rows = [{'pair': i, 'samples': n, **{f'{k}, ms': round(1e3*seconds(f, x[:n]), 4) for k,f in nets.items()}}
             for i in range(pairs) for n in (1, 64)]
-    sizes = {f'{k}, kB': round(1e3*getattr(f, 'mb', None) or 1e3*size_mb(f), 1) for k,f in nets.items()}
+    sizes = {f'{k}, kB': round(1e3*(f.mb if isinstance(f, OnnxFile) else size_mb(f)), 1) for k,f in nets.items()}
     pd.DataFrame(rows).assign(**sizes).to_csv(results/'family-integers-speed.csv', index=False)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['need_export', 'Shipped', 'export_student', 'Predictor']
 
-# %% ../../../nbs/distill/ship/export.ipynb #b25c834e
+# %% ../../../nbs/distill/ship/export.ipynb #185d4501
 import json
 import logging
 import random
@@ -28,7 +28,7 @@ from ...core.files import whole_file
 from ...core.task import logits_of, split_batch, views_of
 from ..layers.int8 import as_reference
 from ..layers.names import unwrap
-from .describe import describe, first_batch, input_names
+from .describe import describe, first_batch, input_names, refuse_other_than_learner
 from .predictor import Predictor, open_session
 from .scales import has_scales, weights_as_integers
 from ..study.one_run import streams_kept
@@ -210,7 +210,7 @@ def _in_own_8_bits(module, xb, names, opset, fixed):
         _refuse_other_answers(proto.SerializeToString(), module, xb, fixed, tolerance=.1)
     return proto
 
-# %% ../../../nbs/distill/ship/export.ipynb #bf8e31b1
+# %% ../../../nbs/distill/ship/export.ipynb #2206df9e
 def export_student(
     learn:Learner,        # Trained; left as it is
     path='student.onnx',  # The file; a .json of that name comes beside it
@@ -223,6 +223,7 @@ def export_student(
     """Write the student as one ONNX file that `Predictor`, or onnxruntime anywhere, can run; returns its path. Raises
     ImportError without the extra `export`, ValueError for a student that cannot be written, a Learner without data, or
     too little of it to calibrate. The file is there as a whole or not at all"""
+    refuse_other_than_learner(learn)
     path = _checked(path, int8, calibrate, opset, batch)
     need_export()
     learned = has_scales(learn, int8)

@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['has_scales', 'weights_as_integers']
 
-# %% ../../../nbs/distill/ship/scales.ipynb #f21c1f2d
+# %% ../../../nbs/distill/ship/scales.ipynb #49f62cc6
 import numpy as np
 from fastai.learner import Learner
 
-from ..layers.int8 import fake_quantizers
+from ..layers.int8 import Int8, fake_quantizers
 from ..layers.names import unwrap
 from .lsq import QuantizedLayer
 
-# %% ../../../nbs/distill/ship/scales.ipynb #5c92b539
+# %% ../../../nbs/distill/ship/scales.ipynb #b72c4706
 def has_scales(
     learn:Learner, # The student's
     int8:bool,     # Is a file of integers wanted?
 )->bool:
     "Was the student trained to round, to 8 bits? ValueError where the file wanted is not what it was trained for"
     model = unwrap(learn.model)
+    if any(isinstance(m, Int8) for m in model.modules()):
+        raise ValueError("the student is one of PyTorch's integers already, which no exporter writes: export the "
+                         "QuantizedLearner that `to_int8` made it of, with int8=True")
     if any(isinstance(m, QuantizedLayer) for m in model.modules()):
         raise ValueError("the student was made for fewer bits than 8, which are simulated: no runtime computes with "
                          "them, so that there is nothing to write. Make it by quantize_aware(learn, bits=8)")

@@ -119,6 +119,10 @@ def test_refused(students, tmp_path, monkeypatch):
         export_student(q, tmp_path/'q.onnx')
     with pytest.raises(ValueError, match='fewer bits than 8, which are simulated'):
         export_student(quantize_aware(learn, 3), tmp_path/'q.onnx', int8=True)
+    ints = quiet_learner(learn.dls, q.to_int8())
+    with pytest.raises(ValueError, match='integers already.*QuantizedLearner'): export_student(ints, tmp_path/'q.onnx')
+    for f in (export_student, lambda m, path: check_file(path, m)):
+        with pytest.raises(TypeError, match='learn must be a fastai Learner'): f(learn.model, tmp_path/'q.onnx')
     with pytest.raises(ValueError, match='a file, and was to be the folder'): export_student(q, __file__+'/q.onnx')
     (tmp_path/'d.onnx').mkdir()
     with pytest.raises(ValueError, match='is a folder'): export_student(q, tmp_path/'d.onnx', int8=True)
