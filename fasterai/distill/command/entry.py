@@ -19,7 +19,7 @@ from fastcore.script import CliError, call_parse, parse_cli
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/command/entry.ipynb #a79face4
+# %% ../../../nbs/distill/command/entry.ipynb #2b13bfee
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid with such; none: handwritten digits
@@ -43,6 +43,7 @@ def fasterai_distill(
     quick:bool=False,          # Leave out the student alone that trains for as long as distilling takes
     onnx:bool=False,           # Write the best student as an ONNX file too, and check it? Needs the extra `export`
     int8:bool=False,           # The same with 8-bit weights and activations
+    budget:str=None,           # The most that the student may cost: params=20000,mb=0.5,latency=0.3 of the teacher's
     out:str=None,              # Folder of the results, from which the same command goes on [a name by the data]
     workers:int=None,          # Processes that load images [fastai's default]
 ):

@@ -187,7 +187,7 @@ class Training:
     @property
     def rate(self)->float: return _first(self.lr, 1e-2 if self.digits else 1e-3)
 
-# %% ../../../nbs/distill/command/options.ipynb #3e517b25
+# %% ../../../nbs/distill/command/options.ipynb #892a4a6c
 @dataclass(frozen=True)
 class Plan:
     "What the command was asked to do"
@@ -202,7 +202,7 @@ class Plan:
     def of(cls, path=None, teacher=None, student=None, loss='SoftTarget', weight=None, task_weight=None, T=None,
            epochs=None, teacher_epochs=None, seeds=None, lr=None, size=64, bs=None, pattern=None, augment=False,
            teacher_weights=None, trust_pickle=False, pretrained=None, quick=False, onnx=False, int8=False,
-           out=None, workers=None):
+           budget=None, out=None, workers=None):
         """The plan of the command's arguments; ValueError for what no loss, network or training can be, ImportError
         where a package is missing"""
         pictures = Pictures(None if path is None else str(path), size, bs, pattern, augment, workers)
@@ -214,7 +214,7 @@ class Plan:
         for name in ways.names: ways.recipe(name) # known, and has a temperature where one is given
         training = Training(epochs, teacher_epochs, seeds, lr, quick, digits)
         out = Path(out) if out else Path('-'.join(['distilled', pictures.name, networks.student.replace(':', '_')]))
-        return cls(pictures, networks, ways, training, Files(onnx, int8), out)
+        return cls(pictures, networks, ways, training, Files(onnx, int8, budget), out)
 
 # %% ../../../nbs/distill/command/options.ipynb #41275984
 @patch

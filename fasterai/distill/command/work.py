@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['set_up', 'carry_out', 'distill']
 
-# %% ../../../nbs/distill/command/work.ipynb #b5ba4b91
+# %% ../../../nbs/distill/command/work.ipynb #5cb19313
 import re
 import sys
 import warnings
@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from fastai.torch_core import set_seed
 
+from ...core.task import split_batch
 from .folder import Folder
 from .options import Plan
 from .page import headline, write_report
@@ -22,7 +23,7 @@ from ..study.advice import suggest_weights
 from ..study.experiment import Experiment
 from ..study.one_run import fresh_callback, streams_kept
 
-# %% ../../../nbs/distill/command/work.ipynb #aa14bfe1
+# %% ../../../nbs/distill/command/work.ipynb #ab4bd508
 def set_up(path=None, **kwargs)->tuple:
     """The `Experiment` that the arguments of `fasterai_distill` describe, its `Plan` and its `Folder`. Raises
     ValueError or OSError for what cannot work"""
@@ -31,10 +32,19 @@ def set_up(path=None, **kwargs)->tuple:
     set_seed(0)
     teacher = plan.networks.make_teacher(dls)
     def make_student(): return plan.networks.make_student(dls.c)
+    _check_costs(plan, teacher, make_student, dls)
     def arms(): return plan.ways.arms(teacher, make_student(), dls.one_batch()[0].cpu())
     try: exp = Experiment(dls, teacher, make_student, lr=plan.training.rate, arms=arms(), folder=plan.out)
     except (ValueError, RuntimeError, AssertionError) as e: raise _with_size(e) from e
     return exp,plan,Folder(plan.out, plan.identity(dls))
+
+def _check_costs(plan, teacher, make_student, dls):
+    "ValueError for a student that is over the budget"
+    if plan.files.budget is None: return
+    with streams_kept():
+        xb = tuple(x.cpu()[:16] for x in split_batch(dls, dls.one_batch())[0])
+        cost = plan.files.refuse_costly(make_student(), teacher, xb)
+    print('budget: the student has ' + ', '.join(f'{k} {v:.4g}' for k,v in cost.items()))
 
 def _with_size(e):
     "The error of a network that was made for one size, with the size"

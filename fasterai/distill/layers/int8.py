@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['engine', 'check_backend', 'fake_quantized', 'fake_quantizers', 'observe', 'calibrate', 'freeze_statistics', 'Int8',
-           'as_int8']
+           'as_int8', 'as_reference']
 
 # %% ../../../nbs/distill/layers/int8.ipynb #714fbdf9
 import warnings
@@ -206,3 +206,15 @@ def as_int8(
         found = Int8(fx.convert_fx(model), backend).eval()
     if found.quantized: return found
     raise ValueError("no layer has become one of integers: name others in `layers`, or use bits<8, which is simulated")
+
+# %% ../../../nbs/distill/layers/int8.ipynb #be118013
+def as_reference(
+    model:nn.Module, # From `fake_quantized`, calibrated; not touched
+)->nn.Module:
+    "A network of floats that rounds where integers would, by operations that PyTorch's exporters write down"
+    _tools()
+    from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx as convert
+    with _quiet():
+        model = deepcopy(model).cpu().eval()
+        freeze_statistics(model, False)
+        return convert(model).eval()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FileCheck', 'check_file', 'OnnxFile']
 
-# %% ../../../nbs/distill/ship/check.ipynb #ba385435
+# %% ../../../nbs/distill/ship/check.ipynb #f7b7776b
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ...core.task import task_of, views_of
 from ..layers.names import unwrap
-from .describe import first_batch
+from .describe import first_batch, refuse_other_than_learner
 from .onnx_file import OnnxFile
 from ..study.compare import Comparison, compare, predictions
 from ..study.measure import model_cost
@@ -116,7 +116,7 @@ def _same_class(learn, pred, wanted):
 
 def _thresh(learn): return getattr(learn.loss_func, 'thresh', .5)
 
-# %% ../../../nbs/distill/ship/check.ipynb #745e2d9d
+# %% ../../../nbs/distill/ship/check.ipynb #28fe4fa8
 def check_file(
     path,                  # The file
     learn:Learner,         # The student of which it was made; left as it is
@@ -128,6 +128,7 @@ def check_file(
     """The file's answers, size and speed beside the student's. The test is McNemar's for a metric that is right or
     wrong for each sample, else a paired bootstrap. Raises ImportError without onnxruntime, FileNotFoundError without
     the file, ValueError for one of other classes, sizes or outputs"""
+    refuse_other_than_learner(learn)
     file = OnnxFile(path, threads)
     _refuse_other_classes(file, learn)
     learners = {'student': learn, file.path.name: Learner(learn.dls, file, learn.loss_func, metrics=learn.metrics)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['need_export', 'Shipped', 'export_student', 'Predictor']
 
-# %% ../../../nbs/distill/ship/export.ipynb #35ddd374
+# %% ../../../nbs/distill/ship/export.ipynb #185d4501
 import json
 import logging
 import random
@@ -26,9 +26,11 @@ from torch import nn
 
 from ...core.files import whole_file
 from ...core.task import logits_of, split_batch, views_of
+from ..layers.int8 import as_reference
 from ..layers.names import unwrap
-from .describe import describe, first_batch, input_names
+from .describe import describe, first_batch, input_names, refuse_other_than_learner
 from .predictor import Predictor, open_session
+from .scales import has_scales, weights_as_integers
 from ..study.one_run import streams_kept
 
 # %% ../../../nbs/distill/ship/export.ipynb #d81f2e4e
@@ -67,7 +69,7 @@ class Shipped(nn.Module):
         for f in self.views: xb = f(*xb)
         return logits_of(self.model(*xb), self.select, 'student')
 
-# %% ../../../nbs/distill/ship/export.ipynb #e63af76e
+# %% ../../../nbs/distill/ship/export.ipynb #3469e482
 def _proto(module, xb, names, opset=None, fixed=False):
     "The network as ONNX"
     shapes = None if fixed else (tuple({0: 'batch'} for _ in xb),)
@@ -78,7 +80,7 @@ def _proto(module, xb, names, opset=None, fixed=False):
         del o.metadata_props[:]
     return proto
 
-def _refuse_other_answers(data, module, xb, fixed=False):
+def _refuse_other_answers(data, module, xb, fixed=False, tolerance=1e-3):
     "ValueError where the file's bytes do not answer as the module does"
     session = open_session(data)
     for batch in (xb,) if fixed else (xb, tuple(x[:1] for x in xb)):
@@ -87,7 +89,7 @@ def _refuse_other_answers(data, module, xb, fixed=False):
         if got.shape!=wanted.shape: raise ValueError(f"for a batch of {len(batch[0])} it gives {got.shape}, the "
                                                      f"student {wanted.shape}")
         off = np.abs(got-wanted).max()
-        if not off<=1e-3*max(1, np.abs(wanted).max()): # NaN is refused too
+        if not off<=tolerance*max(1, np.abs(wanted).max()): # NaN is refused too
             raise ValueError(f"for a batch of {len(batch[0])} its answers are off by {off:.2g}")
 
 # %% ../../../nbs/distill/ship/export.ipynb #a48c0eda
@@ -198,12 +200,22 @@ def _in_8_bits(proto, batches):
                         op_types_to_quantize=[o for o in QDQRegistry if o!='BatchNormalization'])
         return onnx.load(done)
 
-# %% ../../../nbs/distill/ship/export.ipynb #f3a74d24
+# %% ../../../nbs/distill/ship/export.ipynb #66f15d6d
+def _in_own_8_bits(module, xb, names, opset, fixed):
+    "A student that was trained to round, with its own scales"
+    with torch.no_grad(), streams_kept(), _without_chatter():
+        module.model = as_reference(module.model)
+        proto = _proto(module, xb, names, opset, fixed)
+        weights_as_integers(proto)
+        _refuse_other_answers(proto.SerializeToString(), module, xb, fixed, tolerance=.1)
+    return proto
+
+# %% ../../../nbs/distill/ship/export.ipynb #2206df9e
 def export_student(
     learn:Learner,        # Trained; left as it is
     path='student.onnx',  # The file; a .json of that name comes beside it
-    int8:bool=False,      # 8-bit weights and activations?
-    calibrate:int=256,    # For int8: how many training samples tell the ranges of the activations, at least 32
+    int8:bool=False,      # 8-bit weights and activations? Of a `QuantizedLearner` with the scales that it has learned
+    calibrate:int=256,    # Else for int8: how many training samples tell the ranges of the activations, at least 32
     opset:int=None,       # ONNX's version of its operations, from 18 on; None: the exporter's choice
     batch:int=None,       # The size of all batches; None: any
     select:Callable=None, # From the network's output to the logits; None: a tensor, a tuple's first, or `.logits`
@@ -211,26 +223,31 @@ def export_student(
     """Write the student as one ONNX file that `Predictor`, or onnxruntime anywhere, can run; returns its path. Raises
     ImportError without the extra `export`, ValueError for a student that cannot be written, a Learner without data, or
     too little of it to calibrate. The file is there as a whole or not at all"""
+    refuse_other_than_learner(learn)
     path = _checked(path, int8, calibrate, opset, batch)
     need_export()
+    learned = has_scales(learn, int8)
     said,xb = describe(learn),_of_size(first_batch(learn), batch)
     names,shipped = input_names(len(xb)),Shipped(learn, select)
     with torch.no_grad(): shipped(*xb) # the network's own errors come as they are
-    try: proto = _written(shipped, xb, names, opset, batch is not None)
+    try: proto = (_in_own_8_bits if learned else _written)(shipped, xb, names, opset, batch is not None)
     except Exception as e: raise _cannot(shipped, xb, e) from e
-    if int8:
+    if int8 and not learned:
         batches = _of_one_size(_calibration(learn, names, calibrate), batch)
         with _without_chatter(): proto = _in_8_bits(proto, batches)
-    _write(path, proto, said, dict(int8=int8, calibrated_on=calibrate if int8 else None))
+    _write(path, proto, said, dict(int8=int8, calibrated_on=calibrate if int8 and not learned else None))
     return path
 
-# %% ../../../nbs/distill/ship/export.ipynb #11790958
+# %% ../../../nbs/distill/ship/export.ipynb #6e127f31
 def _checked(path, int8, calibrate, opset, batch):
     path = Path(path)
     if path.suffix!='.onnx': raise ValueError(f"path must end with .onnx, got {path.name!r}")
     if int8 and calibrate<32: raise ValueError(_too_few(f'got {calibrate}', 32))
     if opset is not None and opset<18: raise ValueError(f"opset must be 18 or more, got {opset}")
     if batch is not None and batch<1: raise ValueError(f"batch must be at least 1, got {batch}")
+    if path.is_dir(): raise ValueError(f"path {str(path)!r} is a folder")
+    no_folder = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+    if no_folder: raise ValueError(f"path: {str(no_folder)!r} is a file, and was to be the folder of {path.name}")
     return path
 
 def _of_size(xb, n):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Observing', 'FreezeQuantizers', 'QuantizedLearner', 'calibration_batches', 'quantize_aware', 'validate_int8']
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #a9702b98
+# %% ../../../nbs/distill/ship/quantize.ipynb #b5948457
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -16,8 +16,10 @@ from torch import nn
 
 from ...core.leaving import watch
 from ...core.task import seen_by_student, split_batch, views_of
-from ..layers.int8 import Int8, as_int8, calibrate, fake_quantized, freeze_statistics, observe
+from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quantizers,
+                                          freeze_statistics, observe)
 from ..layers.names import unwrap
+from .describe import refuse_other_than_learner
 from .lsq import QuantizedLayer, chosen_layers, lsq_quantized
 from ..study.one_run import measure, streams_kept
 from ..teacher.frozen import bare_copy
@@ -116,7 +118,7 @@ def calibration_batches(
     if seen>=least: return found
     raise ValueError(f"calibration needs at least {least} samples to find the ranges of the activations, got {seen}")
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #ef87b1c1
+# %% ../../../nbs/distill/ship/quantize.ipynb #2af7a83b
 def quantize_aware(
     learn:Learner,     # Trained; not touched
     bits:int=8,        # Of weights and activations; fewer than 8 are simulated
@@ -126,9 +128,17 @@ def quantize_aware(
 )->QuantizedLearner:
     """A Learner of a calibrated copy that computes as if quantized; train it as any other. ValueError for networks that
     cannot be traced (with 8 bits), unknown layers or backends, or too few samples"""
+    refuse_other_than_learner(learn)
     if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
+    _refuse_quantized(learn.model)
     with streams_kept(): model = _quantized(learn, bits, backend, layers, n_batches)
-    return _like(learn, model, bits, backend)
+    found = _like(learn, model, bits, backend)
+    if found.quantized: return found
+    raise ValueError(f"{type(unwrap(learn.model)).__name__} has no layer that can be quantized")
+
+def _refuse_quantized(model):
+    if any(isinstance(m, (Int8, QuantizedLayer)) for m in model.modules()) or fake_quantizers(model):
+        raise ValueError("the Learner's network is quantized already: pass the one in full precision")
 
 def _quantized(learn, bits, backend, layers, n_batches):
     model,batches = bare_copy(learn.model),calibration_batches(learn, n_batches)

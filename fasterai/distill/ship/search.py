@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['halving', 'halving_cost', 'split_training', 'Search', 'search_student', 'pareto']
 
-# %% ../../../nbs/distill/ship/search.ipynb #d53430d2
+# %% ../../../nbs/distill/ship/search.ipynb #b6d84489
+import random
+import warnings
 from functools import partial
+from math import inf, prod
 from typing import Callable
 
 import numpy as np
@@ -166,22 +169,68 @@ def _train(self:Search, dls, params, seed, ticks, trial=None):
         epochs = learn.epoch+1
         return float(measure(learn)[self.metric]),epochs,rungs.stopped
 
-# %% ../../../nbs/distill/ship/search.ipynb #b9e9fe9b
+# %% ../../../nbs/distill/ship/search.ipynb #39e036ae
+_looks = 2000 # at most so many students that Optuna has left out
+
+def _choices(values):
+    "The values of an argument as Optuna numbers them; None for broken numbers"
+    if isinstance(values, list): return range(len(values))
+    return range(values[0], values[1]+1) if all(isinstance(o, int) for o in values) else None
+
+@patch(as_prop=True)
+def size(self:Search)->float:
+    "How many students the space has"
+    return prod(inf if c is None else len(c) for c in map(_choices, self.space.values()))
+
+@patch
+def _left_out(self:Search, seed):
+    "Arguments in random order, as Optuna numbers them"
+    rng,choices = random.Random(seed),{k: _choices(v) for k,v in self.space.items()}
+    if self.size==inf:
+        for _ in range(_looks):
+            yield {k: rng.uniform(*self.space[k]) if c is None else rng.choice(c) for k,c in choices.items()}
+        return
+    for i in rng.sample(range(self.size), min(self.size, _looks)):
+        found = {}
+        for k,c in choices.items(): i,found[k] = i//len(c),c[i%len(c)]
+        yield found
+
+# %% ../../../nbs/distill/ship/search.ipynb #16c08943
+@patch
+def _proposals(self:Search, asked, trials, seed):
+    "Optuna's trials with arguments that are new, then those that it has left out"
+    seen,left_out = set(),self._left_out(seed)
+    for n in range(20*trials+_looks):
+        if n>=20*trials:
+            values = next(left_out, None)
+            if values is None: return
+            asked.enqueue_trial(values)
+        trial = asked.ask()
+        params = {k:_suggest(trial, k, v) for k,v in self.space.items()}
+        if repr(params) in seen: asked.tell(trial, state=_optuna().trial.TrialState.FAIL)
+        else:
+            seen.add(repr(params))
+            yield trial,params
+        if len(seen)==self.size: return
+
+@patch
+def _say_why(self:Search, trained, trials):
+    over = sum(r['state']=='over budget' for r in self.rows)
+    if not trained: return # an error follows
+    which = f"of the {self.size} students in the space" if trained+over==self.size else (
+        f"of {trained+over} students that were looked at")
+    warnings.warn(f"search_student: {trained} trials instead of {trials}: {which}, {over} are over the budget"
+                  + ('' if trained+over<self.size else ' and there is no other'))
+
+# %% ../../../nbs/distill/ship/search.ipynb #6f52db77
 @patch
 def _try(self:Search, dls, trials, seed, ticks):
     optuna = _optuna()
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=self.first, reduction_factor=self.eta)
     asked = optuna.create_study(direction='minimize' if self.lowest else 'maximize', pruner=pruner,
                                 sampler=optuna.samplers.TPESampler(seed=seed))
-    seen,trained,failed = set(),0,optuna.trial.TrialState.FAIL
-    for _ in range(20*trials):
-        if trained==trials: return
-        trial = asked.ask()
-        params = {k:_suggest(trial, k, v) for k,v in self.space.items()}
-        if repr(params) in seen:
-            asked.tell(trial, state=failed)
-            continue
-        seen.add(repr(params))
+    trained,failed = 0,optuna.trial.TrialState.FAIL
+    for trial,params in self._proposals(asked, trials, seed):
         row = {**params, **self.cost(params)}
         if self._over(row):
             self.rows.append({**row, 'epochs':0, 'state':'over budget'})
@@ -192,6 +241,8 @@ def _try(self:Search, dls, trials, seed, ticks):
         score,epochs,stopped = self._train(dls, params, seed, ticks, trial)
         asked.tell(trial, None if stopped else score, state=optuna.trial.TrialState.PRUNED if stopped else None)
         self.rows.append({**row, 'score':score, 'epochs':epochs, 'state':'stopped' if stopped else 'trained'})
+        if trained==trials: return
+    self._say_why(trained, trials)
 
 def _words(params): return ', '.join(f'{k}={v}' for k,v in params.items())
 
@@ -218,14 +269,14 @@ def verdict(self:Search)->str:
     if self.best==dict(self.baseline): return f"The best that was found is the one made by hand: {_words(self.best)}."
     return self.study.verdict(self.metric)
 
-# %% ../../../nbs/distill/ship/search.ipynb #aa4ae182
+# %% ../../../nbs/distill/ship/search.ipynb #135ca8a7
 def search_student(
     dls:DataLoaders,      # A part of the training set scores; the validation set judges the winner
     teacher,              # A model, a Learner, or any teacher
     make:Callable,        # `make(**arguments)` gives a new student
     space:dict,           # Its arguments: a list of choices, or (low, high)
     budget:dict=None,     # The most of 'params', 'mb', and of 'latency' as a share of the reference's
-    trials:int=30,        # Students to train, at least in part; fewer, if Optuna finds no more that are new
+    trials:int=30,        # Students to train, at least in part; fewer, with a warning, if no more are in the budget
     epochs:int=16,        # Of a whole training; the first rung is after a quarter
     baseline:dict=None,   # Arguments of the student made by hand
     reference:nn.Module=None, # For 'latency'; None: the one made by hand, else the teacher

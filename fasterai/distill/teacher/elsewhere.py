@@ -19,13 +19,13 @@ from ..layers.capture import tensors_in
 from .forward import Plan, device_of
 from .network import Network, is_placed, name_of
 
-# %% ../../../nbs/distill/teacher/elsewhere.ipynb #d3c76064
+# %% ../../../nbs/distill/teacher/elsewhere.ipynb #601dc2fd
 @dataclass(frozen=True)
 class Begun:
     "A question on its way"
     xb:tuple        # Kept, so that no other batch takes its place in memory
     seen:list       # What the batch was then
-    question:tuple  # Layers, whether logits, how to select them, and their axis
+    question:tuple  # Layers, whether logits, and how to read the outputs
     finish:Callable # Gives the answer
 
     def is_about(self, xb, question): return self.question==question and self.seen==_marks(xb)
@@ -60,26 +60,28 @@ def _device(where):
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device={str(where)!r}: there is no such device here ({str(e).splitlines()[0]})") from e
 
-# %% ../../../nbs/distill/teacher/elsewhere.ipynb #46c5b576
+# %% ../../../nbs/distill/teacher/elsewhere.ipynb #f13c0022
 @patch
-def start(self:Elsewhere, xb, *question)->Callable:
+def start(self:Elsewhere, xb, *question, **outputs)->Callable:
     "Let it begin; returns a function that gives its answer"
     there = to_device(xb, self.where, non_blocking=self.where.type=='cuda')
-    if self.where.type!='cuda': return lambda: Network.__call__(self, there, *question)
-    answer = Network.__call__(self, there, *question)
+    if self.where.type!='cuda': return lambda: Network.__call__(self, there, *question, **outputs)
+    answer = Network.__call__(self, there, *question, **outputs)
     return lambda: answer
 
 @patch
 def ahead(self:Elsewhere,
     xb:tuple,  # A batch of the student's inputs
-    *question, # What will be asked about it: as in a call
+    *question, # What will be asked about it: as in a call,
+    **outputs  # these too
 ):
     "Take the question; the answer is that of the call that comes"
-    self.begun = Begun(xb, _marks(xb), question, self.start(xb, *question))
+    self.begun = Begun(xb, _marks(xb), (question, outputs), self.start(xb, *question, **outputs))
 
 @patch
-def __call__(self:Elsewhere, xb, layers=(), logits=True, select=None, axis=1):
-    question = layers,logits,select,axis
+def __call__(self:Elsewhere, xb, layers=(), logits=True, **outputs):
+    question = layers,logits
     begun,self.begun = self.begun,None
-    finish = begun.finish if begun and begun.is_about(xb, question) else self.start(xb, *question)
+    known = begun and begun.is_about(xb, (question, outputs))
+    finish = begun.finish if known else self.start(xb, *question, **outputs)
     return to_device(finish(), device_of(xb) or self.where)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #2f753c20
+# %% ../../../nbs/distill/teacher/network.ipynb #c98e525a
 import warnings
 from itertools import chain
 
@@ -15,12 +15,11 @@ from torch import nn
 from fastai.torch_core import rank_distrib, to_device
 from fastcore.basics import patch
 
-from ..layers.int8 import as_int8, calibrate, fake_quantized
 from ..layers.names import unwrap
 from .facts import Agreement
 from .auto import fastest_plan
 from .forward import Engine, Plan, bare, prepared, size_of
-from .frozen import bare_copy, frozen_copy, refresh_copy
+from .frozen import frozen_copy, integer_copy, refresh_copy
 from .weights import WeightWatch
 
 # %% ../../../nbs/distill/teacher/network.ipynb #d8e51376
@@ -99,19 +98,17 @@ def opts(self:Network)->dict:
     "What was asked for that may change an answer"
     return {k:getattr(self.asked, k) for k in ('dtype', 'channels_last', 'fuse')}
 
-# %% ../../../nbs/distill/teacher/network.ipynb #ce1a6c27
+# %% ../../../nbs/distill/teacher/network.ipynb #a747685a
 @patch
 def __call__(self:Network,
     xb:tuple,         # A batch of the student's inputs
     layers:tuple=(),  # Names of the layers to capture
     logits:bool=True, # Run to the end?
-    select=None,      # From the output to the logits, for a trial
-    axis:int=1,       # Their class axis
+    **outputs         # `select`, `axis` and `average`, for the trial of `fastest_plan`
 )->tuple:
     "What the network returned (None if it could be stopped before), and the maps"
     xb = self.inputs(xb)
-    self.follow()
-    self._make_ready(xb, layers, select, axis)
+    self._make_ready(xb, layers, self.follow(), outputs)
     if self.home==self.device: return self._engine(xb, layers, logits)(xb)
     xb = to_device(xb, self.home)
     return to_device(self._engine(xb, layers, logits)(xb), self.device)
@@ -138,11 +135,12 @@ def to(self:Network,
     self.engines = {}
     self.home = device if self.asked.asks_for_copy and self.copy is None else moved(self.net, device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #07210ac8
+# %% ../../../nbs/distill/teacher/network.ipynb #70acd0df
 @patch
-def _make_ready(self:Network, xb, layers, select, axis):
+def _make_ready(self:Network, xb, layers, changed, outputs):
+    if layers and self.asked.dtype=='auto' and self.plan is not None and self.plan.integers: self._start_again()
     if self.plan is None:
-        self.plan = self._decide(xb, select, axis)
+        self.plan = self._decide(xb, layers, changed, outputs)
         if self.plan.integers: self.copy = self._of_integers(xb)
         elif self._runs_a_copy(): self._make_copy(layers)
         else: self.home = moved(self.source, self.device)
@@ -153,9 +151,10 @@ def _make_ready(self:Network, xb, layers, select, axis):
 def _runs_a_copy(self:Network): return self.plan.changes(self.source)
 
 @patch
-def _decide(self:Network, xb, select, axis):
+def _decide(self:Network, xb, layers, changed, outputs):
     if self.asked.dtype!='auto': return self.asked
-    plan,said = fastest_plan(self._whole_copy(), prepared(xb), self.asked, select, axis)
+    no_int8 = 'a loss asks for feature maps' if layers else 'its weights change in the fit' if changed else ''
+    plan,said = fastest_plan(self._whole_copy(), prepared(xb), self.asked, no_int8=no_int8, **outputs)
     if not rank_distrib(): print(f"teacher {name_of(self.source)}: {said}")
     return plan
 
@@ -208,7 +207,7 @@ def copies(self:Network)->bool:
     "Is it something made from the source that answers?"
     return self.asked.asks_for_copy or self.asked.compiles
 
-# %% ../../../nbs/distill/teacher/network.ipynb #6d1ce014
+# %% ../../../nbs/distill/teacher/network.ipynb #d54aeca6
 @patch
 def _of_integers(self:Network, xb):
     if self.device.type!='cpu':
@@ -220,12 +219,7 @@ def _of_integers(self:Network, xb):
     if size_of(xb)<32:
         warnings.warn("dtype='int8': the ranges of the teacher's activations are those of the first batch, and "
                       f"{size_of(xb)} samples tell little of them: take batches of 32 or more")
-    xb = prepared(xb, torch.float32)
-    model = fake_quantized(bare_copy(self.source).eval(), xb, torch.backends.quantized.engine)
-    calibrate(model, [xb])
-    found = as_int8(model, torch.backends.quantized.engine)
-    found.folded = {}
-    return found
+    return integer_copy(self.source, prepared(xb, torch.float32))
 
 # %% ../../../nbs/distill/teacher/network.ipynb #af82d485
 @patch
@@ -236,19 +230,25 @@ def _watch(self:Network, full=False):
     self.watch.look(full)
     self.made_from = self.watch.structure,self.watch.version
 
-# %% ../../../nbs/distill/teacher/network.ipynb #e283704a
+# %% ../../../nbs/distill/teacher/network.ipynb #8ae36db4
 @patch
 def follow(self:Network,
     full:bool=False, # Compare all values, as at the beginning of a fit?
-):
-    "Take notice of what has happened to the source"
-    if self.watch is None: return self._watch(full) if full else None
+)->bool:
+    "Take notice of what has happened to the source; has it changed?"
+    if self.watch is None:
+        if full: self._watch(full)
+        return False
     version = self.watch.look(full)
     now = self.watch.structure,version
-    if now==self.made_from: return
-    if self.watch.structure!=self.made_from[0] or self.asked.integers: self._start_again()
+    if now==self.made_from: return False
+    if self.watch.structure!=self.made_from[0] or self._of_whole_numbers: self._start_again()
     else: self._refresh()
     self.made_from = now
+    return True
+
+@patch(as_prop=True)
+def _of_whole_numbers(self:Network): return (self.plan or self.asked).integers
 
 @patch
 def _refresh(self:Network):

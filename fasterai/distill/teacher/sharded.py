@@ -138,13 +138,13 @@ def _make_engine(self:Sharded, xb, layers, logits):
     if not self.in_pieces: return super(Sharded, self)._make_engine(xb, layers, logits)
     return Engine(self.net, self.plan, layers)
 
-# %% ../../../nbs/distill/teacher/sharded.ipynb #52e5ec2b
+# %% ../../../nbs/distill/teacher/sharded.ipynb #24225979
 @patch
-def __call__(self:Sharded, xb, layers=(), logits=True, *how):
-    if not self.in_pieces: return super(Sharded, self).__call__(xb, layers, logits, *how)
-    self.last = xb,layers,logits,*how
+def __call__(self:Sharded, xb, layers=(), logits=True, **outputs):
+    if not self.in_pieces: return super(Sharded, self).__call__(xb, layers, logits, **outputs)
+    self.last = xb,layers,logits
     if self.in_turns: in_any(True, self.device)
-    return super(Sharded, self).__call__(xb, layers, logits, *how)
+    return super(Sharded, self).__call__(xb, layers, logits, **outputs)
 
 @contextmanager
 def in_turns(

@@ -40,14 +40,14 @@ from .where import networks
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #3d5f6e18
+# %% ../../../nbs/distill/teacher/teacher.ipynb #6aea5655
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
     A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind"""
     def __init__(self,
         models,             # A Module or Learner, or a list of them: an ensemble, whose probabilities are averaged
-        dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a frozen copy; 'auto': fastest safe float; None: as is
+        dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a copy; 'auto': what is fast and safe; None: as is
         channels_last=None, # A copy in channels_last? None: only if dtype='auto' finds it faster
         compile=False,      # `torch.compile` the teacher? True, or a dict of its arguments
         weights=None,       # Of the networks of an ensemble; None: equal ones
@@ -144,7 +144,7 @@ def compute(self:Teacher,
 
 def _as_layers(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #6bd0002e
+# %% ../../../nbs/distill/teacher/teacher.ipynb #e77f63ee
 @patch
 def _ask_networks(self:Teacher, xb, layers, logits):
     "The logits of each network (of none, if they are not wanted), and the maps of the first"
@@ -156,7 +156,7 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     return [net.agreement.of_logits(z, self._class_axis) for net,z in zip(self.nets, preds)], maps
 
 @patch
-def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, self.select, self._class_axis)
+def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, **self._outputs)
 
 @patch
 def _one_voice(self:Teacher, preds):
@@ -165,6 +165,11 @@ def _one_voice(self:Teacher, preds):
 
 @patch(as_prop=True)
 def _class_axis(self:Teacher): return 1 if self.axis is None else self.axis
+
+@patch(as_prop=True)
+def _outputs(self:Teacher):
+    "How to read what a network returns"
+    return dict(select=self.select, axis=self._class_axis, average=self.average)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #56fdc96e
 @patch
@@ -280,7 +285,7 @@ def answer(self:Teacher,
 def _is_recorded(self:Teacher, layers, logits):
     return any(f.recorded==(layers, logits) and f.learn is self.fits[-1].learn for f in self.fits)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #742697e9
+# %% ../../../nbs/distill/teacher/teacher.ipynb #d09d0dbe
 @patch(as_prop=True)
 def ahead(self:Teacher):
     "Takes a question before the student's forward, `f(*xb, layers, logits)`; None for a teacher beside the student"
@@ -292,8 +297,8 @@ def _ask_ahead(self:Teacher, *xb, layers=(), logits=True):
     layers = _as_layers(layers)
     if not self.checked or self._is_recorded(layers, logits): return
     with same_rng(device_of(xb) or self.device):
-        self.nets[0].ahead(xb, layers, logits, self.select, self._class_axis)
-        for net in self.nets[1:] if logits else (): net.ahead(xb, (), True, self.select, self._class_axis)
+        self.nets[0].ahead(xb, layers, logits, **self._outputs)
+        for net in self.nets[1:] if logits else (): net.ahead(xb, (), True, **self._outputs)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #ae65fd49
 @patch

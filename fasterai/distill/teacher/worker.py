@@ -78,15 +78,16 @@ def _failure(e):
         e = RuntimeError(f'{type(e).__name__}: {e}').with_traceback(e.__traceback__)
         return packed((False, ExceptionWithTraceback(e, e.__traceback__)))
 
-# %% ../../../nbs/distill/teacher/worker.ipynb #7f759469
+# %% ../../../nbs/distill/teacher/worker.ipynb #9c1db0d2
 def _answers(b):
     "A function that answers as the network in `b` does"
     model,asked = torch.load(io.BytesIO(b), weights_only=False, map_location='cpu')
     net,cpu = Network(model, asked=asked),torch.device('cpu')
     net.to(cpu)
     @torch.no_grad()
-    def answer(xb, question, cast):
-        with torch.autocast('cpu', dtype=cast or torch.bfloat16, enabled=cast is not None): return net(xb, *question)
+    def answer(xb, question, outputs, cast):
+        with torch.autocast('cpu', dtype=cast or torch.bfloat16, enabled=cast is not None):
+            return net(xb, *question, **outputs)
     return answer
 
 def _sent(model, asked):
@@ -252,15 +253,14 @@ class InWorker(Elsewhere):
         worker,self.worker = self.worker,None
         if worker is not None: worker.close()
 
-# %% ../../../nbs/distill/teacher/worker.ipynb #03866608
+# %% ../../../nbs/distill/teacher/worker.ipynb #13977740
 @patch
-def start(self:InWorker, xb, *question):
+def start(self:InWorker, xb, *question, **outputs):
     "Ask the worker; without one, answer here"
     self.follow()
-    if self.worker is None: return super(InWorker, self).start(xb, *question)
-    layers,logits,select,axis = question
-    if self.asked.dtype!='auto': select = None # there is no trial to judge
-    self.worker.ask(to_device(self.inputs(xb), self.where), (layers, logits, select, axis), _cast())
+    if self.worker is None: return super(InWorker, self).start(xb, *question, **outputs)
+    if self.asked.dtype!='auto': outputs = {} # there is no trial to judge
+    self.worker.ask(to_device(self.inputs(xb), self.where), question, outputs, _cast())
     return self.worker.answer
 
 def _cast():

@@ -237,6 +237,12 @@ def test_refused(learn):
     with pytest.raises(ValueError, match='at least 32 samples .* got 16'): quantize_aware(few)
     odd = learner(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(Branches()), *net()))
     with pytest.raises(ValueError, match=r"in its module '1.0', a Branches"): quantize_aware(odd)
+    with pytest.raises(TypeError, match='must be a fastai Learner.*got Sequential; put it into one'):
+        quantize_aware(learn.model)
+    with pytest.raises(ValueError, match='no layer that can be quantized'):
+        quantize_aware(learner(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Softmax(1))))
+    for other in (quantize_aware(learn), quantize_aware(learn, 3), learner(quantize_aware(learn).to_int8())):
+        with pytest.raises(ValueError, match='quantized already'): quantize_aware(other)
     q = quantize_aware(learn)
     q.add_cb(MixedPrecision())
     with pytest.raises(ValueError, match='to_fp32'): q.fit(1)

@@ -1,5 +1,6 @@
 "The budget comes before the training, poor students stop at a rung, and the winner is judged on what nobody has seen"
 import sys
+import warnings
 
 import pytest
 import torch
@@ -80,8 +81,32 @@ def test_whole_and_broken_numbers():
     assert found.table.width.between(2, 7).all() and found.table.width.dtype.kind=='i'
     assert 'nobody knows' in found.verdict()
 
-def test_a_small_space_ends():
-    assert search(space=dict(width=[2, 4]), trials=9).table.state.ne('hand-made').sum()==2
+def test_a_small_space_ends_and_says_why():
+    with pytest.warns(UserWarning, match='2 trials instead of 9: of the 2 students in the space, 0 are over'):
+        found = search(space=dict(width=[2, 4]), trials=9)
+    assert found.table.state.ne('hand-made').sum()==2
+    with pytest.warns(UserWarning, match='1 trials instead of 3: of the 3 students in the space, 2 are over'):
+        search(space=dict(width=[2, 30, 40]), baseline=None)
+
+@pytest.mark.parametrize('space', [dict(width=(2, 120)), dict(width=[*range(100, 200), 2, 3, 4])])
+def test_rare_students_within_the_budget_are_found(space):
+    "Three of some hundred fit: Optuna alone would not see them all"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        found = search(space=space, baseline=None, budget=dict(params=500), epochs=1)
+    t = found.table
+    assert t.state.isin(['trained', 'stopped']).sum()==3 and (t.params[t.epochs>0]<=500).all()
+
+def test_broken_numbers_are_looked_at_too():
+    def make_rounded(width=4.): return net(round(width))
+    found = search_student(data(n=48), net(8, seed=3), make_rounded, dict(width=(2., 300.)), dict(params=400), 2, 1,
+                           progress=False, metrics=accuracy, loss_func=nn.CrossEntropyLoss(), seeds=1)
+    assert found.table.state.eq('trained').sum()==2 and found.size==float('inf')
+
+def test_too_few_within_reach(monkeypatch):
+    monkeypatch.setattr('fasterai.distill.ship.search._looks', 0)
+    with pytest.warns(UserWarning, match=r'trials instead of 9: of \d+ students that were looked at, \d+ are over'):
+        search(space=dict(width=[*range(2, 300)]), trials=9, budget=dict(params=1000), baseline=None, epochs=1)
 
 def test_latency():
     found = search(budget=dict(latency=50.), trials=1)
