@@ -87,8 +87,8 @@ def test_the_question_leaves_before_the_students_forward_and_is_put_once(monkeyp
     t = Teacher(net(8, seed=1), device='cpu')
     said = []
     ahead,call = Elsewhere.ahead,Elsewhere.start
-    monkeypatch.setattr(Elsewhere, 'ahead', lambda self, *o: (said.append('ahead'), ahead(self, *o)))
-    monkeypatch.setattr(Elsewhere, 'start', lambda self, *o: (said.append('asked'), call(self, *o))[1])
+    monkeypatch.setattr(Elsewhere, 'ahead', lambda self, *o, **k: (said.append('ahead'), ahead(self, *o, **k)))
+    monkeypatch.setattr(Elsewhere, 'start', lambda self, *o, **k: (said.append('asked'), call(self, *o, **k))[1])
     class Says(Callback):
         def after_pred(self): said.append('student')
         def after_loss(self): said.append('loss')
