@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #2f753c20
+# %% ../../../nbs/distill/teacher/network.ipynb #96fbdc39
 import warnings
 from itertools import chain
 
@@ -19,7 +19,7 @@ from ..layers.int8 import as_int8, calibrate, fake_quantized
 from ..layers.names import unwrap
 from .facts import Agreement
 from .auto import fastest_plan
-from .forward import Engine, Plan, bare, prepared, size_of
+from .forward import Engine, Plan, modules_of, prepared, size_of
 from .frozen import bare_copy, frozen_copy, refresh_copy
 from .weights import WeightWatch
 
@@ -129,7 +129,7 @@ def to(self:Network,
     self.engines = {}
     self.home = device if self.asked.asks_for_copy and self.copy is None else moved(self.net, device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #6e69a2ab
+# %% ../../../nbs/distill/teacher/network.ipynb #6d1d456e
 @patch
 def _make_ready(self:Network, xb, layers, select, axis):
     if self.plan is None:
@@ -138,7 +138,7 @@ def _make_ready(self:Network, xb, layers, select, axis):
         elif self.plan.changes(self.source): self._make_copy(layers)
         else: self.home = moved(self.source, self.device)
         self._watch()
-    elif not bare(layers).isdisjoint(self.folded): self._make_copy(layers)
+    elif not self.folded.keys().isdisjoint(modules_of(self.source, layers)): self._make_copy(layers)
 
 @patch
 def _decide(self:Network, xb, select, axis):
@@ -147,10 +147,10 @@ def _decide(self:Network, xb, select, axis):
     if not rank_distrib(): print(f"teacher {name_of(self.source)}: {said}")
     return plan
 
-# %% ../../../nbs/distill/teacher/network.ipynb #1d603681
+# %% ../../../nbs/distill/teacher/network.ipynb #adbafb93
 @patch
 def _make_copy(self:Network, layers):
-    self.keep |= bare(layers)
+    self.keep |= {*modules_of(self.source, layers)}
     self.copy = self._whole_copy(**self.plan.copy_args, keep=self.keep)
     self.engines = {}
 

@@ -94,7 +94,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #7d349bac
+# %% ../../../nbs/distill/training/session.ipynb #f7e59fc4
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -116,6 +116,7 @@ def _look_at(self:Session, model):
     same = old is not None and unwrap(old.model) is unwrap(model)
     if old is not None and not same: kd.restart()
     kd.eyes = Eyes(model, kd.recipe, old.adapters if same else None)
+    self.stack.push(kd.eyes.give_up)
 
 @patch
 def _begin_teacher(self:Session, record):
