@@ -83,13 +83,13 @@ class _Tap:
         if self.place.comes_in: return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
         return module.register_forward_hook(self.on_output)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #fcc5eede
+# %% ../../../nbs/distill/layers/capture.ipynb #03698c89
 class Capture:
     """Context manager that keeps what `layers` of `model` compute while it is entered; it can be entered any number of
     times"""
     def __init__(self,
         model:nn.Module,                    # Any model; wrappers such as `DistributedDataParallel` are looked through
-        layers:str|Iterable[str],           # Names; `neck[0]`: one of its outputs; `name:input`: what goes in; `''`: the model
+        layers:str|Iterable[str],           # Names; `neck[0]`: one of its outputs; `fc:input`: what goes in; `''`: all
         detach:bool=False,                  # Cut the captured tensors off the graph
         calls:Literal['last','all']='last', # Of a layer that runs several times keep the last tensor, or a list of all
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'

@@ -87,7 +87,7 @@ def _one(self:Place, found, part, i):
     here = self.module + ''.join(f'[{o!r}]' for o in self.parts[:i])
     raise ValueError(f"{self.kind} {self.name!r}: {here} {'gets' if self.comes_in else 'gives'} {_in_words(found)}")
 
-# %% ../../../nbs/distill/layers/places.ipynb #12991bc1
+# %% ../../../nbs/distill/layers/places.ipynb #e043e141
 @patch
 def _refuse_ambiguous(self:Place, found, part):
     if list(found).index(str(part))==part: return
@@ -95,6 +95,6 @@ def _refuse_ambiguous(self:Place, found, part):
                      f"{', '.join(map(repr, found))}: write one of them, in quotes")
 
 def _in_words(found):
-    if not found: return "a single one: leave the brackets out (a child of a Sequential is written with a dot, 'neck.0')"
+    if not found: return "a single one: leave the brackets out (a child of a Sequential is written with a dot, 'a.0')"
     keys = ', '.join(map(repr, list(found)[:10])) + (', ...' if len(found)>10 else '')
     return f"{len(found)}, {keys}: write a key, or a position from 0 to {len(found)-1}"

@@ -152,7 +152,7 @@ def modules_of(
     "The dotted names of the modules that `layers` look at, in order"
     return [place_of(net, n).module for n in layers]
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #ae4d5af9
+# %% ../../../nbs/distill/teacher/forward.ipynb #73cc4fd0
 def last_to_run(
     net:nn.Module, # Not touched
     layers,        # Names, as for `Capture`
@@ -163,7 +163,8 @@ def last_to_run(
     try:
         other = twin(net)
         for m in other.modules(): m._forward_hooks.clear(), m._forward_pre_hooks.clear()
-        for n in set(modules_of(net, layers)): get_module_by_name(other, n).register_forward_hook(lambda *_, n=n: ran.append(n))
+        for n in {*modules_of(net, layers)}:
+            get_module_by_name(other, n).register_forward_hook(lambda *_, n=n: ran.append(n))
         other(*xb)
     except Exception as e: why = f"a copy of it failed ({type(e).__name__}: {e})"
     else:

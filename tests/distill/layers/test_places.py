@@ -119,7 +119,8 @@ def test_typos_are_refused_at_once(typo):
 
 def test_numbers_that_could_mean_two_things():
     place = place_of(Net(), 'neck[2]')
-    with pytest.raises(ValueError, match="the keys are '2', '3', 'pool'"): place.choose(dict.fromkeys(['2', '3', 'pool']))
+    with pytest.raises(ValueError, match="the keys are '2', '3', 'pool'"):
+        place.choose(dict.fromkeys(['2', '3', 'pool']))
     assert place.choose({2: 'a', 3: 'b'})=='a'
     assert place.choose({'0': 'a', '1': 'b', '2': 'c'})=='c'
 
