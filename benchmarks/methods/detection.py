@@ -25,20 +25,20 @@ levels = [f'backbone.fpn[{i}]' for i in range(4)]
 @cache
 def scenes(n, seed, valid=False): return digit_scenes(n, seed=seed, valid=valid)
 
-def learner(width, n, seed=0):
+def learner(width, n, seed=0, bs=8):
     "A detector of digits, with AdamW"
-    dls = detection_dls(scenes(n, seed), scenes(150, 1, valid=True), bs=8, val_bs=50)
+    dls = detection_dls(scenes(n, seed), scenes(150, 1, valid=True), bs=bs, val_bs=50)
     return detector_learner(dls, scenes_detector(width), opt_func=partial(Adam, decouple_wd=True), lr=1e-2, wd=1e-2)
 
-def student(): return learner(6, 150)
+def student(): return learner(6, 120)
 
 @cache
 def teacher():
     "A detector of four times the width, trained on more scenes"
     set_seed(0)
-    learn = learner(24, 800, seed=2)
+    learn = learner(24, 480, seed=2, bs=16)
     same_start(learn.dls, 0)
-    with quiet(learn): fit_one_cycle(learn, 12)
+    with quiet(learn): fit_one_cycle(learn, 14)
     return learn
 
 def taught(loss=PKD, weight=3., **kwargs):
@@ -46,10 +46,6 @@ def taught(loss=PKD, weight=3., **kwargs):
     return KnowledgeDistillationCallback(teacher(), loss, levels, levels, weight=weight, task_weight=1., **kwargs)
 
 
-def fit(learn, epochs, cbs):
-    more = getattr(cbs, 'more', 1)
-    fit_one_cycle(learn, round(epochs*more), None if more!=1 else cbs)
-
 def run():
     arms = {'alone': None, 'PKD': taught}
-    return study('detection', student, arms, fit=fit_one_cycle).run(20, seeds=5)
+    return study('detection', student, arms).run(16, seeds=5)

@@ -58,7 +58,7 @@ def digit_scenes(
     rng = np.random.default_rng([seed, valid])
     return [_scene(rng, scans, digits, size, most) for _ in range(n)]
 
-# %% ../../nbs/data/scenes.ipynb #3804a4f0
+# %% ../../nbs/data/scenes.ipynb #bb0e6751
 def _block(i, o):
     convs = [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     return nn.Sequential(*convs, nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
@@ -74,7 +74,7 @@ def scenes_detector(
     width:int,     # Channels of the backbone's first convolution
     size:int=64,   # Pictures are brought to this size
 )->nn.Module:
-    "A detector of the digits in `digit_scenes`, untrained: torchvision's `FCOS` with 11 classes, the first of them none"
+    "torchvision's `FCOS`, untrained, for the digits in `digit_scenes`: 11 classes, the first of which is none"
     channels,sizes = 64,AnchorGenerator(((4,), (8,), (16,), (32,)), ((1.,),)*4)
     return FCOS(_backbone(width, channels), 11, min_size=size, max_size=size, image_mean=[0.2], image_std=[0.3],
                 anchor_generator=sizes, head=FCOSHead(channels, 1, 11, num_convs=2))
