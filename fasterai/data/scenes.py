@@ -18,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.fcos import FCOSHead
 
-# %% ../../nbs/data/scenes.ipynb #46fa1f8f
+# %% ../../nbs/data/scenes.ipynb #d02dfeea
 def _scans(valid):
     "Handwritten digits `(N, 1, 8, 8)` and what they say"
     d = load_digits()
@@ -29,36 +29,39 @@ def _free(box, boxes):
     "Does `box` overlap none of `boxes`?"
     return all(box[0]>=b[2] or b[0]>=box[2] or box[1]>=b[3] or b[1]>=box[3] for b in boxes)
 
-def _scene(rng, scans, digits, size, most):
+def _scene(rng, scans, said, size, most):
     x = torch.tensor(0.4*rng.random((1, size, size)), dtype=torch.float32)
     boxes,labels = [],[]
     for _ in range(rng.integers(1, most+1)):
-        i,side = rng.integers(len(digits)),int(rng.integers(12, 25))
+        i,side = rng.integers(len(said)),int(rng.integers(12, 25))
         left,top = (int(o) for o in rng.integers(0, size-side+1, 2))
         box = left, top, left+side, top+side
         if not _free(box, boxes): continue
         there = x[:, top:top+side, left:left+side]
         there.copy_(there.maximum(F.interpolate(scans[i][None], side, mode='bilinear')[0]))
         boxes.append(box)
-        labels.append(digits[i]+1)
+        labels.append(said[i]+1)
     return x,dict(boxes=torch.tensor(boxes, dtype=torch.float32), labels=torch.stack(labels))
 
-# %% ../../nbs/data/scenes.ipynb #d585a24d
+# %% ../../nbs/data/scenes.ipynb #13af4115
 def digit_scenes(
     n:int,            # Number of pictures
     size:int=64,      # Height and width, 32 or more
+    digits:int=10,    # Only those below this one
     seed:int=0,       # Of places, sizes and noise
     valid:bool=False, # With the digits that are kept for the validation?
     most:int=4,       # Digits in a picture, at most; those that would overlap are left out
 )->list:
     """`n` pairs of an image `(1, size, size)` from 0 to 1 and a target, `{'boxes': (N, 4), 'labels': (N,)}`. ValueError
-    for pictures that are too small"""
+    for pictures that are too small, or none of the digits"""
     if size<32: raise ValueError(f"size must be 32 or more, got {size}")
-    scans,digits = _scans(valid)
+    if not 1<=digits<=10: raise ValueError(f"digits must be 1 to 10, got {digits}")
+    scans,said = _scans(valid)
+    scans,said = scans[said<digits],said[said<digits]
     rng = np.random.default_rng([seed, valid])
-    return [_scene(rng, scans, digits, size, most) for _ in range(n)]
+    return [_scene(rng, scans, said, size, most) for _ in range(n)]
 
-# %% ../../nbs/data/scenes.ipynb #bb0e6751
+# %% ../../nbs/data/scenes.ipynb #571555f6
 def _block(i, o):
     convs = [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
     return nn.Sequential(*convs, nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
@@ -75,6 +78,6 @@ def scenes_detector(
     size:int=64,   # Pictures are brought to this size
 )->nn.Module:
     "torchvision's `FCOS`, untrained, for the digits in `digit_scenes`: 11 classes, the first of which is none"
-    channels,sizes = 64,AnchorGenerator(((4,), (8,), (16,), (32,)), ((1.,),)*4)
+    channels,sizes = 32,AnchorGenerator(((4,), (8,), (16,), (32,)), ((1.,),)*4)
     return FCOS(_backbone(width, channels), 11, min_size=size, max_size=size, image_mean=[0.2], image_std=[0.3],
                 anchor_generator=sizes, head=FCOSHead(channels, 1, 11, num_convs=2))

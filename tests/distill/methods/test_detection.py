@@ -43,7 +43,7 @@ def boxed(kind, width=2, seed=0):
         if kind=='retina': return RetinaNet(backbone, 11, anchor_generator=boxes, **sizes)
         few = {f'rpn_{n}_nms_top_n_{m}': 20 for n in ('pre', 'post') for m in ('train', 'test')}
         return FasterRCNN(backbone, rpn_anchor_generator=boxes, box_roi_pool=MultiScaleRoIAlign(['0', '1', '2'], 3, 2),
-                          box_head=TwoMLPHead(64*9, 16), box_predictor=FastRCNNPredictor(16, 11), **few, **sizes)
+                          box_head=TwoMLPHead(32*9, 16), box_predictor=FastRCNNPredictor(16, 11), **few, **sizes)
 
 def data(train=None, n=8, bs=4):
     train = digit_scenes(n) if train is None else train
@@ -182,7 +182,7 @@ def test_a_teacher_of_other_size_and_channels():
         def forward(self, images, targets=None): return self.fpn(torch.stack(list(images)))
     kd = taught(Wide(), ['backbone.fpn[0]'], ['fpn'])
     learner(cbs=kd).fit(1)
-    assert kd.learned['adapters'].mods[0].project[0].weight.shape==(24, 64, 1, 1)
+    assert kd.learned['adapters'].mods[0].project[0].weight.shape==(24, 32, 1, 1)
     learner(cbs=taught(fcos(4, size=96))).fit(1)
 
 
