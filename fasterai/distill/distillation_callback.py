@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_name', 'match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #5c6b385e
+# %% ../../nbs/distill/distillation_callback.ipynb #85d18ea2
 import warnings
 from copy import deepcopy
 from typing import Callable
@@ -21,6 +21,7 @@ from ..core.schedule import Schedule
 from ..core.task import seen_by_student
 from .layers.matching import match_feature_layers
 from .layers.names import get_model_layers, get_module_by_name
+from .layers.places import place_of
 from .losses import SoftTarget
 from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
@@ -146,7 +147,7 @@ def _go_over(cb, learn):
 
 KnowledgeDistillationCallback.learn = property(_learn_of, _go_over, doc="The Learner that the callback is in")
 
-# %% ../../nbs/distill/distillation_callback.ipynb #d9282564
+# %% ../../nbs/distill/distillation_callback.ipynb #b90396e4
 @patch
 def _init_state(self:KnowledgeDistillationCallback):
     "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
@@ -177,8 +178,7 @@ def _learning_teacher(self:KnowledgeDistillationCallback):
 @patch
 def _check_teacher_layers(self:KnowledgeDistillationCallback):
     if not self.teacher.models: return
-    for n in self.recipe.layers_t:
-        get_module_by_name(self.teacher.models[0], n.removesuffix(':input'), 'layer of the teacher')
+    for n in self.recipe.layers_t: place_of(self.teacher.models[0], n, 'layer of the teacher')
 
 @patch(as_prop=True)
 def terms(self:KnowledgeDistillationCallback)->tuple:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['tensors_in', 'first_tensor', 'Capture', 'as_found', 'to_model', 'output_shapes']
 
-# %% ../../../nbs/distill/layers/capture.ipynb #5db6e358
+# %% ../../../nbs/distill/layers/capture.ipynb #7e2725e6
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Iterable, Literal, Mapping
 
 import torch
@@ -19,16 +20,17 @@ from torch.nn.parameter import is_lazy
 from ...core.names import unknown_name
 from .layout import layout_of
 from .names import as_names, get_module_by_name, is_compiled, unwrap, wrapping
+from .places import outputs_in, place_of
 
-# %% ../../../nbs/distill/layers/capture.ipynb #a0ee4b25
+# %% ../../../nbs/distill/layers/capture.ipynb #2cc7a176
 def tensors_in(
-    o, # A tensor, or tuples, lists and mappings of them, nested as you like
+    o, # A tensor, or tuples, lists, mappings and dataclasses of them, nested as you like
 )->Iterable[Tensor]:
     "All tensors in `o`, in order"
     if isinstance(o, Tensor): yield o
     elif isinstance(o, (tuple, list)):
         for p in o: yield from tensors_in(p)
-    elif isinstance(o, Mapping): yield from tensors_in(list(o.values()))
+    elif isinstance(o, Mapping) or is_dataclass(o): yield from tensors_in(list(outputs_in(o).values()))
 
 # %% ../../../nbs/distill/layers/capture.ipynb #598938b0
 def first_tensor(
@@ -40,11 +42,12 @@ def first_tensor(
     for o in tensors_in(out): return o
     raise TypeError(f"{where} gives a {type(out).__name__} without a tensor in it: there is nothing to capture")
 
-# %% ../../../nbs/distill/layers/capture.ipynb #f2c9a8c6
+# %% ../../../nbs/distill/layers/capture.ipynb #d7e832b4
 class _Tap:
     "What passes at one layer. At module level, so that a model pickles while it is hooked"
-    def __init__(self, name, detach, every):
-        self.name = name
+    def __init__(self, place, detach, every):
+        self.place = place
+        self.name = place.name
         self.detach = detach            # cut off the graph?
         self.every = every              # keep what each run of the layer gives, or the last one's only?
         self.kept = []                  # (tensor, its count of writes, its copy)
@@ -52,10 +55,11 @@ class _Tap:
         self.overwritten = False        # was a tensor ever written to after it had been kept?
 
     def __getstate__(self): return {**self.__dict__, 'kept': []}
-    def on_output(self, module, args, out): self.keep(first_tensor(out, self.name))
-    def on_input(self, module, args, kwargs): self.keep(first_tensor((args, kwargs), self.name))
+    def on_output(self, module, args, out): self.keep(out)
+    def on_input(self, module, args, kwargs): self.keep((args, kwargs))
 
-    def keep(self, t):
+    def keep(self, out):
+        t = first_tensor(self.place.choose(out), self.name)
         if self.detach: t = t.detach()
         if not self.every: self.kept.clear()
         uncounted = torch.compiler.is_compiling() or t.is_inference()
@@ -76,16 +80,16 @@ class _Tap:
 
     def hook(self, module):
         "Listen to `module` until the handle that is returned is removed"
-        if self.name.endswith(':input'): return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
+        if self.place.comes_in: return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
         return module.register_forward_hook(self.on_output)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #d5b3de44
+# %% ../../../nbs/distill/layers/capture.ipynb #03698c89
 class Capture:
     """Context manager that keeps what `layers` of `model` compute while it is entered; it can be entered any number of
     times"""
     def __init__(self,
         model:nn.Module,                    # Any model; wrappers such as `DistributedDataParallel` are looked through
-        layers:str|Iterable[str],           # Names; `name:input` is what goes into a layer, `''` is the whole model
+        layers:str|Iterable[str],           # Names; `neck[0]`: one of its outputs; `fc:input`: what goes in; `''`: all
         detach:bool=False,                  # Cut the captured tensors off the graph
         calls:Literal['last','all']='last', # Of a layer that runs several times keep the last tensor, or a list of all
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'
@@ -96,15 +100,15 @@ class Capture:
         self.kind = kind
         self.handles = []
         _refuse_copies(model)
-        for n in self.layers: self.module(n)
-        self.taps = {k:_Tap(n, detach, calls=='all') for k,n in zip(_keys(self.layers), self.layers)}
+        places = [place_of(model, n, kind) for n in self.layers]
+        self.taps = {k:_Tap(p, detach, calls=='all') for k,p in zip(_keys(self.layers), places)}
 
-    def module(self, name): return get_module_by_name(self.model, name.removesuffix(':input'), self.kind)
+    def module(self, place): return get_module_by_name(self.model, place.module, self.kind)
 
     def __enter__(self):
         self.clear()
         try:  # by name each time: converting to SyncBatchNorm, say, replaces modules
-            for tap in self.taps.values(): self.handles.append(tap.hook(self.module(tap.name)))
+            for tap in self.taps.values(): self.handles.append(tap.hook(self.module(tap.place)))
         except BaseException:
             self.__exit__()
             raise

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout_of', 'layouts', 'spatial', 'is_series']
 
-# %% ../../../nbs/distill/layers/layout.ipynb #64a120ca
+# %% ../../../nbs/distill/layers/layout.ipynb #ad71f99b
 from typing import Mapping
 
 from torch import nn, Tensor
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from .names import get_module_by_name, unwrap
+from .places import place_of
 
 # %% ../../../nbs/distill/layers/layout.ipynb #73e2ec40
 _first = (_ConvNd, _NormBase, nn.GroupNorm)
@@ -28,7 +29,7 @@ def _witness(m, comes_in=False):
     if isinstance(m, nn.RNNBase) and not comes_in: return layout, (m.proj_size or m.hidden_size)*(1+m.bidirectional)
     return next(((layout, getattr(m, n)) for n in (_n_in if comes_in else _n_out) if hasattr(m, n)), None)
 
-# %% ../../../nbs/distill/layers/layout.ipynb #b79ee012
+# %% ../../../nbs/distill/layers/layout.ipynb #f3c0b5de
 def layout_of(
     model:nn.Module, # Any model
     name:str,        # A layer, as for `Capture`
@@ -36,8 +37,8 @@ def layout_of(
 )->str|None:
     "'first' if the second axis of the layer's map holds the channels, 'last' if the last one, None if nothing tells"
     if len(shape)<3: return None
-    comes_in = name.endswith(':input')
-    for m in _makers(model, name.removesuffix(':input'), comes_in):
+    place = place_of(model, name)
+    for m in _makers(model, place.module, place.comes_in):
         said = _witness(*m)
         if said is None or said[1] not in (shape[1], shape[-1]): continue
         layout,n = said

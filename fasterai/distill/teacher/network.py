@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #c98e525a
+# %% ../../../nbs/distill/teacher/network.ipynb #2361724e
 import warnings
 from itertools import chain
 
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..layers.names import unwrap
 from .facts import Agreement
 from .auto import fastest_plan
-from .forward import Engine, Plan, bare, prepared, size_of
+from .forward import Engine, Plan, modules_of, prepared, size_of
 from .frozen import frozen_copy, integer_copy, refresh_copy
 from .weights import WeightWatch
 
@@ -135,7 +135,7 @@ def to(self:Network,
     self.engines = {}
     self.home = device if self.asked.asks_for_copy and self.copy is None else moved(self.net, device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #70acd0df
+# %% ../../../nbs/distill/teacher/network.ipynb #2beb9fda
 @patch
 def _make_ready(self:Network, xb, layers, changed, outputs):
     if layers and self.asked.dtype=='auto' and self.plan is not None and self.plan.integers: self._start_again()
@@ -145,7 +145,7 @@ def _make_ready(self:Network, xb, layers, changed, outputs):
         elif self._runs_a_copy(): self._make_copy(layers)
         else: self.home = moved(self.source, self.device)
         self._watch()
-    elif not bare(layers).isdisjoint(self.folded): self._make_copy(layers)
+    elif not self.folded.keys().isdisjoint(modules_of(self.source, layers)): self._make_copy(layers)
 
 @patch
 def _runs_a_copy(self:Network): return self.plan.changes(self.source)
@@ -158,10 +158,10 @@ def _decide(self:Network, xb, layers, changed, outputs):
     if not rank_distrib(): print(f"teacher {name_of(self.source)}: {said}")
     return plan
 
-# %% ../../../nbs/distill/teacher/network.ipynb #1d603681
+# %% ../../../nbs/distill/teacher/network.ipynb #adbafb93
 @patch
 def _make_copy(self:Network, layers):
-    self.keep |= bare(layers)
+    self.keep |= {*modules_of(self.source, layers)}
     self.copy = self._whole_copy(**self.plan.copy_args, keep=self.keep)
     self.engines = {}
 

@@ -19,7 +19,7 @@ from ..layers.names import is_compiled, unwrap
 from .learned import remember
 from .recipe import Recipe
 
-# %% ../../../nbs/distill/training/eyes.ipynb #0a2848dc
+# %% ../../../nbs/distill/training/eyes.ipynb #36fb5c48
 class Eyes:
     "A student's captured layers, and for each size of maps the modules between them and the teacher's"
     def __init__(self,
@@ -44,12 +44,18 @@ class Eyes:
     @contextmanager
     def first_look(self):
         "Around what the first forward is compared with: if that fails, BatchNorm's statistics are as before, too"
-        statistics,self.statistics = self.statistics,None
         try: yield
-        except BaseException:
-            with torch.no_grad():
-                for b,was in statistics or (): b.copy_(was)
+        except BaseException as e:
+            self.give_up(type(e))
             raise
+        finally: self.statistics = None
+
+    def give_up(self, failed=None, *exc):
+        "On the way out of a fit: the same for a first forward that failed itself, or whose teacher did"
+        if failed is None or self.statistics is None: return
+        with torch.no_grad():
+            for b,was in self.statistics: b.copy_(was)
+        self.statistics = None
 
     @property
     def maps(self)->dict:

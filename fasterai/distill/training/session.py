@@ -96,7 +96,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #d1f3503a
+# %% ../../../nbs/distill/training/session.ipynb #dd9c8ef2
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -118,6 +118,7 @@ def _look_at(self:Session, model):
     same = old is not None and unwrap(old.model) is unwrap(model)
     if old is not None and not same: kd.restart()
     kd.eyes = Eyes(model, kd.recipe, old.adapters if same else None)
+    self.stack.push(kd.eyes.give_up)
 
 @patch
 def _begin_teacher(self:Session, record):
