@@ -6,12 +6,11 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #a41f6a28
+# %% ../../../nbs/distill/teacher/teacher.ipynb #005e56ba
 import re
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,7 +28,8 @@ from .ensemble import ensemble_logits
 from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
-from .inputs import Renormalize, not_said, own_inputs, resize_batch, statistics_of
+from .given import as_list, as_module, as_modules, as_weights, refuse_recorded_stack, with_said
+from .inputs import Renormalize, not_said, own_inputs, resize_batch
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
 from .recorded.recorded import as_cache
@@ -40,7 +40,7 @@ from .where import networks
 _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch', 'Renormalize',
          'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #6aea5655
+# %% ../../../nbs/distill/teacher/teacher.ipynb #e96696a0
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
@@ -65,17 +65,17 @@ class Teacher(BaseTeacher):
         shard=False,        # Under `distrib_ctx`: in pieces on all ranks?
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
-        self.facts = [_with(facts_of(m), classes, normalize, size) for m in _as_list(models)] # of the data of each
-        self.models = _as_modules(models)
-        self.weights = _as_weights(weights, len(self.models))
+        self.facts = [with_said(facts_of(m), classes, normalize, size) for m in as_list(models)] # of the data of each
+        self.models = as_modules(models)
+        self.weights = as_weights(weights, len(self.models))
         self.select = select
-        _refuse_recorded_stack(average, cache)
+        refuse_recorded_stack(average, cache)
         self.given = axis,average         # None: the task's, in each fit
         self.axis,self.average = self.given
         self.cache = cache
         plan = Plan(as_dtype(dtype), channels_last, fuse, compile)
         make = networks(device, worker, shard)
-        self.nets = [make(m, f, plan) for m,f in zip(self.models, own_inputs(_as_list(models), tfms, size))]
+        self.nets = [make(m, f, plan) for m,f in zip(self.models, own_inputs(as_list(models), tfms, size))]
         self._forget_fit()
 
     def _forget_fit(self):
@@ -87,40 +87,6 @@ class Teacher(BaseTeacher):
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._forget_fit()
-
-# %% ../../../nbs/distill/teacher/teacher.ipynb #230832eb
-def _as_list(models): return models if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
-
-def _as_modules(models):
-    models = [_as_module(m) for m in _as_list(models)]
-    if not models: raise ValueError("models is empty: a teacher needs at least one network")
-    return models
-
-def _as_module(m):
-    if isinstance(m, nn.Module): return m
-    if isinstance(getattr(m, 'model', None), nn.Module): return m.model
-    hint = '; call it to make one' if isinstance(m, type) or callable(m) else ''
-    if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
-    raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
-
-# %% ../../../nbs/distill/teacher/teacher.ipynb #0dd75275
-def _with(facts, classes, normalize, size):
-    "`facts` with what the caller says"
-    said = {} if classes is None else dict(classes=tuple(map(str, classes)))
-    if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
-    if size is not None: said['size'] = None # nothing to say of it
-    return replace(facts, **said)
-
-# %% ../../../nbs/distill/teacher/teacher.ipynb #157009ec
-def _as_weights(weights, n):
-    if weights is None: return
-    w = [float(o) for o in weights]
-    if len(w)!=n or min(w)<=0: raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
-    return w
-
-def _refuse_recorded_stack(average, cache):
-    if average!='stack' or cache in (None, False): return
-    raise ValueError("cache: one set of logits is kept for a sample, and average='stack' gives one for each network")
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #8ef66f68
 @patch
@@ -358,7 +324,7 @@ def _how(self:Teacher):
 
 def _millions(net): return f"{sum(p.numel() for p in net.parameters())/1e6:.3g} M"
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #88e2416c
+# %% ../../../nbs/distill/teacher/teacher.ipynb #7f4ba802
 @patch
 def summary(self:Teacher,
     *xb,          # A batch of inputs
@@ -374,7 +340,7 @@ def summary(self:Teacher,
     gflops = flops(partial(self._uncompiled().compute, *xb, **question))/n/1e9
     lines = [repr(self), f"{gflops:.3g} GFLOPs a sample; {seconds*1e3:.1f} ms for a batch of {n} on {self.device}"]
     if student is not None:
-        step = best_time(_step(_as_module(student), xb, self.device), self.device)
+        step = best_time(_step(as_module(student), xb, self.device), self.device)
         lines.append(f"{seconds/(seconds+step):.0%} of the step, "
                      f"in which the student's forward and backward take {step*1e3:.1f} ms")
     return PrettyString('\n'.join(lines))

@@ -8,7 +8,8 @@ from fastai.metrics import accuracy
 from torch import nn
 
 from fasterai.distill.ship.budget import check_budget, relative_latency, student_cost
-from fasterai.distill.ship.search import halving, halving_cost, pareto, search_student, split_training
+from fasterai.distill.ship.halving import halving, halving_cost, split_training
+from fasterai.distill.ship.search import pareto, search_student
 from fasterai.distill.study.measure import n_params
 from helpers import data, net, same, state
 
