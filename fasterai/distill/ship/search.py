@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['Search', 'search_student', 'pareto']
 
-# %% ../../../nbs/distill/ship/search.ipynb #ad98fc8f
-import random
+# %% ../../../nbs/distill/ship/search.ipynb #ac3bf4d9
 import warnings
 from functools import partial
-from math import inf, prod
 from typing import Callable
 
 import pandas as pd
@@ -29,38 +27,18 @@ from ...core.seeds import same_start
 from ...core.task import split_batch
 from .budget import check_budget, student_cost
 from .halving import halving, split_training
+from .space import check_space, need_optuna, proposals, size_of_space
 from ..study.one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet, streams_kept
 from ..study.study import Study
 from ..study.summary import lower_is_better
 from ..teacher.protocol import BaseTeacher
 from ..teacher.teacher import Teacher
 
-# %% ../../../nbs/distill/ship/search.ipynb #32c39570
-def _optuna():
-    try: import optuna
-    except ImportError as e:
-        raise ImportError("search_student needs Optuna: pip install 'fasterai-distill[search]'") from e
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-def _check_space(space):
-    if not space: raise ValueError("space is empty: name at least one argument of `make`")
-    for k,v in space.items():
-        pair = isinstance(v, tuple) and len(v)==2 and all(isinstance(o, (int, float)) for o in v) and v[0]<v[1]
-        if not pair and not (isinstance(v, list) and v):
-            raise ValueError(f"space: {k} must be a list of choices or two numbers (low, high), got {v!r}")
-    return space
-
-def _suggest(trial, name, values):
-    if isinstance(values, list): return values[trial.suggest_categorical(name, range(len(values)))]
-    whole = all(isinstance(o, int) for o in values)
-    return (trial.suggest_int if whole else trial.suggest_float)(name, *values)
-
-# %% ../../../nbs/distill/ship/search.ipynb #c944ca74
+# %% ../../../nbs/distill/ship/search.ipynb #7f08de51
 class Search:
     "Students that were tried: `table`, `best`, `plot()`; and `study`, in which the winner was judged"
     def __init__(self, make, space, budget, baseline, epochs, eta):
-        self.make,self.space,self.budget = make,_check_space(space),check_budget(budget)
+        self.make,self.space,self.budget = make,check_space(space),check_budget(budget)
         self.baseline,self.epochs,self.eta = baseline,epochs,eta
         self.rows = []
         self.study = None     # of the winner and the baseline, on new seeds
@@ -128,68 +106,26 @@ def _train(self:Search, dls, params, seed, ticks, trial=None):
         epochs = learn.epoch+1
         return float(measure(learn)[self.metric]),epochs,rungs.stopped
 
-# %% ../../../nbs/distill/ship/search.ipynb #39e036ae
-_looks = 2000 # at most so many students that Optuna has left out
-
-def _choices(values):
-    "The values of an argument as Optuna numbers them; None for broken numbers"
-    if isinstance(values, list): return range(len(values))
-    return range(values[0], values[1]+1) if all(isinstance(o, int) for o in values) else None
-
-@patch(as_prop=True)
-def size(self:Search)->float:
-    "How many students the space has"
-    return prod(inf if c is None else len(c) for c in map(_choices, self.space.values()))
-
-@patch
-def _left_out(self:Search, seed):
-    "Arguments in random order, as Optuna numbers them"
-    rng,choices = random.Random(seed),{k: _choices(v) for k,v in self.space.items()}
-    if self.size==inf:
-        for _ in range(_looks):
-            yield {k: rng.uniform(*self.space[k]) if c is None else rng.choice(c) for k,c in choices.items()}
-        return
-    for i in rng.sample(range(self.size), min(self.size, _looks)):
-        found = {}
-        for k,c in choices.items(): i,found[k] = i//len(c),c[i%len(c)]
-        yield found
-
-# %% ../../../nbs/distill/ship/search.ipynb #16c08943
-@patch
-def _proposals(self:Search, asked, trials, seed):
-    "Optuna's trials with arguments that are new, then those that it has left out"
-    seen,left_out = set(),self._left_out(seed)
-    for n in range(20*trials+_looks):
-        if n>=20*trials:
-            values = next(left_out, None)
-            if values is None: return
-            asked.enqueue_trial(values)
-        trial = asked.ask()
-        params = {k:_suggest(trial, k, v) for k,v in self.space.items()}
-        if repr(params) in seen: asked.tell(trial, state=_optuna().trial.TrialState.FAIL)
-        else:
-            seen.add(repr(params))
-            yield trial,params
-        if len(seen)==self.size: return
-
+# %% ../../../nbs/distill/ship/search.ipynb #00d132e1
 @patch
 def _say_why(self:Search, trained, trials):
-    over = sum(r['state']=='over budget' for r in self.rows)
-    if not trained: return # an error follows
-    which = f"of the {self.size} students in the space" if trained+over==self.size else (
-        f"of {trained+over} students that were looked at")
+    "A warning where fewer were trained than asked for"
+    if trained in (0, trials): return # none: an error follows
+    n,over = size_of_space(self.space),sum(r['state']=='over budget' for r in self.rows)
+    seen = trained+over
+    which = f"of the {n} students in the space" if seen==n else f"of {seen} students that were looked at"
     warnings.warn(f"search_student: {trained} trials instead of {trials}: {which}, {over} are over the budget"
-                  + ('' if trained+over<self.size else ' and there is no other'))
+                  + (' and there is no other' if seen==n else ''))
 
-# %% ../../../nbs/distill/ship/search.ipynb #6f52db77
+# %% ../../../nbs/distill/ship/search.ipynb #3750de2c
 @patch
 def _try(self:Search, dls, trials, seed, ticks):
-    optuna = _optuna()
+    optuna = need_optuna()
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=self.first, reduction_factor=self.eta)
     asked = optuna.create_study(direction='minimize' if self.lowest else 'maximize', pruner=pruner,
                                 sampler=optuna.samplers.TPESampler(seed=seed))
     trained,failed = 0,optuna.trial.TrialState.FAIL
-    for trial,params in self._proposals(asked, trials, seed):
+    for trial,params in proposals(asked, self.space, trials, seed):
         row = {**params, **self.cost(params)}
         if self._over(row):
             self.rows.append({**row, 'epochs':0, 'state':'over budget'})
@@ -228,7 +164,7 @@ def verdict(self:Search)->str:
     if self.best==dict(self.baseline): return f"The best that was found is the one made by hand: {_words(self.best)}."
     return self.study.verdict(self.metric)
 
-# %% ../../../nbs/distill/ship/search.ipynb #135ca8a7
+# %% ../../../nbs/distill/ship/search.ipynb #ed8e5d5a
 def search_student(
     dls:DataLoaders,      # A part of the training set scores; the validation set judges the winner
     teacher,              # A model, a Learner, or any teacher
@@ -253,7 +189,7 @@ def search_student(
 )->Search:
     """Search a student under a budget, distilled. ImportError without Optuna; ValueError for a space or budget that
     makes no sense, that nothing fits, or that the baseline does not fit"""
-    _optuna()
+    need_optuna()
     found = Search(make, space, budget, baseline, epochs, eta)
     found.learner = partial(_learner, lr=lr, metrics=metrics, loss_func=loss_func, opt_func=opt_func)
     if not isinstance(teacher, BaseTeacher): teacher = Teacher(teacher, cache=cache)
