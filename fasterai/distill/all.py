@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/distill/all.ipynb #d05ce341
+# %% ../../nbs/distill/all.ipynb #3d387bea
 from ..core.schedule import *
 from ..data.unlabelled import mix_unlabelled
 from .distillation_callback import *
@@ -21,6 +21,7 @@ from .methods.assistants import assistants
 from .methods.attack import Attack
 from .methods.continual import OneHotBCE, Remember, align_head, grow_head
 from .methods.data_free import DataFreeDistillation, data_free_learner
+from .methods.detection import detect, detection_dls, detector_learner
 from .methods.discriminator import Discriminator
 from .methods.dream import dream
 from .methods.exemplars import Exemplars, nearest_mean
@@ -63,7 +64,7 @@ from .training.views import StudentSees
 from ..core import schedule
 from . import distillation_callback, losses
 
-# %% ../../nbs/distill/all.ipynb #6d3b08e6
+# %% ../../nbs/distill/all.ipynb #4f92b9a7
 __all__ = [
     'Teacher', 'Renormalize', 'resize_batch', 'TeacherCache', 'Replay', 'EMA', 'Peers', 'Oneself',
     'pretrained_teacher', 'record', 'RecordedTeacher', 'plan_recording', 'check_recording', 'describe_recording',
@@ -77,7 +78,7 @@ __all__ = [
     'TokenDistillation', 'keep_layers', 'ViTKD', 'HiddenStates', 'split_qkv',
     'grow_head', 'Remember', 'OneHotBCE', 'align_head', 'Exemplars',
     'nearest_mean', 'Attack', 'Discriminator', 'dream', 'data_free_learner', 'DataFreeDistillation', 'adapt', 'Entropy',
-    'knn_accuracy', 'linear_probe', 'probe_head',
+    'detection_dls', 'detector_learner', 'detect', 'knn_accuracy', 'linear_probe', 'probe_head',
     *[n for n in schedule.__all__ if n!='as_schedule'],
     'Study', 'Experiment', 'should_i_distil', 'sweep', 'compare', 'suggest_weights',
     'quantize_aware', 'FreezeQuantizers', 'validate_int8', 'search_student',
