@@ -20,7 +20,8 @@ quantize_aware FreezeQuantizers validate_int8 search_student
 export_student check_file OnnxFile Predictor
 LwF ICaRL LessForget PooledOutput grow_head Remember OneHotBCE align_head Exemplars nearest_mean Attack Discriminator
 dream data_free_learner DataFreeDistillation adapt Entropy PKD IFVD CIRKD
-detection_dls detector_learner detect should_i_distil plot_compare plot_attention plot_similarity plot_soft_targets save_report
+detection_dls detector_learner detect should_i_distil
+plot_compare plot_attention plot_similarity plot_soft_targets save_report
 """.split()
 
 
