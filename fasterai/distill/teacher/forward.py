@@ -150,7 +150,7 @@ def modules_of(
     layers,        # Names, as for `Capture`
 )->list:
     "The dotted names of the modules that `layers` look at, in order"
-    return [place_of(net, n).module for n in layers]
+    return [place_of(net, n, 'layer of the teacher').module for n in layers]
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #73cc4fd0
 def last_to_run(
