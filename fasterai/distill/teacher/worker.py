@@ -44,7 +44,11 @@ def packed(
     _Pickler(to, protocol=5).dump(o)
     return to.getvalue()
 
-def unpacked(b:bytes): return pickle.loads(b)
+def unpacked(
+    b:bytes, # From the other process, which this one has started
+):
+    "What was packed"
+    return pickle.loads(b)
 
 # %% ../../../nbs/distill/teacher/worker.ipynb #5a410761
 def serve(

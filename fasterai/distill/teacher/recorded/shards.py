@@ -276,7 +276,10 @@ class Shards(Store):
         return ', '.join(self.pieces[i].file.name for i in np.unique(self.piece_of(rows)))
 
 # %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #d7191396
-HOLE,WHOLE,DAMAGED,SKIPPED = 0,1,2,3
+HOLE = 0    # not written yet
+WHOLE = 1   # as it was written
+DAMAGED = 2 # something else
+SKIPPED = 3 # a sample that the data set leaves out
 _skipped_tag = 0xffffffff
 _at_once = 1<<24 # bytes
 
