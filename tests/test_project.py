@@ -134,3 +134,10 @@ def test_importing_runs_beside_an_editable_install_of_that_name(site_packages):
     installed('fasterai-0.1.0', '__editable__.fasterai-0.1.0.pth', 'fasterai-0.1.0.dist-info/METADATA')
     m = load()
     assert m.__version__ and not [n for n in vars(m) if 'mixed' in n]
+
+
+def test_no_notebook_stores_warnings_or_paths_of_a_machine():
+    for f in (root/'nbs').rglob('*.ipynb'):
+        outputs = [o for c in json.loads(f.read_text())['cells'] for o in c.get('outputs', ())]
+        assert not [o for o in outputs if o.get('name')=='stderr'], f
+        assert 'site-packages' not in json.dumps(outputs), f

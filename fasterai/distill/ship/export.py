@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['need_export', 'Shipped', 'export_student', 'Predictor']
 
-# %% ../../../nbs/distill/ship/export.ipynb #18999120
+# %% ../../../nbs/distill/ship/export.ipynb #1ab04990
 import json
 import logging
 import random
@@ -13,9 +13,9 @@ import tempfile
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
-from math import inf
 from pathlib import Path
 from typing import Callable
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from ...core.files import whole_file
 from ...core.task import logits_of, split_batch, views_of
-from ..layers.int8 import as_reference
+from ..layers.int8 import as_int8, as_reference
 from ..layers.names import unwrap
 from .describe import describe, first_batch, input_names, refuse_other_than_learner
 from .predictor import Predictor, open_session
@@ -201,23 +201,20 @@ def _in_8_bits(proto, batches):
                         op_types_to_quantize=[o for o in QDQRegistry if o!='BatchNormalization'])
         return onnx.load(done)
 
-# %% ../../../nbs/distill/ship/export.ipynb #103b5a6b
-def _in_own_8_bits(module, xb, names, opset, fixed):
-    "A student that was trained to round, with its own scales"
+# %% ../../../nbs/distill/ship/export.ipynb #31791227
+def _in_own_8_bits(module, xb, names, opset, fixed, backend):
+    "A student that was trained to round, with its own scales; the file answers as `to_int8` does"
+    trained = module.model
     with torch.no_grad(), streams_kept(), _without_chatter():
-        module.model = as_reference(module.model)
+        reference = module.model = as_reference(trained)
         proto = _proto(module, xb, names, opset, fixed)
         weights_as_integers(proto)
-        data = proto.SerializeToString()
-        _refuse_other_answers(data, module, xb, fixed, tolerance=inf)
-    try:
-        with torch.no_grad(): _refuse_other_answers(data, module, xb, fixed, tolerance=.1)
-    except ValueError as e:
-        warnings.warn(f"the file cuts what lies beyond the ranges of the training later than the student does: {e}; "
-                      "ask check_file what it is worth, and train longer")
+        module.model = as_int8(trained, backend)
+        try: _refuse_other_answers(proto.SerializeToString(), module, xb, fixed, tolerance=.1)
+        finally: module.model = reference
     return proto
 
-# %% ../../../nbs/distill/ship/export.ipynb #2206df9e
+# %% ../../../nbs/distill/ship/export.ipynb #5e2374de
 def export_student(
     learn:Learner,        # Trained; left as it is
     path='student.onnx',  # The file; a .json of that name comes beside it
@@ -237,7 +234,8 @@ def export_student(
     said,xb = describe(learn),_of_size(first_batch(learn), batch)
     names,shipped = input_names(len(xb)),Shipped(learn, select)
     with torch.no_grad(): shipped(*xb) # the network's own errors come as they are
-    try: proto = (_in_own_8_bits if learned else _written)(shipped, xb, names, opset, batch is not None)
+    write = partial(_in_own_8_bits, backend=getattr(learn, 'backend', 'x86')) if learned else _written
+    try: proto = write(shipped, xb, names, opset, batch is not None)
     except Exception as e: raise _cannot(shipped, xb, e) from e
     if int8 and not learned:
         batches = _of_one_size(_calibration(learn, names, calibrate), batch)

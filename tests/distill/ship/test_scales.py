@@ -10,7 +10,7 @@ from torch import nn
 onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
-from fasterai.data.digits import digits_dls
+from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.ship import export
 from fasterai.distill.ship.check import check_file
 from fasterai.distill.ship.export import export_student
@@ -64,6 +64,21 @@ def test_classes_are_those_of_the_student_that_rounds(students, file):
     assert (z-wanted).norm()/wanted.norm()<.05
     ints = q.to_int8()(x)
     assert (z.argmax(1)==ints.argmax(1)).float().mean()>=.99 and (z-ints).norm()/ints.norm()<.05
+
+def test_a_file_of_ranges_that_were_hardly_seen_answers_as_the_integers_do(tmp_path):
+    "Of such a student the file is far off, and so is what `to_int8` makes of it"
+    torch.manual_seed(0)
+    learn = quiet_learner(digits_dls(600), digits_net(8), lr=1e-2)
+    q = quantize_aware(learn)
+    q.remove_cbs([cb for cb in q.cbs if cb.name=='progress'])
+    with q.no_logging(): q.fit_one_cycle(1, 5e-2)
+    x,rounded = answers(q)
+    whole = q.to_int8()(x).numpy()
+    found = OnnxFile(export_student(q, tmp_path/'q.onnx', int8=True))
+    with torch.no_grad(): got = found(x).numpy()
+    largest = np.abs(whole).max()
+    assert np.abs(got-whole).max()<0.1*largest and np.abs(got-rounded.numpy()).max()>np.abs(got-whole).max()
+    assert (got.argmax(1)==whole.argmax(1)).mean()>0.98
 
 def test_onnxruntime_computes_with_integers(file, tmp_path):
     options = ort.SessionOptions()
