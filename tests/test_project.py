@@ -1,5 +1,5 @@
 "The project's own promises: generated files are up to date, imports point downward, and the name is not another's"
-import ast, configparser, filecmp, importlib.util, re, shutil, subprocess, sys
+import ast, configparser, filecmp, importlib.util, json, re, shutil, subprocess, sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
