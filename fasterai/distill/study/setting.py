@@ -122,8 +122,7 @@ def teacher_text(
     "A fingerprint of a teacher: its kind, networks, weights and settings"
     teacher = as_teacher(teacher)
     given = signature(type(teacher)).parameters
-    of_fit = 'axis','average','device' # the task's, and the last batch's
-    own = {k:v for k,v in vars(teacher).items() if k in given and k not in of_fit}
+    own = {k:v for k,v in vars(teacher).items() if k in given and k not in ('axis', 'average')} # from the task
     nets = [(net.asked, net.tfm) for net in getattr(teacher, 'nets', ())]
     said = getattr(teacher, 'given', None), getattr(teacher, 'facts', None)
     return _short_hash(describe([type(teacher), _plain(own), nets, said, list(getattr(teacher, 'models', ()))]))

@@ -79,11 +79,11 @@ class Teacher(BaseTeacher):
         self._forget_fit()
 
     def _forget_fit(self):
-        self.device = None   # of the last batch
+        self.last_device = None # of a batch
         self.checked = False # was an answer seen, and found finite?
         self.fits = []       # that are running with this teacher, the last one on top
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('device', 'checked', 'fits')}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('last_device', 'checked', 'fits')}
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._forget_fit()
@@ -101,8 +101,8 @@ def compute(self:Teacher,
     ValueError if those of the first batch are not finite"""
     layers = _as_layers(layers)
     if not (layers or logits): return None, {}
-    self.to(device_of(xb) or self.device or next(iter(devices_of(self.models[0])), torch.device('cpu')))
-    with same_rng(self.device):
+    self.to(device_of(xb) or self.last_device or next(iter(devices_of(self.models[0])), torch.device('cpu')))
+    with same_rng(self.last_device):
         preds,maps = self._ask_networks(xb, layers, logits)
         pred = self._one_voice(preds) if logits else None
     if not self.checked: self._check_first(xb, pred, maps)
@@ -143,9 +143,9 @@ def to(self:Teacher,
     device, # Of the batches to come
 )->Teacher:
     "Move to `device` (the caller's own module, where no copy was asked for)"
-    if device!=self.device:
-        self.device = torch.device(device)
-        for net in self.nets: net.to(self.device)
+    if device!=self.last_device:
+        self.last_device = torch.device(device)
+        for net in self.nets: net.to(self.last_device)
     return self
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #e4af7515
@@ -159,7 +159,7 @@ def _ask_first(self:Teacher, net, xb, layers, logits):
         if why := other_channels(net.source, xb): raise ValueError(why) from e
         dtype = net.plan and net.plan.dtype
         if dtype in (None, torch.float32) or not re.search('not implemented|not support|unsupported', str(e)): raise
-        raise ValueError(f"dtype={str(dtype).removeprefix('torch.')}: {self.device} cannot run the teacher "
+        raise ValueError(f"dtype={str(dtype).removeprefix('torch.')}: {self.last_device} cannot run the teacher "
                          f"{name_of(net.source)} so ({e}); dtype='auto' finds what it can") from e
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #b5ef472f
@@ -192,7 +192,7 @@ def begin(self:Teacher,
     self._learn_task(task_of(learn.loss_func), logits)
     self._agree_with(facts_of(learn))
     for net in self.nets: net.begin(learn)
-    self.device = None
+    self.last_device = None
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
     for net in self.nets: net.follow(full=True)
     self.cache = as_cache(self.cache)                     # one that outlives the fit, for the next one
@@ -262,7 +262,7 @@ def ahead(self:Teacher):
 def _ask_ahead(self:Teacher, *xb, layers=(), logits=True):
     layers = _as_layers(layers)
     if not self.checked or self._is_recorded(layers, logits): return
-    with same_rng(device_of(xb) or self.device):
+    with same_rng(device_of(xb) or self.last_device):
         self.nets[0].ahead(xb, layers, logits, **self._outputs)
         for net in self.nets[1:] if logits else (): net.ahead(xb, (), True, **self._outputs)
 
@@ -336,11 +336,11 @@ def summary(self:Teacher,
     question = dict(layers=layers, logits=logits)
     ask = partial(self.compute, *xb, **question)
     ask()
-    n,seconds = size_of(xb),best_time(ask, self.device)
+    n,seconds = size_of(xb),best_time(ask, self.last_device)
     gflops = flops(partial(self._uncompiled().compute, *xb, **question))/n/1e9
-    lines = [repr(self), f"{gflops:.3g} GFLOPs a sample; {seconds*1e3:.1f} ms for a batch of {n} on {self.device}"]
+    lines = [repr(self), f"{gflops:.3g} GFLOPs a sample; {seconds*1e3:.1f} ms for a batch of {n} on {self.last_device}"]
     if student is not None:
-        step = best_time(_step(as_module(student), xb, self.device), self.device)
+        step = best_time(_step(as_module(student), xb, self.last_device), self.last_device)
         lines.append(f"{seconds/(seconds+step):.0%} of the step, "
                      f"in which the student's forward and backward take {step*1e3:.1f} ms")
     return PrettyString('\n'.join(lines))

@@ -2,6 +2,7 @@
 
 A small data set, a teacher that counts what it is asked, and a callback that distils"""
 import random
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -83,3 +84,12 @@ def train(dls, teacher, cache=None, n=2, cbs=(), **kw):
 
 def state(dl):
     return {k:v for k,v in dl.__dict__.items() if k not in ('rng', '_DataLoader__idxs', 'it', '_n_inp', '_types')}
+
+def alone(f, *args):
+    torch.set_num_threads(1) # OpenMP's threads do not survive a fork
+    f(*args)
+
+def in_process(f, *args):
+    p = get_context('fork').Process(target=alone, args=(f, *args))
+    p.start()
+    return p

@@ -1,6 +1,5 @@
 "Recorded by any number of jobs, killed or not, is recorded by one: none lost, none doubled, the same student"
 import json, os, random, signal, time
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from fasterai.distill.teacher.recorded.recorded import RecordedTeacher, Recordin
 from fasterai.distill.teacher.recorded.shards import Manifest, Shards, pieces_of
 from fasterai.distill.teacher.recorded.upkeep import check_recording
 from fasterai.distill.teacher.teacher import Teacher as Frozen
-from recording import BS, N, PROBE, Blobs, Teacher, learner, loaders, state, train
+from recording import BS, N, PROBE, Blobs, Teacher, in_process, learner, loaders, state, train
 
 fp32 = dict(dtype=torch.float32)
 def twice(x): return x*2 if x.is_floating_point() else x
@@ -26,15 +25,6 @@ def twice(x): return x*2 if x.is_floating_point() else x
 
 @pytest.fixture
 def path(tmp_path): return tmp_path/'answers'
-
-def alone(f, *args):
-    torch.set_num_threads(1) # OpenMP's threads do not survive a fork
-    f(*args)
-
-def in_process(f, *args):
-    p = get_context('fork').Process(target=alone, args=(f, *args))
-    p.start()
-    return p
 
 def part_of(path, i, n, **kw): record(Teacher(), loaders(**kw).train, path, part=(i, n), **fp32)
 

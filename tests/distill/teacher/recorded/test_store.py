@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import warnings
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fasterai.distill.teacher.recorded import store
 from fasterai.distill.teacher.recorded.recorded import Replay, TeacherCache
 from fasterai.distill.teacher.recorded.store import magic
-from recording import BS, N, PROBE, Blobs, Teacher, learner, loaders, train
+from recording import BS, N, PROBE, Blobs, Teacher, in_process, learner, loaders, train
 
 START = 2*4096  # a page of header, a page of probe; then the rows
 
@@ -24,15 +23,6 @@ def path(tmp_path): return tmp_path/'teacher.cache'
 
 
 def fill(path, **kw): train(loaders(), Teacher(), TeacherCache(path, dtype=torch.float32, **kw), n=1)
-
-def alone(f, *args):
-    torch.set_num_threads(1) # OpenMP's threads do not survive a fork
-    f(*args)
-
-def in_process(f, *args):
-    p = get_context('fork').Process(target=alone, args=(f, *args))
-    p.start()
-    return p
 
 class TestFile:
     def again(self, path, n_asked, words=None):
