@@ -68,6 +68,9 @@ def test_pictures_that_are_cropped_at_random_need_views(folder, tmp_path, monkey
     assert 'use views=8' in recording(monkeypatch, folder, tmp_path/'a')
     assert 'does not fit' not in recording(monkeypatch, folder, tmp_path/'a') and not (tmp_path/'a').exists()
 
+def test_no_views_are_not_one_view(folder, tmp_path, monkeypatch):
+    assert 'k must be at least 1, got 0' in recording(monkeypatch, folder, tmp_path/'answers', '--views', 0)
+
 def test_looking_after_a_recording_loads_no_pytorch(tmp_path):
     code = ("import sys; from fasterai.distill.command.record import main; sys.argv = ['x', '--check', sys.argv[1]]\n"
             "try: main()\nexcept SystemExit as e: print(e, 'torch' in sys.modules)")

@@ -78,7 +78,7 @@ def _record(path, out, teacher, teacher_weights, trust_pickle, views, seed, topk
     use_own_gpu()
     dls = Pictures(path, size, bs, pattern, augment, workers).dls()
     net = Networks(teacher, weights=teacher_weights, trust_pickle=trust_pickle).make_teacher(dls)
-    print(record(net, dls, out, views=(views, seed) if views else None, topk=topk, part=part, T=T,
+    print(record(net, dls, out, views=None if views is None else (views, seed), topk=topk, part=part, T=T,
                  processes=processes, dtype=torch.float32 if fp32 else torch.float16))
 
 # %% ../../../nbs/distill/command/record.ipynb #a302f5e1
