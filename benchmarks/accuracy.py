@@ -34,13 +34,19 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fasterai.core.seeds import same_start
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import *
 from fasterai.distill.study.one_run import measure, quiet
+from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.study.setting import weights_of
 from fasterai.distill.study.study import Study
-from fasterai.distill.teacher.teacher import Teacher
+from fasterai.distill.teacher.recorded.record import record
+from fasterai.distill.teacher.recorded.recorded import RecordedTeacher
+from fasterai.distill.teacher.teacher import Teacher, resize_batch
+from fasterai.distill.training.views import StudentSees
 from fastcore.script import call_parse
 from settings import SETTINGS
+from torch import nn
 
 here = Path(__file__).parent
 COLS = ['setting', 'loss', 'epochs', 'seed', 'accuracy', 'best', 'task_weight', 'weight', 'task_loss', 'distill_loss',
@@ -78,13 +84,27 @@ def recipes(s):
     without a teacher"""
     return {'alone': None} | published(s) | combined_losses(s) | light_losses(s)
 
+def suggested(s, dls, teacher):
+    "The losses of the first tutorials at weights by which each pulls as hard as the task, by a probe of a new student"
+    same_start(dls, 0)
+    learn,found = learner(s, dls, s.student(dls.c), s.size),{}
+    for name in SEEDS_LOSSES:
+        r = published(s)[name]
+        recipe = dict(loss=list(r['loss'])[0] if isinstance(r['loss'], dict) else r['loss'],
+                      activations_student=r['activations_student'])
+        kd = KnowledgeDistillationCallback(teacher, weight=1, task_weight=1, **recipe)
+        weight, = suggest_weights(learn, kd).table.suggested.drop('task')
+        found[f'{name}, suggested'] = dict(weight=float(f'{weight:.2g}'), task_weight=1, **recipe)
+    return found
+
 SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD',
                 'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
 
 
-def learner(s, dls, net):
-    "As all of a setting's are"
+def learner(s, dls, net, size=None):
+    "As all of a setting's are; the network sees pictures of `size` pixels"
     cbs = [MixedPrecision(AMPMode.BF16)] if s.amp and dls.device.type=='cuda' else []
+    if size: cbs.append(StudentSees(partial(resize_batch, size=size)))
     return Learner(dls, net, CrossEntropyLossFlat(), opt_func=s.opt, lr=s.lr, metrics=accuracy, cbs=cbs, wd=s.wd)
 
 
@@ -102,12 +122,21 @@ def trained_teacher(s, dls, path):
     same_start(dls, 0)
     net = s.teacher(dls.c).to(dls.device, memory_format=torch.channels_last)
     if not path.exists():
-        learn = learner(s, getattr(dls, 'teacher', dls), net)
+        learn = learner(s, getattr(dls, 'teacher', dls), net, s.teacher_size)
         same_start(learn.dls, 0)
-        with quiet(learn): fit(learn, s.teacher_epochs or s.epochs)
+        train = s.fit_teacher or partial(fit, epochs=s.teacher_epochs or s.epochs)
+        with quiet(learn): train(learn)
         save_first(net, path)
     net.load_state_dict(torch.load(path, map_location=dls.device, weights_only=True))
-    return net,measure(learner(s, dls, net))['accuracy']
+    return net,measure(learner(s, dls, net, s.teacher_size))['accuracy']
+
+
+def answers(s, dls, net, folder=None):
+    "The teacher, or what it says about the setting's views, asked once and kept in `folder`"
+    teacher = Teacher(net, size=s.teacher_size)
+    if not s.views or folder is None: return teacher
+    record(teacher, dls, folder, views=s.views, maps=s.kept)
+    return RecordedTeacher(folder)
 
 
 def save_first(net, path):
@@ -149,12 +178,13 @@ def numbers(learn):
 
 def study(s, dls, teacher, arms, path=None, about={}):
     "The `Study` of a setting: an arm for each of the recipes `arms`; `about` goes into each row"
+    if isinstance(teacher, nn.Module): teacher = answers(s, dls, teacher)
     def make_learner():
         student = s.student(dls.c).to(memory_format=torch.channels_last)
         peak_memory(dls.device, reset=True)
-        return learner(s, dls, student)
+        return learner(s, dls, student, s.size)
     def weights(r): return {k:r[k] for k in ('task_weight', 'weight')} if r else dict(task_weight=1, weight=None)
-    full = {k: r and dict(teacher=Teacher(teacher), **r) for k,r in arms.items()}
+    full = {k: r and dict(teacher=teacher, **r) for k,r in arms.items()}
     rows = {k: dict(setting=about.get('setting', ''), loss=k, **weights(r)) for k,r in arms.items()}
     return Study(make_learner, full, path, baseline='alone' if 'alone' in arms else None, fit=fit, rows=rows, cols=COLS,
                  measure=lambda learn: about | numbers(learn))
@@ -172,13 +202,12 @@ def commit():
     return git('rev-parse', '--short', 'HEAD') + ('+' if edited else '')
 
 
-def plan(s, only, epochs):
+def plan(s, known, only, epochs):
     "(loss, epochs) of a seed, what the comparison needs most first"
-    known = recipes(s)
     for o in only:
         if o not in known: raise SystemExit(f"--only: no loss {o!r}; there are {', '.join(known)}")
     longer = s.longer if not only or 'alone' in only else ()
-    return [(o, epochs) for o in (only or known)] + [('alone', round(epochs*f)) for f in longer]
+    return [(o, epochs) for o in (only or recipes(s))] + [('alone', round(epochs*f)) for f in longer]
 
 
 def number_range(seeds):
@@ -204,7 +233,7 @@ def main(
     setting:str,                 # Which one of `settings.py`
     data:Path=Path('data'),      # Folder of the data sets' folders
     seeds:str='0-4',             # Seeds, such as 3 or 0-4
-    only:str='',                 # Comma-separated losses; all if empty, `seeds` for those of the first tutorials
+    only:str='',                 # Losses by commas; `seeds`: the tutorials', `suggested`: by a probe; all if empty
     epochs:int=None,             # Other than the setting's
     out:Path=None,               # CSV of the runs
     models:Path=Path('models'),  # Where the trained teacher is kept
@@ -214,15 +243,20 @@ def main(
     seeds = number_range(seeds)
     s,device = SETTINGS[setting],torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if not (data/s.folder).is_dir() and s.folder: raise SystemExit(f"--data: no folder {s.folder!r} in {str(data)!r}")
-    todo = plan(s, ['alone', *SEEDS_LOSSES] if only=='seeds' else [o for o in only.split(',') if o], epochs or s.epochs)
+    known,of_probe = recipes(s),[f'{o}, suggested' for o in SEEDS_LOSSES]
+    groups = dict(seeds=SEEDS_LOSSES, suggested=of_probe)
+    only = ['alone', *groups[only]] if only in groups else [o for o in only.split(',') if o]
+    todo = plan(s, [*known, *of_probe], only, epochs or s.epochs)
     torch.set_num_threads(threads)
-    dls = s.data(data/s.folder, device)
-    teacher,acc = trained_teacher(s, dls, models/f'accuracy-{setting}.pth')
+    dls = s.data(data/s.folder, device=device)
+    net,acc = trained_teacher(s, dls, models/f'accuracy-{s.teacher_name or setting}.pth')
     print(f'teacher: {100*acc:.1f} %', flush=True)
-    about = dict(setting=setting, teacher=weights_of(teacher), teacher_accuracy=100*acc,
+    if any(loss in of_probe for loss,_ in todo): known |= suggested(s, dls, answers(s, dls, net))
+    teacher = answers(s, dls, net, models/f'answers-{s.teacher_name or setting}')
+    about = dict(setting=setting, teacher=weights_of(net), teacher_accuracy=100*acc,
                  device=torch.cuda.get_device_name() if device.type=='cuda' else f'cpu, {threads} threads',
                  torch=torch.__version__, fastai=fastai.__version__, commit=commit())
-    arms = {k:r for k,r in recipes(s).items() if k in {loss for loss,_ in todo}}
+    arms = {k:r for k,r in known.items() if k in {loss for loss,_ in todo}}
     runs = study(s, dls, teacher, arms, out or here/'results'/f'accuracy-{setting}.csv', about)
     check_rows(runs.log, about['teacher'], runs.rows)
     for seed in seeds:

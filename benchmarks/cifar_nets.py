@@ -1,7 +1,7 @@
 """The networks of the CIFAR distillation literature, by the names and sizes of its tables.
 
 Residual networks of He et al. (CVPR 2016, arXiv 1512.03385) and wide ones (Zagoruyko and Komodakis, BMVC 2016,
-arXiv 1605.07146), VGG13 with BatchNorm, and MobileNetV2 at half width. Feature maps are those of `stages.i`."""
+arXiv 1605.07146), VGG13 with BatchNorm, and MobileNets at half width. Feature maps are those of `stages.i`."""
 import torch.nn.functional as F
 from torch import nn
 
@@ -94,3 +94,19 @@ def mobilenetv2(c=10):
         stages.append(nn.Sequential(*blocks))
     stages[-1].extend([conv(i, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU()])
     return Net(nn.Sequential(conv(3, 16, stride=2), nn.BatchNorm2d(16), nn.ReLU()), stages, 1280, c)
+
+
+class Separable(nn.Sequential):
+    "A convolution of each channel by itself, then one over the channels"
+    def __init__(self, i, o, stride):
+        super().__init__(conv(i, i, stride=stride, groups=i), nn.BatchNorm2d(i), nn.ReLU(),
+                         conv(i, o, 1), nn.BatchNorm2d(o), nn.ReLU())
+
+def mobilenetv1(c=10, width=0.5):
+    "Howard et al. (2017, arXiv 1704.04861) without the last layers: the map is a sixteenth of the picture"
+    widths = [int(width*o) for o in (32, 64, 128, 256, 512)]
+    def stage(j, n):
+        i,o = widths[j:j+2]
+        return nn.Sequential(*(Separable(o if k else i, o, 2 if j and not k else 1) for k in range(n)))
+    stem = nn.Sequential(conv(3, widths[0], stride=2), nn.BatchNorm2d(widths[0]), nn.ReLU())
+    return Net(stem, [stage(j, n) for j,n in enumerate((1, 2, 2, 3))], widths[-1], c)

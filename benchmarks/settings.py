@@ -7,13 +7,16 @@ from functools import partial
 from typing import Callable
 
 import cifar_nets
+import photographs
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_image_files
 from fastai.optimizer import SGD, Adam
 from fasterai.data.digits import digits_dls, digits_net
+from fasterai.distill.teacher.pretrained import body_and_head
 from fasttransform import ItemTransform
 from PIL import Image, ImageOps
 from torch.utils.data import TensorDataset
@@ -63,16 +66,6 @@ def folder_dls(path, device, valid, **kwargs):
     return image_dls(train, valid, lambda f: f.parent.name, device=device, **kwargs)
 
 
-def pets_dls(path, device, **kwargs):
-    "Cats and dogs of Oxford-IIIT Pet; every fifth image of each breed is for validation"
-    files,seen,sides = sorted(get_image_files(path/'images')),{},([], [])
-    for f in files:
-        breed = f.name.rsplit('_', 1)[0]
-        seen[breed] = seen.get(breed, -1)+1
-        sides[seen[breed]%5==4].append(f)
-    return image_dls(*sides, lambda f: 'cat' if f.name[0].isupper() else 'dog', device=device, **kwargs)
-
-
 def few_digits(path, device):
     "scikit-learn's handwritten digits, of which the teacher sees 1,197 and the student the first 100"
     dls = digits_dls(n_train=100, bs=50, device=device)
@@ -97,6 +90,12 @@ class Setting:
     longer:tuple = (1.5, 2) # Lengths of the student without a teacher, to compare at equal time
     teacher_epochs:int = None
     amp:bool = True         # bfloat16 on a GPU
+    fit_teacher:Callable = None # `fit_teacher(learn)`; None: as a student alone, for `teacher_epochs`
+    size:int = None         # Pixels that the student sees, if not those of the data
+    teacher_size:int = None # and the teacher
+    teacher_name:str = None # It is kept under this name, for several settings; None: the setting's
+    views:int = None        # The teacher is asked once about so many views of each image, and its answers are kept
+    kept:tuple = ()         # with the maps of these layers
     folder:str = ''         # Where the images are, below `--data`
 
     @property
@@ -123,11 +122,38 @@ def cifar_pair(teacher, student, n_t, n_s, ab=12.3, **kwargs):
 resnet,wrn = cifar_nets.resnet,cifar_nets.wrn
 cifar = partial(folder_dls, valid='test', size=32, pad=4)
 
+blocks = [f'blocks.{i}' for i in (1, 2, 4, 6)] # of the teacher, where it halves its map; linear
+
+def photos(student, stages, before, ab, epochs, **kwargs):
+    "A network of ImageNet, fine-tuned, teaches one that begins from nothing"
+    return Setting(teacher=photographs.lite0, student=student, stages=dict(zip(stages, blocks)),
+                   before=dict(zip(before, blocks)), kept=blocks, ab=ab, epochs=epochs, views=epochs, size=64,
+                   teacher_size=192, fit_teacher=fine_tune, opt=Adam, wd=1e-2, longer=(1.5,), **kwargs)
+
+def fine_tune(learn):
+    "Its head, then all of it, gently; the statistics of its BatchNorms stay those of ImageNet"
+    learn.splitter,learn.train_bn = body_and_head,False
+    learn.create_opt()
+    learn.freeze()
+    learn.fit_one_cycle(3, 1e-2)
+    learn.unfreeze()
+    with learn.added_cbs(BnFreeze()): learn.fit_one_cycle(1, slice(1e-5, 1e-3))
+
 resnet_stages = [f'layer{i}' for i in range(1, 5)]
-resnets = dict(
-    teacher=lambda c: models.resnet34(num_classes=c), student=lambda c: models.resnet18(num_classes=c), ab=6.1,
-    stages=same(*resnet_stages),
-    before={f'{o}.1.relu:input':f'{o}.{n}.relu:input' for o,n in zip(resnet_stages, (2, 3, 5, 2))})
+mobilenet_stages = [f'stages.{i}' for i in (1, 2, 3)]
+students = dict(
+    mobilenet=dict(student=cifar_nets.mobilenetv1, lr=1e-2, ab=12.3, stages=mobilenet_stages,
+                   before=['stages.1.1.5:input', 'stages.2.1.5:input', 'stages.3.2.5:input']),
+    resnet18=dict(student=lambda c: models.resnet18(num_classes=c), lr=2e-3, ab=6.1, stages=resnet_stages,
+                  before=[f'{o}.1.relu:input' for o in resnet_stages]))
+shifted = ShiftFlip(8)
+photo_sets = dict(
+    imagenette=dict(data=partial(photographs.part_of_folder, n_train=1000, n_valid=600, augment=shifted),
+                    folder='imagenette2sq_96', epochs=16),
+    catdog=dict(data=partial(photographs.pets, label=photographs.species, augment=shifted), folder='pets96', epochs=16),
+    breeds=dict(data=partial(photographs.pets, label=photographs.breed, augment=shifted), folder='pets96', epochs=24))
+of_photos = {f'{d}_{n}':photos(teacher_name=f'{d}_lite0', **photo_sets[d], **students[n])
+             for d in photo_sets for n in students}
 
 wrns = dict(
     teacher=lambda c: wrn(40, 2, c), student=lambda c: wrn(16, 2, c), ab=24.6, beta=6,
@@ -151,10 +177,7 @@ SETTINGS = dict(
     cifar10_small=cifar_pair(
         lambda c: resnet(20, c), lambda c: resnet(8, c), 3, 1, folder='cifar10_small', data=partial(cifar, bs=64),
         epochs=30, teacher_epochs=60, lr=0.3, longer=(2,)),
-    pets96=Setting(partial(pets_dls, size=64, pad=8, bs=32), **resnets, folder='pets96', epochs=40, lr=1e-2),
-    imagenette=Setting(
-        partial(folder_dls, valid='val', size=64, pad=8, bs=64), **resnets, folder='imagenette2sq_96',
-        epochs=20, lr=3e-2),
+    **of_photos,
     cifar100_resnet32x4_8x4=cifar_pair(
         lambda c: resnet(32, c, 4), lambda c: resnet(8, c, 4), 5, 1, ab=49, beta=8, **on_gpu),
     cifar100_resnet56_20=cifar_pair(lambda c: resnet(56, c), lambda c: resnet(20, c), 9, 3, **on_gpu),

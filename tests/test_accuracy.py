@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from fasterai.core.seeds import same_start
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.study.summary import differences
 
 root = Path(__file__).parent.parent
@@ -71,8 +74,8 @@ def images(tmp_path_factory):
 def test_every_setting_trains_with_the_losses_that_need_its_layers(name, images, tmp_path):
     s = SETTINGS[name]
     if s.folder: s = replace(s, data=partial(s.data, bs=4))
-    s = replace(s, teacher_epochs=1)
-    dls = s.data(images/s.folder, torch.device('cpu'))
+    s = replace(s, teacher_epochs=1, teacher_size=s.teacher_size and 64)
+    dls = s.data(images/s.folder, device=torch.device('cpu'))
     teacher,_ = accuracy.trained_teacher(s, dls, tmp_path/'t.pth')
     again,_ = accuracy.trained_teacher(s, dls, tmp_path/'t.pth')
     assert all(torch.equal(a, b) for a,b in zip(teacher.state_dict().values(), again.state_dict().values()))
@@ -85,13 +88,48 @@ def test_every_setting_trains_with_the_losses_that_need_its_layers(name, images,
         assert r['seconds']>0, loss
 
 
+@pytest.fixture(scope='module')
+def photos(images):
+    "A setting of photographs, its data and its teacher before any training"
+    s = replace(SETTINGS['breeds_mobilenet'], views=2, epochs=2)
+    s = replace(s, data=partial(s.data, bs=4))
+    dls = s.data(images/s.folder, device=torch.device('cpu'))
+    return s,dls,s.teacher(dls.c).eval()
+
+
+def test_the_teacher_of_photographs_is_asked_once_about_each_view(photos, tmp_path):
+    s,dls,net = photos
+    asked = []
+    hook = net.register_forward_hook(lambda m, x, out: asked.append(x[0].shape))
+    teacher = accuracy.answers(s, dls, net, tmp_path)
+    n = len(asked)
+    for loss in ('SoftTarget', 'FitNet', 'Attention'):
+        r = accuracy.run(s, dls, teacher, accuracy.recipes(s)[loss], 2, 0)
+        assert 0<=r['accuracy']<=100 and r['distill_loss']>0
+    hook.remove()
+    assert n==len(asked)>=s.views and {o[1:] for o in asked}=={(3, 192, 192)}
+    assert {tuple(x.shape[-2:]) for x,_ in dls.train}=={(96, 96)}
+
+
+def test_suggested_weights_pull_as_hard_as_the_task(photos):
+    s,dls,net = photos
+    found = accuracy.suggested(s, dls, accuracy.answers(s, dls, net))
+    assert list(found)==[f'{o}, suggested' for o in accuracy.SEEDS_LOSSES]
+    assert all(r['weight']>0 and r['task_weight']==1 for r in found.values())
+    same_start(dls, 0)
+    learn = accuracy.learner(s, dls, s.student(dls.c), s.size)
+    kd = KnowledgeDistillationCallback(accuracy.answers(s, dls, net), **found['Attention, suggested'])
+    pull, = suggest_weights(learn, kd).table.pull.drop('task')
+    assert pull==pytest.approx(1, rel=.1)
+
+
 @pytest.mark.parametrize('loss', ['alone', 'SoftTarget', 'FitNet', 'ActivationBoundaries'])
 def test_all_students_of_a_seed_see_the_same(loss, images, monkeypatch):
     "The same first weights and the same augmented batches, whatever teaches; other ones for another seed"
     s = SETTINGS['cifar10_small']
     s = replace(s, data=partial(s.data, bs=4))
     def seen(loss, seed):
-        dls,said = s.data(images/s.folder, torch.device('cpu')),[]
+        dls,said = s.data(images/s.folder, device=torch.device('cpu')),[]
         teacher = s.teacher(dls.c)
         class Student(torch.nn.Module):
             def __init__(self, net):
@@ -196,7 +234,7 @@ def test_the_command_prints_and_draws(tmp_path):
 @pytest.mark.parametrize('args,what',
                          [(dict(setting='digit'), "no 'digit'"), (dict(setting='digits', seeds='3-1'), "seeds.*'3-1'"),
                           (dict(setting='digits', only='Attentoin'), "no loss 'Attentoin'"),
-                                       (dict(setting='pets96', data=Path('nowhere')),
+                                       (dict(setting='catdog_resnet18', data=Path('nowhere')),
                                         "no folder 'pets96' in 'nowhere'")])
 def test_misspelt_arguments_are_named(args, what):
     with pytest.raises(SystemExit, match=what): accuracy.main(**args)
