@@ -18,7 +18,7 @@ from fasterai.distill.study.summary import differences
 
 root = Path(__file__).parent.parent
 sys.path.append(str(root/'benchmarks'))
-import accuracy, accuracy_table, cifar_nets
+import accuracy, accuracy_table, cifar_nets, overview
 from settings import SETTINGS, ShiftFlip
 
 
@@ -238,3 +238,14 @@ def test_the_command_prints_and_draws(tmp_path):
                                         "no folder 'pets96' in 'nowhere'")])
 def test_misspelt_arguments_are_named(args, what):
     with pytest.raises(SystemExit, match=what): accuracy.main(**args)
+
+
+def test_the_overview_is_the_paired_difference_of_each_study():
+    rows = overview.overview()
+    assert {o for o,_ in rows.index}==set(overview.STUDIES)
+    text = rows.loc[('peers', 'two, T=3')]
+    runs = pd.read_csv(root/'benchmarks'/'results'/'family-peers.csv').query('epochs==120')
+    a,b = (100*runs[runs.arm.eq(o)].set_index('seed').accuracy.sort_index() for o in ('two, T=3', 'alone'))
+    low,high = stats.ttest_rel(a, b).confidence_interval()
+    assert text.points==f'{(a-b).mean():+.1f} ({low:+.1f} to {high:+.1f})' and text.judged=='better' and text.seeds==5
+    assert [overview.judged(*o) for o in ((.1, 2), (-2, -.1), (0, 1), (-1, 1))]==['better', 'worse'] + ['not decided']*2
