@@ -2,8 +2,8 @@
 
     python benchmarks/families.py --names tenth_of_labels  # in a folder with data/imagenette2sq_96
 
-The teacher's new head is trained on the 950 labels. Each step of each training has 60 photographs; where those without a
-label are mixed in, a third is labelled. What the teacher says is kept in `models/`, and asked for once."""
+The teacher's new head is trained on the 950 labels. Each step of each training has 60 photographs; where those without
+a label are mixed in, a third is labelled. What the teacher says is kept in `models/`, and asked for once."""
 from functools import cache, partial
 from pathlib import Path
 
