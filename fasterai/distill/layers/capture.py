@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tensors_in', 'first_tensor', 'Capture', 'as_found', 'to_model', 'output_shapes']
 
-# %% ../../../nbs/distill/layers/capture.ipynb #7e2725e6
+# %% ../../../nbs/distill/layers/capture.ipynb #c0d88c88
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from typing import Iterable, Literal, Mapping
@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 
 from ...core.names import unknown_name
 from .layout import layout_of
-from .names import as_names, get_module_by_name, is_compiled, unwrap, wrapping
+from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, unwrap,
+                                           wrapping)
 from .places import outputs_in, place_of
 
 # %% ../../../nbs/distill/layers/capture.ipynb #2cc7a176
@@ -83,7 +84,7 @@ class _Tap:
         if self.place.comes_in: return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
         return module.register_forward_hook(self.on_output)
 
-# %% ../../../nbs/distill/layers/capture.ipynb #03698c89
+# %% ../../../nbs/distill/layers/capture.ipynb #4e1e03c4
 class Capture:
     """Context manager that keeps what `layers` of `model` compute while it is entered; it can be entered any number of
     times"""
@@ -94,13 +95,14 @@ class Capture:
         calls:Literal['last','all']='last', # Of a layer that runs several times keep the last tensor, or a list of all
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'
     ):
-        "Raises ValueError for an unknown layer, and for a model that `DataParallel` copies to several devices"
+        "Raises ValueError for an unknown layer, a model that `DataParallel` copies, or one whose layers are not called"
         if calls not in ('last', 'all'): raise ValueError(unknown_name('calls', calls, ('last', 'all')))
         self.model,self.layers = model,as_names(layers)
         self.kind = kind
         self.handles = []
         _refuse_copies(model)
         places = [place_of(model, n, kind) for n in self.layers]
+        if any(p.module for p in places): refuse_uncalled(model)
         self.taps = {k:_Tap(p, detach, calls=='all') for k,p in zip(_keys(self.layers), places)}
 
     def module(self, place): return get_module_by_name(self.model, place.module, self.kind)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Geometry', 'geometry', 'image_size', 'Step', 'trace']
 
-# %% ../../../nbs/distill/layers/trace.ipynb #b5e3eaee
+# %% ../../../nbs/distill/layers/trace.ipynb #14f49eb9
 from dataclasses import dataclass
 from math import log2, prod
 
@@ -13,7 +13,7 @@ from torch import nn, strided, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .capture import as_found, tensors_in, to_model
-from .names import unwrap
+from .names import refuse_uncalled, unwrap
 
 # %% ../../../nbs/distill/layers/trace.ipynb #f717ab3f
 @dataclass
@@ -85,7 +85,7 @@ class Step:
 
 _idle = 'Drop','Pool','Flatten','Identity','Pad','Upsample'  # in the names of classes
 
-# %% ../../../nbs/distill/layers/trace.ipynb #2b44ba5b
+# %% ../../../nbs/distill/layers/trace.ipynb #76243d71
 class _Tracer:
     "Notes down each module that ends"
     def __init__(self, size):
@@ -114,8 +114,9 @@ def trace(
     *xb,             # Its inputs
 )->dict[str, Step]:
     """The steps of one forward in the order in which modules end (of a module that runs several times, the last);
-    the model comes back as it was"""
+    the model comes back as it was. ValueError for one whose layers are not called"""
     model = unwrap(model)
+    refuse_uncalled(model)
     tracer,handles = _Tracer(image_size(xb, model)),[]
     try:
         for n,m in model.named_modules():

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['need_export', 'Shipped', 'export_student', 'Predictor']
 
-# %% ../../../nbs/distill/ship/export.ipynb #1ab04990
+# %% ../../../nbs/distill/ship/export.ipynb #e72be26b
 import json
-import logging
 import random
 import tempfile
-import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from functools import partial
@@ -25,6 +23,7 @@ from fastai.learner import Learner
 from fastcore.basics import tuplify
 from torch import nn
 
+from ...core.chatter import without_chatter
 from ...core.files import whole_file
 from ...core.task import logits_of, split_batch, views_of
 from ..layers.int8 import as_int8, as_reference
@@ -37,7 +36,7 @@ from ..study.one_run import streams_kept
 # %% ../../../nbs/distill/ship/export.ipynb #d81f2e4e
 _all_ = ['Predictor']
 
-# %% ../../../nbs/distill/ship/export.ipynb #48548aa7
+# %% ../../../nbs/distill/ship/export.ipynb #946471aa
 def need_export():
     "ImportError, with the remedy, where a package of the extra `export` is missing"
     missing = [p for p in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(p) is None]
@@ -45,14 +44,9 @@ def need_export():
         raise ImportError(f"an ONNX file needs {', '.join(missing)}: pip install 'fasterai-distill[export]'")
 
 @contextmanager
-def _without_chatter():
+def _silence():
     "No warnings, logs and prints of the exporters"
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter('ignore')
-        logging.disable(logging.ERROR)
-        try: yield
-        finally: logging.disable(before)
+    with without_chatter(), redirect_stdout(StringIO()), redirect_stderr(StringIO()): yield
 
 # %% ../../../nbs/distill/ship/export.ipynb #7153d898
 class Shipped(nn.Module):
@@ -93,10 +87,10 @@ def _refuse_other_answers(data, module, xb, fixed=False, tolerance=1e-3):
         if not off<=tolerance*max(1, np.abs(wanted).max()): # NaN is refused too
             raise ValueError(f"for a batch of {len(batch[0])} its answers are off by {off:.2g}")
 
-# %% ../../../nbs/distill/ship/export.ipynb #a48c0eda
+# %% ../../../nbs/distill/ship/export.ipynb #2c5b7ba7
 def _written(module, xb, names, opset=None, fixed=False):
     "The network as ONNX, tried"
-    with torch.no_grad(), _without_chatter():
+    with torch.no_grad(), _silence():
         proto = _proto(module, xb, names, opset, fixed)
         _refuse_other_answers(proto.SerializeToString(), module, xb, fixed)
     return proto
@@ -201,11 +195,11 @@ def _in_8_bits(proto, batches):
                         op_types_to_quantize=[o for o in QDQRegistry if o!='BatchNormalization'])
         return onnx.load(done)
 
-# %% ../../../nbs/distill/ship/export.ipynb #31791227
+# %% ../../../nbs/distill/ship/export.ipynb #f88c8cdd
 def _in_own_8_bits(module, xb, names, opset, fixed, backend):
     "A student that was trained to round, with its own scales; the file answers as `to_int8` does"
     trained = module.model
-    with torch.no_grad(), streams_kept(), _without_chatter():
+    with torch.no_grad(), streams_kept(), _silence():
         reference = module.model = as_reference(trained)
         proto = _proto(module, xb, names, opset, fixed)
         weights_as_integers(proto)
@@ -214,7 +208,7 @@ def _in_own_8_bits(module, xb, names, opset, fixed, backend):
         finally: module.model = reference
     return proto
 
-# %% ../../../nbs/distill/ship/export.ipynb #5e2374de
+# %% ../../../nbs/distill/ship/export.ipynb #ddbe03aa
 def export_student(
     learn:Learner,        # Trained; left as it is
     path='student.onnx',  # The file; a .json of that name comes beside it
@@ -239,7 +233,7 @@ def export_student(
     except Exception as e: raise _cannot(shipped, xb, e) from e
     if int8 and not learned:
         batches = _of_one_size(_calibration(learn, names, calibrate), batch)
-        with _without_chatter(): proto = _in_8_bits(proto, batches)
+        with _silence(): proto = _in_8_bits(proto, batches)
     _write(path, proto, said, dict(int8=int8, calibrated_on=calibrate if int8 and not learned else None))
     return path
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Observing', 'FreezeQuantizers', 'QuantizedLearner', 'calibration_batches', 'quantize_aware', 'validate_int8']
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #b5948457
+# %% ../../../nbs/distill/ship/quantize.ipynb #c26f3da6
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -17,7 +17,7 @@ from torch import nn
 from ...core.leaving import watch
 from ...core.task import seen_by_student, split_batch, views_of
 from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quantizers,
-                                          freeze_statistics, observe)
+                                          freeze_statistics, observe, quantized_layers)
 from ..layers.names import unwrap
 from .describe import refuse_other_than_learner
 from .lsq import QuantizedLayer, chosen_layers, lsq_quantized
@@ -83,13 +83,14 @@ class FreezeQuantizers(Callback):
         if not found: raise ValueError("FreezeQuantizers: this Learner has no quantizers, make it by quantize_aware")
         found[0].observe,found[0].batchnorm = self.observe,self.batchnorm
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #5c0262c3
+# %% ../../../nbs/distill/ship/quantize.ipynb #de279c31
 class QuantizedLearner(Learner):
     "Trains a network that computes as if in `bits` bits; `to_int8` makes the network of integers"
     bits,backend = 8,'x86'
 
     def to_int8(self)->Int8:
-        "A plain module on the CPU. ValueError with fewer than 8 bits, which are simulated"
+        """A plain module on the CPU, of integers; where torchao makes it, of floats that are rounded alike, slower than
+        full precision. ValueError with fewer than 8 bits, which are simulated"""
         if self.bits<8:
             raise ValueError(f"a network of {self.bits} bits is simulated: no kernel computes with so few, so that "
                              "there is nothing to convert; use bits=8 for one that runs")
@@ -98,8 +99,9 @@ class QuantizedLearner(Learner):
     @property
     def quantized(self)->list[str]:
         "Names of the layers whose weights are rounded"
-        named = unwrap(self.model).named_modules()
-        return [n for n,m in named if isinstance(m, QuantizedLayer) or hasattr(m, 'weight_fake_quant')]
+        model = unwrap(self.model)
+        simulated = [n for n,m in model.named_modules() if isinstance(m, QuantizedLayer)]
+        return simulated or quantized_layers(model)
 
 # %% ../../../nbs/distill/ship/quantize.ipynb #2961ca72
 def calibration_batches(
@@ -118,7 +120,7 @@ def calibration_batches(
     if seen>=least: return found
     raise ValueError(f"calibration needs at least {least} samples to find the ranges of the activations, got {seen}")
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #2af7a83b
+# %% ../../../nbs/distill/ship/quantize.ipynb #06463bc3
 def quantize_aware(
     learn:Learner,     # Trained; not touched
     bits:int=8,        # Of weights and activations; fewer than 8 are simulated
@@ -127,7 +129,8 @@ def quantize_aware(
     n_batches:int=10,  # Batches of the training data to calibrate on
 )->QuantizedLearner:
     """A Learner of a calibrated copy that computes as if quantized; train it as any other. ValueError for networks that
-    cannot be traced (with 8 bits), unknown layers or backends, or too few samples"""
+    cannot be traced (with 8 bits), unknown layers or backends, or too few samples; ImportError, with 8 bits, where
+    PyTorch's FX is gone and torchao is missing"""
     refuse_other_than_learner(learn)
     if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
     _refuse_quantized(learn.model)

@@ -248,6 +248,7 @@ def test_refused(learn):
     with pytest.raises(ValueError, match='to_fp32'): q.fit(1)
 
 def test_without_torchs_quantization(learn, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torch.ao.quantization.quantize_fx', None)
-    with pytest.raises(ImportError, match='PT2E is not built in yet'): quantize_aware(learn)
+    for n in ('torch.ao.quantization.quantize_fx', 'torchao', 'torchao.quantization'):
+        monkeypatch.setitem(sys.modules, n, None)
+    with pytest.raises(ImportError, match='pip install torchao, or quantize with bits<8'): quantize_aware(learn)
     assert quantize_aware(learn, 3).quantized
