@@ -66,6 +66,7 @@ def table():
     "The tasks' answers, gains in points"
     found = answers()
     def span(low, high): return ['' if pd.isna(a) else f'{100*a:+.1f} to {100*b:+.1f}' for a,b in zip(low, high)]
-    return pd.DataFrame({'pictures':found.of, 'distilling cannot help:':found.cannot, 'answer':found.answer,
+    return pd.DataFrame({'pictures':found.of, 'cannot help, for':found.cannot, 'answer':found.answer,
                          'leading':found.leading, 'interval':span(found.low, found.high), 'pairs':found.pairs,
-                         'cost':[f'{o:.0%}' for o in found.share], 'fresh pairs':span(found.fresh_low, found.fresh_high)})
+                         'cost':[f'{o:.0%}' for o in found.share],
+                         'fresh pairs':span(found.fresh_low, found.fresh_high)})
