@@ -39,7 +39,7 @@ class ShiftFlip(ItemTransform):
 
 class BatchDL(TfmdDL):
     "Takes whole batches out of the dataset's tensors"
-    def __init__(self, *args, **kwargs): super().__init__(*args, num_workers=0, **kwargs)
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs | dict(num_workers=0))
     def create_batches(self, samps):
         for i in self.chunkify(iter(samps)): yield tuple(t[list(i)] for t in self.dataset.tensors)
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fasterai.core.sequences import confidence_sequence, critical_t, evidence
+from fasterai.core.sequences import chance_to_decide, confidence_sequence, critical_t, evidence
 
 draws,pairs = 2000,12
 
@@ -80,6 +80,35 @@ def test_vectorised_rows_are_single_ones(nothing):
     for i in range(5):
         for a,b in zip(seq, confidence_sequence(nothing[i]+1)): assert np.array_equal(a[i], b)
     assert (np.diff(seq.low[:, 4:])>=0).all() and (np.diff(seq.high[:, 4:])<=0).all()
+
+@pytest.mark.parametrize('effect,first', [(0, 3), (1, 4), (2, 3)])
+def test_the_chance_to_decide_is_that_of_its_futures(effect, first):
+    "Truths drawn from what the prediction starts from: of those with a chance near p, a share of p is decided"
+    rng = np.random.default_rng(2)
+    d = effect+rng.standard_normal(first)
+    sd = d.std(ddof=1)*np.sqrt((first-1)/rng.chisquare(first-1, (draws, 1)))
+    mean = d.mean()+sd/np.sqrt(first)*rng.standard_normal((draws, 1))
+    seq = confidence_sequence(np.hstack([np.tile(d, (draws, 1)), rng.normal(mean, sd, (draws, pairs-first))]), .1)
+    share = ((seq.low>0)|(seq.high<.5)).any(1).mean()
+    assert chance_to_decide(d, pairs, .5, .1, draws=draws)==pytest.approx(share, abs=.05)
+
+@pytest.mark.parametrize('effect', [0, 1, 1.5, 2])
+def test_giving_up_costs_few_findings_and_saves_pairs(nothing, effect):
+    d = nothing[:200]+effect
+    seq = confidence_sequence(d, .1)
+    decided = (seq.low>0)|(seq.high<.5)
+    stop = np.where(decided.any(1), decided.argmax(1)+1, pairs)
+    def given_up(row, n): return any(chance_to_decide(row[:k], pairs, .5, .1, draws=200)<.1 for k in range(2, n))
+    lost = [given_up(row, n) for row,n in zip(d, stop)]
+    found = (seq.low>0).any(1)
+    assert (found & lost).mean()<=.03
+    if not effect: assert (np.array(lost) & ~decided.any(1)).mean()>.6
+
+def test_the_chance_at_the_ends():
+    assert chance_to_decide([], 12, 1)==chance_to_decide([3], 12, 1)==1 # nothing is known of a spread
+    assert chance_to_decide([1.]*5, 5, .5)==1 and chance_to_decide([0., 2, -2, 1, -1], 5, .5)==0
+    assert chance_to_decide([0.]*3, 12, .5)==1 and chance_to_decide([0.]*3, 12, .5, least_sd=3)<.1
+    assert chance_to_decide([1, -1, 2], 12, .5)==chance_to_decide([1, -1, 2], 12, .5)
 
 def test_differences_that_are_all_equal():
     assert confidence_sequence([0.]*6).high[-1]==0==confidence_sequence([0.]*6).low[-1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistilAnswer', 'should_i_distil']
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #5f8031e1
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #e175c431
 import math
 from copy import deepcopy
 from functools import partial
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ...core.plots import COLORS, GREY, look, new_axes, plain
-from ...core.sequences import ConfidenceSequence, confidence_sequence
+from ...core.sequences import ConfidenceSequence, chance_to_decide, confidence_sequence
 from ..losses import Logits, SoftTarget
 from .advice import suggest_weights
 from .one_run import fit_one_cycle, fresh_callback, streams_kept
@@ -51,7 +51,7 @@ def _learner(make_student, dls, kwargs):
     kwargs = dict(metrics=accuracy) | kwargs
     return lambda: Learner(dls, make_student(), **{**kwargs, 'cbs': deepcopy(kwargs.get('cbs'))})
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #aa04c11a
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #eded3b2c
 class DistilAnswer:
     "What `should_i_distil` has found so far; `study` has the runs"
     def __init__(self,
@@ -63,12 +63,14 @@ class DistilAnswer:
         metric:str,      # By which a student is judged
         lowest:bool,     # Is less of it better?
         least_sd:float,  # Spread of a difference that the metric's steps alone make
+        hopeless:float,  # An arm gets no more pairs if the chance that they decide is smaller
     ):
         self.study = study
         self.epochs,self.pairs = epochs,pairs
         self.alpha,self.worth = alpha,worth
         self.metric,self.lowest = metric,lowest
         self.least_sd = least_sd
+        self.hopeless = hopeless
         self.as_long = {}  # Arm of the pairs -> epochs of the student alone that take as long
         self.left_out = {} # Arm -> why it had no pairs
 
@@ -161,10 +163,26 @@ def verdict_of(self:DistilAnswer,
     if seq.low[-1]>0: return BETTER
     return NO_BETTER if seq.high[-1]<self.worth else NOT_DECIDED
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #59e0de64
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #f8d60990
+@patch
+def hope(self:DistilAnswer,
+    arm:str, # Its name
+)->float:
+    "Chance that the arm's pairs decide, if all that are allowed are run"
+    return chance_to_decide(self.gains(arm), self.pairs, self.worth, 2*self.alpha/len(self.arms),
+                            least_sd=self.least_sd)
+
+@patch
+def _given_up(self:DistilAnswer, arm):
+    "Why an undecided arm has fewer pairs than allowed, as text; None if it has not"
+    hope = self.hope(arm)
+    if hope>=self.hopeless or len(self.gains(arm))==self.pairs or self.verdict_of(arm)!=NOT_DECIDED: return None
+    return f"given up, {self.pairs} pairs would decide with a chance of {hope:.0%}"
+
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #8b7357bb
 @patch(as_prop=True)
 def answer(self:DistilAnswer)->str:
-    "'BETTER': one arm is; 'NO BETTER': none is by what is worth it; 'NOT DECIDED': more pairs than allowed are needed"
+    "'BETTER': one arm is; 'NO BETTER': none is by what is worth it; 'NOT DECIDED': the pairs allowed do not say"
     found = {self.verdict_of(a) for a in self.arms}
     if BETTER in found: return BETTER
     return NO_BETTER if found=={NO_BETTER} else NOT_DECIDED
@@ -188,7 +206,7 @@ def interval(self:DistilAnswer)->tuple|None:
     seq = self.sequence(self.leading)
     return float(seq.low[-1]),float(seq.high[-1])
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #622c17ba
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #d2c79306
 @patch
 def run(self:DistilAnswer,
     progress:bool=True, # Show a bar?
@@ -196,7 +214,7 @@ def run(self:DistilAnswer,
     "Train pair after pair until it is decided; returns self"
     bar = progress_bar(range(self.pairs)) if progress else range(self.pairs)
     for seed in bar:
-        going = [a for a in self.arms if self.verdict_of(a)==NOT_DECIDED]
+        going = [a for a in self.arms if self.verdict_of(a)==NOT_DECIDED and self.hope(a)>=self.hopeless]
         if self.answer!=NOT_DECIDED or not going: break
         for n in dict.fromkeys(self.as_long[a] for a in going): self._train(_alone, n, seed)
         for a in going: self._train(a, self.epochs, seed)
@@ -206,17 +224,18 @@ def run(self:DistilAnswer,
 @patch
 def _train(self:DistilAnswer, arm, epochs, seed): self.study.run(epochs, [seed], [arm], progress=False, keep=False)
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #f5e11c26
-def _check(epochs, pairs, alpha, finalists):
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #4882c90e
+def _check(epochs, pairs, alpha, finalists, hopeless):
     for name,o in dict(epochs=epochs, pairs=pairs, finalists=finalists).items():
         if not (isinstance(o, int) and o>0): raise ValueError(f"{name} must be a positive whole number, got {o!r}")
     if not 0<alpha<.5: raise ValueError(f"alpha must be between 0 and 0.5, got {alpha}")
+    if not 0<=hopeless<1: raise ValueError(f"hopeless must be a chance below 1, got {hopeless}")
 
 def _least_sd(metric, dls):
     "Standard deviation of a difference of two shares of the validation set, by their rounding alone"
     return 1/len(dls.valid_ds)/math.sqrt(6) if is_share(metric) else 0.
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #51eddf20
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #9137f6d5
 def should_i_distil(
     make_student:Callable,  # Returns a new student
     teacher,                # As for `KnowledgeDistillationCallback`
@@ -230,6 +249,7 @@ def should_i_distil(
     lowest:bool=None,       # Is less of it better? None: for losses and errors
     equal:str='time',       # Of distilling and alone: 'time' or 'epochs'
     finalists:int=2,        # How many arms have pairs, chosen by short runs
+    hopeless:float=0.1,     # Give an arm up if the chance that its pairs decide is smaller; 0: run all
     path=None,              # CSV file that keeps the runs, from which an interrupted study goes on; None: in memory
     fit:Callable=fit_one_cycle, # `fit(learn, epochs, cbs)`
     progress:bool=True,     # Show a bar?
@@ -237,13 +257,13 @@ def should_i_distil(
 )->DistilAnswer:
     """Is a way to distil better than the student alone? Raises ValueError or TypeError for arguments out of range, an
     unknown metric, or what the callback refuses"""
-    _check(epochs, pairs, alpha, finalists)
+    _check(epochs, pairs, alpha, finalists, hopeless)
     if equal not in ('time', 'epochs'): raise ValueError(f"equal must be 'time' or 'epochs', got {equal!r}")
     study = Study(_learner(make_student, dls, learner), _arms(teacher, arms), path, fit=fit)
     metric = study._metric(metric)
     if lowest is None: lowest = lower_is_better(metric)
     if worth is None: worth = .01 if is_share(metric) else 0.
-    found = DistilAnswer(study, epochs, pairs, alpha, worth, metric, lowest, _least_sd(metric, dls))
+    found = DistilAnswer(study, epochs, pairs, alpha, worth, metric, lowest, _least_sd(metric, dls), hopeless)
     found.probe()
     found.scout(max(1, epochs//4), finalists, equal=='time')
     return found.run(progress)
@@ -266,7 +286,7 @@ def _in_short(self:DistilAnswer):
     gain = self._say(self.gains(self.leading).mean(), True)
     return f"{self.answer}: {self.leading}, {gain} ({self._between(self.leading)})"
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #90580b2a
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #e01ae242
 @patch(as_prop=True)
 def cost(self:DistilAnswer)->dict:
     """What was spent: `pairs` of the leading arm, `runs`, their `epochs` and `seconds`; and `share`, the epochs as part
@@ -280,12 +300,13 @@ def cost(self:DistilAnswer)->dict:
 
 @patch(as_prop=True)
 def table(self:DistilAnswer)->pd.DataFrame:
-    "A row for each arm: its verdict, pairs, mean gain with the ends of its interval, or why it was left out"
+    "A row for each arm: its verdict, pairs, mean gain with the ends of its interval; why it was left out or given up"
     rows = []
     for a in self.arms:
         d,seq = self.gains(a),self.sequence(a)
         ends = dict(gain=d.mean(), low=seq.low[-1], high=seq.high[-1]) if seq else {}
-        rows.append(dict(arm=a, verdict=self.verdict_of(a), pairs=len(d), **ends, alone_epochs=self.as_long[a]))
+        rows.append(dict(arm=a, verdict=self.verdict_of(a), pairs=len(d), **ends, alone_epochs=self.as_long[a],
+                         why=self._given_up(a)))
     rows += [dict(arm=a, verdict='left out', pairs=0, why=why) for a,why in self.left_out.items()]
     cols = ['arm', 'verdict', 'pairs', 'gain', 'low', 'high', 'alone_epochs', 'why']
     return pd.DataFrame(rows, columns=cols).sort_values('gain', ascending=False, ignore_index=True, kind='stable')

@@ -14,7 +14,7 @@ from fastai.torch_core import get_random_states
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fasterai.core.sequences import confidence_sequence
+from fasterai.core.sequences import chance_to_decide, confidence_sequence
 from fasterai.distill.losses import SoftTarget
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.study.one_run import fresh_callback
@@ -84,9 +84,20 @@ def test_no_better_and_not_decided(fake):
     assert worse.answer==NO_BETTER and worse.arm=='alone' and 'Train the student alone' in worse.verdict()
     small = fake((.05, .05), worth=1.)
     assert small.answer==NO_BETTER and small.interval[1]<1
-    open_ = fake((.03, -.5))
+    open_ = fake((.03, -.5), hopeless=0)
     assert open_.answer==NOT_DECIDED and open_.arm=='alone' and open_.leading=='a'
     assert open_.verdict_of('b')==NO_BETTER and len(open_.gains('b'))<8==len(open_.gains('a'))
+
+def test_what_is_hopeless_is_given_up(fake):
+    args = dict(gains=(.03, -.5), worth=.01)
+    whole,found = fake(hopeless=0, **args),fake(**args)
+    n = len(found.gains('a'))
+    assert found.answer==NOT_DECIDED==found.verdict_of('a') and 2<=n<8==len(whole.gains('a'))
+    assert found.gains('a')==pytest.approx(whole.gains('a')[:n]) and found.cost['share']<whole.cost['share']
+    for k in range(1, n+1):
+        hope = chance_to_decide(whole.gains('a')[:k], 8, .01, .05)
+        assert (hope<found.hopeless)==(k==n)
+    assert found.hope('a')==hope and 'given up, 8 pairs would decide' in repr(found) and 'given up' not in repr(whole)
 
 def test_less_of_a_loss_is_better(fake):
     found = fake((.5, -.5), metrics=level_loss) # levels: the loss is their negative
@@ -171,21 +182,43 @@ def test_what_is_refused():
     for match,kwargs in {"arms is empty": dict(arms={}), "'alone' is the student": dict(arms={'alone': {}}),
                          'got partial': dict(arms={'a': partial(SoftTarget)}), 'pairs must be': dict(pairs=0),
                          'finalists must be': dict(finalists=1.5), 'alpha must be': dict(alpha=0),
+                         'hopeless must be a chance': dict(hopeless=1.),
                          "'time' or 'epochs', got 'steps'": dict(equal='steps'),
                          'unknown metric': dict(metric='acuracy')}.items():
         with pytest.raises((ValueError, TypeError), match=match): ask(**dict(metrics=accuracy) | kwargs)
 
 
-def test_the_bench_s_tasks_run(monkeypatch, tmp_path):
-    bench = Path(__file__).parents[3]/'benchmarks'
-    monkeypatch.syspath_prepend(str(bench))
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]/'benchmarks'))
     from methods import should_i
-    monkeypatch.setattr(should_i, 'trained', lambda make, epochs, seed=0: make().model.eval())
-    assert len(should_i.tasks)>=5 and not all(can for *_,can in should_i.tasks.values())
-    for name in ['teacher with other names']:
-        found = should_i.ask(name, epochs=1, pairs=1, folder=tmp_path)
-        assert should_i.row(name, found)['answer']==NOT_DECIDED
-    noisy = should_i.data(200, .4)
-    clean,wrong = (torch.tensor([int(y) for _,y in d.train_ds]) for d in (should_i.data(200), noisy))
+    return should_i
+
+def test_the_bench_s_tasks(bench):
+    import small_tasks
+    cannot = [t for t in bench.tasks.values() if t.cannot]
+    assert len(bench.tasks)==20 and len(cannot)>=5 and {t.of for t in cannot}=={t.of for t in bench.tasks.values()}
+    noisy = small_tasks.noisy()
+    clean,wrong = small_tasks.data(n=200).train_ds.tensors[1],noisy.train_ds.tensors[1]
     assert .25<(clean!=wrong).float().mean()<.45
-    assert torch.equal(noisy.valid_ds.tensors[1], should_i.data().valid_ds.tensors[1])
+    assert torch.equal(noisy.valid_ds.tensors[1], small_tasks.few().valid_ds.tensors[1])
+
+def test_a_task_is_asked_and_confirmed(bench, tmp_path):
+    found = bench.ask('digits, labels recited', epochs=1, pairs=1, folder=tmp_path)
+    row = bench.row('digits, labels recited', found)
+    assert row['answer']==NOT_DECIDED and row['pairs']==1 and (tmp_path/'digits_labels_recited.csv').exists()
+    n = len(found.study.log.frame())
+    assert bench.to_the_end(found)==dict(whole_answer=NOT_DECIDED, whole_share=row['share'])
+    assert set(bench.confirm(found, (100, 101)))=={'fresh_gain', 'fresh_low', 'fresh_high'}
+    assert len(found.study.log.frame())==n+4
+
+def test_who_recites_labels_adds_nothing_to_them(bench):
+    import small_tasks
+    dls = small_tasks.few()
+    teacher = small_tasks.labels(small_tasks.few)
+    x,y = dls.train_ds.tensors
+    assert torch.equal(teacher(x).argmax(1), y)
+    loss,pred = CrossEntropyLossFlat(),torch.randn(100, 10)
+    for arm in small_tasks.as_they_are.values():
+        both = arm['weight']*arm['loss'](pred, teacher(x))+(1-arm['weight'])*loss(pred, y)
+        assert both==pytest.approx(float(loss(pred, y)), rel=1e-5)
