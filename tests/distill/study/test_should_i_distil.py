@@ -17,8 +17,9 @@ from torch.utils.data import TensorDataset
 from fasterai.core.sequences import chance_to_decide, confidence_sequence
 from fasterai.distill.losses import SoftTarget
 from fasterai.distill.study.advice import suggest_weights
+from fasterai.distill.study.distil_answer import BETTER, NO_BETTER, NOT_DECIDED
 from fasterai.distill.study.one_run import fresh_callback
-from fasterai.distill.study.should_i_distil import BETTER, NO_BETTER, NOT_DECIDED, should_i_distil
+from fasterai.distill.study.should_i_distil import should_i_distil
 from helpers import data, flags, n_hooks, net, same, state
 
 
