@@ -15,7 +15,8 @@ import pandas as pd
 from fasterai.core.plots import new_axes
 from fasterai.distill.study.summary import plot_gains, readable as as_text, summary
 
-TITLES = {'cifar10_small': 'CIFAR-10, 5,000 images', 'digits': 'digits, 100 labels'}
+TITLES = {'imagenette_mobilenet': '1,053 photographs', 'cifar10_small': 'CIFAR-10, 5,000 images',
+          'digits': 'digits, 100 labels'}
 plot = partial(plot_gains, arm='loss')
 
 
