@@ -18,7 +18,6 @@ from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -31,20 +30,12 @@ from fasterai.distill.teacher.pretrained import pretrained_teacher
 from fasterai.distill.teacher.recorded.recorded import Replay
 from fasterai.distill.teacher.teacher import resize_batch
 from fasterai.distill.training.views import StudentSees
+from photographs import Photos
 from settings import ShiftFlip
 
 bs,lr,width = 50,5e-3,192
 small = partial(resize_batch, size=64)
 
-
-class Photos:
-    "Pictures in memory, with their labels or without"
-    n_inp = 1
-    def __init__(self, x, y=None): self.x,self.y = x,y
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i):
-        x = TensorImage(self.x[i])
-        return (x,) if self.y is None else (x, self.y[i])
 
 @cache
 def pictures(folder):
