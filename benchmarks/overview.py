@@ -1,9 +1,10 @@
-"""What each family of methods gained in its own study, in one table: gains and losses alike.
+"""What the families of methods gained in their own studies, in one table: gains and losses alike.
 
     python benchmarks/overview.py
 
-The arms of a study that a method has trained, and the arm that they are compared with, are named here; the figures are
-those of `benchmarks/results/family-*.csv`. Other arms (controls, bounds from above) are on the families' pages."""
+A selection: the arms of a study that stand for its methods, and the arm that they are compared with, are named here.
+The families' pages have all arms: other settings of the same methods, controls, and bounds from above. Figures are
+those of `benchmarks/results/family-*.csv`; the intervals are not adjusted for the number of rows."""
 from dataclasses import dataclass
 
 import pandas as pd

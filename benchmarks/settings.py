@@ -11,7 +11,6 @@ import photographs
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_image_files
 from fastai.optimizer import SGD, Adam
@@ -131,13 +130,13 @@ def photos(student, stages, before, ab, epochs, **kwargs):
                    teacher_size=192, fit_teacher=fine_tune, opt=Adam, wd=1e-2, longer=(1.5,), **kwargs)
 
 def fine_tune(learn):
-    "Its head, then all of it, gently; the statistics of its BatchNorms stay those of ImageNet"
+    "Its head, then all of it, gently; the statistics of its BatchNorms follow the photographs"
     learn.splitter,learn.train_bn = body_and_head,False
     learn.create_opt()
     learn.freeze()
     learn.fit_one_cycle(3, 1e-2)
     learn.unfreeze()
-    with learn.added_cbs(BnFreeze()): learn.fit_one_cycle(1, slice(1e-5, 1e-3))
+    learn.fit_one_cycle(1, slice(1e-5, 1e-3))
 
 resnet_stages = [f'layer{i}' for i in range(1, 5)]
 mobilenet_stages = [f'stages.{i}' for i in (1, 2, 3)]

@@ -37,7 +37,7 @@ def unlabelled():
 
 @cache
 def network():
-    "EfficientNet-Lite0 with a new head, which alone is trained, on the labelled photographs"
+    "EfficientNet-Lite0 with a new head; this is trained on the labelled photographs, and BatchNorms follow them"
     set_seed(0)
     larger = StudentSees(partial(resize_batch, size=size))
     learn = Learner(photographs(n_each, rows), lite0(10), CrossEntropyLossFlat(), metrics=accuracy, cbs=larger,

@@ -67,10 +67,11 @@ def _mapping(q, backend, layers):
     for n in layers: mapping.set_module_name(n, recipe)
     return mapping
 
-# %% ../../../nbs/distill/layers/int8_fx.ipynb #c02415ee
+# %% ../../../nbs/distill/layers/int8_fx.ipynb #b235c42f
 def _stumbles(model, name=''):
     "The innermost module that `torch.fx` cannot trace"
     for child,m in model.named_children():
+        if Tracer().is_leaf_module(m, child): continue
         try: Tracer().trace(m)
         except Exception: return _stumbles(m, f'{name}.{child}' if name else child)
     return name,type(model).__name__

@@ -34,7 +34,7 @@ def tools():
 _quantizers = ('FakeQuantize', 'FusedMovingAvgObsFakeQuantize', 'MovingAverageMinMaxObserver',
                'MovingAveragePerChannelMinMaxObserver')
 
-# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #63036e59
+# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #588717f9
 _highest = dict(x86=127, fbgemm=127, onednn=255, qnnpack=255) # of an activation, by backend
 
 def _quantizer(ao, backend, layers):
@@ -49,6 +49,11 @@ def _quantizer(ao, backend, layers):
     if layers is None: return found.set_global(config)
     for n in layers: found.set_module_name_qconfig(n, config)
     return found
+
+def _calls_of(graph, layers):
+    "The calls of these layers, by the names that `_tidied` gives them"
+    found = {list(n.meta['nn_module_stack'].values())[-1][0] for n in graph.graph.nodes if n.meta.get('nn_module_stack')}
+    return [n for n in found if n.partition('@')[0] in layers]
 
 # %% ../../../nbs/distill/layers/int8_pt2e.ipynb #cfa4561e
 class Exported(nn.Module):
@@ -70,7 +75,7 @@ class Exported(nn.Module):
         _follow_modes(self)
         return self.graph(*(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in xb))
 
-# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #fd5e4898
+# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #d2d806c8
 _ops = torch.ops.aten
 _modes = {_ops.batch_norm.default: 5, **{getattr(_ops, n).default: 2 for n in (
     'dropout', 'dropout_', 'feature_dropout', 'feature_dropout_', 'alpha_dropout', 'alpha_dropout_',
@@ -79,7 +84,7 @@ _modes = {_ops.batch_norm.default: 5, **{getattr(_ops, n).default: 2 for n in (
 def _layer_of(node):
     "Name of the layer that an operation came from"
     within = list(node.meta.get('nn_module_stack', {}).values())
-    return within[-1][0] if within else ''
+    return within[-1][0].partition('@')[0] if within else ''
 
 def _with_arg(node, i, value):
     "Has `value` taken another's place?"
@@ -113,12 +118,28 @@ def __setstate__(self:Exported, state):
     for m,mode in zip(made.modules(), state['modes']): m.training = mode
     vars(self).update(vars(made))
 
-# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #a4bf6959
+# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #c0141822
+def _first(node):
+    "What an operation's first argument goes back to, by name"
+    while isinstance(node.args[0] if node.args else None, fx.Node): node = node.args[0]
+    return str(node.target)
+
+def _tidied(graph):
+    """Without the count of BatchNorms' batches, and a layer's second call under a name of its own: torchao takes all
+    that has one name for one call"""
+    for n in reversed(list(graph.graph.nodes)):
+        if n.target is _ops.add_.Tensor and not n.users and _first(n).endswith('num_batches_tracked'):
+            graph.graph.erase_node(n)
+    for n in graph.graph.nodes:
+        stack = n.meta.get('nn_module_stack')
+        key,(name,kind) = list((stack or {'':('', '')}).items())[-1]
+        if '@' in key: n.meta['nn_module_stack'] = {**stack, key:(f"{name}@{key.rpartition('@')[2]}", kind)}
+    graph.recompile()
+    return graph
+
 def _own_numbers(graph, source):
     "BatchNorms with the numbers of their layers"
     for n in list(graph.graph.nodes):
-        if n.target is _ops.add_.Tensor and str(n.args[0].target).endswith('num_batches_tracked'):
-            graph.graph.erase_node(n)
         if n.target is not _ops.batch_norm.default: continue
         layer,variance = source.get_submodule(_layer_of(n)),n.args[4]
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or variance is None: continue
@@ -138,7 +159,7 @@ def _exported(model, xb):
     for x in xb: free[x] = {0: torch.export.Dim.DYNAMIC}
     return torch.export.export(model, xb, dynamic_shapes=free)
 
-# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #ec81f3c6
+# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #82bcf514
 def fake_quantized(
     model:nn.Module,           # Changed: pass a copy
     xb:tuple,                  # A batch of its inputs
@@ -150,12 +171,17 @@ def fake_quantized(
     ao,xb,training = tools(),_two_or_more(xb),model.training
     if backend not in _highest: raise ValueError(unknown_name('backend', backend, _highest))
     try:
-        with without_chatter(): graph = _exported(model.train(), xb).module()
+        with without_chatter(): graph = _tidied(_exported(model.train(), xb).module())
     except Exception as e:
         raise ValueError(f"torch.export cannot follow {type(model).__name__}, so that there is nothing to quantize "
                          f"({_first_line(e)}); write its forward without branches on values, or use bits<8, which "
                          "needs no trace but is simulated") from e
-    with without_chatter(): graph = ao.prepare(graph, _quantizer(ao, backend, layers))
+    try:
+        calls = None if layers is None else _calls_of(graph, layers)
+        with without_chatter(): graph = ao.prepare(graph, _quantizer(ao, backend, calls))
+    except Exception as e:
+        raise ValueError(f"torchao cannot quantize {type(model).__name__} ({_first_line(e)}); name other layers in "
+                         "`layers`, or use bits<8, which needs no trace but is simulated") from e
     found = Exported(model, _own_numbers(graph, model), (tuple(x[:2] for x in xb), backend, layers))
     _refuse_other_answers(found, xb)
     return found.train(training)

@@ -52,7 +52,7 @@ class Observing(Callback):
         if now==self.looking: return
         model,self.looking = unwrap(self.learn.model),now
         observe(model, now[0])
-        if training: freeze_statistics(model, not now[1])
+        if training and not now[1]: freeze_statistics(model)
 
     def before_validate(self): self.looking = None
     def before_train(self): self.looking = None

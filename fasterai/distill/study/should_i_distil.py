@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['should_i_distil', 'DistilAnswer']
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #1ddbb2c1
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #8b947db2
 import math
 from copy import deepcopy
 from functools import partial
 from typing import Callable
 
+import numpy as np
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -66,7 +67,7 @@ def probe(self:DistilAnswer):
     for arm in self.arms:
         if why := _why_not(self.study, arm): self.left_out[arm] = why
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #6c2cb08c
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #e74f3750
 _scouts = 10_000,10_001 # seeds
 
 @patch
@@ -80,8 +81,8 @@ def scout(self:DistilAnswer,
         self.study.run(short, _scouts, [ALONE, *self.arms], progress=False, keep=False)
     if len(self.arms)>finalists:
         gains = {a: self._differences(a, short, short, _scouts).mean() for a in self.arms}
-        for a in sorted(gains, key=gains.get)[:-finalists]:
-            self.left_out[a] = f"behind in short runs, {self._say(gains[a], True)}"
+        ranked = sorted(gains, key=lambda a: gains[a] if np.isfinite(gains[a]) else -np.inf)
+        for a in ranked[:-finalists]: self.left_out[a] = f"behind in short runs, {self._say(gains[a], True)}"
     self.as_long = {a: self._alone_for(a, short) if time else self.epochs for a in self.arms}
 
 @patch
@@ -92,7 +93,7 @@ def _alone_for(self:DistilAnswer, arm, short):
     ratio = seconds[arm]/max(seconds[ALONE], 1e-9)
     return max(self.epochs, math.ceil(self.epochs*ratio-0.1))
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #99135b49
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #e1784e06
 @patch
 def run(self:DistilAnswer,
     progress:bool=True, # Show a bar?
@@ -104,8 +105,14 @@ def run(self:DistilAnswer,
         if self.answer!=NOT_DECIDED or not going: break
         for n in dict.fromkeys(self.as_long[a] for a in going): self._train(ALONE, n, seed)
         for a in going: self._train(a, self.epochs, seed)
+        self._leave_out_diverged()
         if progress: bar.comment = self._in_short()
     return self
+
+@patch
+def _leave_out_diverged(self:DistilAnswer):
+    for a in self.arms:
+        if not np.isfinite(self.gains(a)).all(): self.left_out[a] = f"diverged: a difference in {self.metric} is no number"
 
 @patch
 def _train(self:DistilAnswer, arm, epochs, seed): self.study.run(epochs, [seed], [arm], progress=False, keep=False)

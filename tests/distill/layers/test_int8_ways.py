@@ -10,6 +10,7 @@ from fasterai.distill.layers import int8_fx
 from fasterai.distill.layers.capture import Capture
 from fasterai.distill.layers.int8 import (as_int8, as_reference, calibrate, fake_quantized, fake_quantizers,
                                           freeze_statistics, quantized_layers)
+from fasterai.distill.layers.int8_pt2e import _layer_of
 from fasterai.distill.layers.trace import trace
 from helpers import flags, net, same, state
 
@@ -195,3 +196,43 @@ def test_nothing_to_quantize(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, FX, None)
     found = fake_quantized(nn.Sequential(nn.Flatten(), nn.ReLU()), (pictures,))
     with pytest.raises(ValueError, match='no layer that can be quantized'): calibrate(found, [(pictures,)])
+
+
+class Repeats(nn.Module):
+    "A layer twice in a row, a block twice with its BatchNorm, and one activation for all"
+    def __init__(self):
+        super().__init__()
+        self.a,self.c,self.n = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1),nn.BatchNorm2d(8)
+        self.t,self.act,self.fc = nn.Conv2d(8, 8, 1),nn.ReLU(inplace=True),nn.Linear(8, 3)
+    def forward(self, x):
+        x = self.act(self.a(x))
+        for _ in range(2): x = self.act(self.n(self.c(x))+x)
+        return self.fc(self.t(self.t(x)).mean((2, 3)))
+
+def test_each_call_of_a_layer_is_rounded(monkeypatch):
+    pytest.importorskip('torchao')
+    monkeypatch.setitem(sys.modules, FX, None)
+    torch.manual_seed(0)
+    net,x = Repeats().train(),torch.randn(8, 3, 8, 8)
+    with torch.no_grad(): wanted = deepcopy(net).eval()(x)
+    for layers in (None, ['t']):
+        q = fake_quantized(deepcopy(net), (x,), layers=layers)
+        ops = torch.ops.aten.conv2d.default,torch.ops.aten.linear.default
+        heavy = [n for n in q.graph.graph.nodes if n.target in ops]
+        rounded = [_layer_of(n) for n in heavy if n.args[1].op=='call_module']
+        assert len(heavy)==6 and sorted(rounded)==(['t', 't'] if layers else ['a', 'c', 'c', 'fc', 't', 't'])
+        calibrate(q, [(x,)])
+        with torch.no_grad(): got,ints = q.eval()(x),as_int8(q)(x)
+        assert 0<(got-wanted).norm()<.1*wanted.norm() and (ints-got).norm()<1e-3*got.norm()
+
+
+class Bright(nn.Module):
+    "Does something else with bright pictures"
+    def __init__(self):
+        super().__init__()
+        self.a,self.n = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4)
+    def forward(self, x): return self.n(self.a(x if x.mean()>.5 else -x))
+
+def test_a_network_that_branches_is_to_blame_itself():
+    with pytest.raises(ValueError, match=r'cannot follow Bright in its own forward \(Bright\)'):
+        fake_quantized(Bright(), (torch.randn(2, 3, 8, 8),))

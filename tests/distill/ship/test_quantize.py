@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import CancelFitException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import BnFreeze
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
@@ -115,6 +116,19 @@ def test_freeze(learn):
     seen.clear()
     q.fit(1, cbs=Look())
     assert all(on and stats for _,on,stats in seen)
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_batchnorms_that_the_user_has_frozen_stay_so(learn, bits):
+    q = quantize_aware(learn, bits)
+    for m in q.model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+    def statistics(): return {k:v.clone() for k,v in q.model.state_dict().items() if 'running' in k}
+    was = statistics()
+    with q.no_bar(), q.no_logging():
+        q.fit(2, cbs=BnFreeze())
+        assert was and same(was, statistics())
+        q.fit(1)
+    assert not any(torch.equal(v, was[k]) for k,v in statistics().items())
 
 def test_freeze_batchnorms_with_learned_steps(learn):
     q = quantize_aware(learn, 3)

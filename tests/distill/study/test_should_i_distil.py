@@ -105,6 +105,15 @@ def test_less_of_a_loss_is_better(fake):
     assert found.answer==BETTER and found.arm=='a' and found.interval[0]>0
     assert fake((.5, .5), metrics=level_loss, lowest=False).answer==NO_BETTER
 
+@pytest.mark.parametrize('gains,worse', [((.5, np.nan), 'b'), ((np.nan, .5), 'a')])
+def test_an_arm_that_diverges_is_left_out(fake, tmp_path, gains, worse):
+    better = 'ab'.replace(worse, '')
+    found = fake(gains, finalists=1)
+    assert found.answer==BETTER and found.arm==better and list(found.left_out)==[worse]
+    for _ in range(2): # the second time out of its file
+        found = fake(gains, finalists=2, path=tmp_path/'runs.csv')
+        assert found.answer==BETTER and found.arm==better and 'diverged' in found.left_out[worse]
+
 def test_equal_time_and_finalists(fake):
     found = fake((.0, .3), slow=(2, 1.5), equal='time', finalists=1, epochs=8)
     assert found.arms==['b'] and 'behind in short runs' in found.left_out['a'] and found.as_long=={'b':12}
