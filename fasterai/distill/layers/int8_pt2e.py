@@ -34,7 +34,7 @@ def tools():
 _quantizers = ('FakeQuantize', 'FusedMovingAvgObsFakeQuantize', 'MovingAverageMinMaxObserver',
                'MovingAveragePerChannelMinMaxObserver')
 
-# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #588717f9
+# %% ../../../nbs/distill/layers/int8_pt2e.ipynb #3fe5f8d8
 _highest = dict(x86=127, fbgemm=127, onednn=255, qnnpack=255) # of an activation, by backend
 
 def _quantizer(ao, backend, layers):
@@ -52,7 +52,8 @@ def _quantizer(ao, backend, layers):
 
 def _calls_of(graph, layers):
     "The calls of these layers, by the names that `_tidied` gives them"
-    found = {list(n.meta['nn_module_stack'].values())[-1][0] for n in graph.graph.nodes if n.meta.get('nn_module_stack')}
+    stacks = [n.meta.get('nn_module_stack') for n in graph.graph.nodes]
+    found = {list(o.values())[-1][0] for o in stacks if o}
     return [n for n in found if n.partition('@')[0] in layers]
 
 # %% ../../../nbs/distill/layers/int8_pt2e.ipynb #cfa4561e
