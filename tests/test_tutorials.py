@@ -62,7 +62,8 @@ def fast(data, short_command, tmp_path, monkeypatch):
     from fasterai.distill.study.experiment import Experiment
     fit,run,init = Learner.fit,Experiment.run,DataLoader.__init__
     monkeypatch.setenv('FASTAI_HOME', str(data))
-    monkeypatch.setenv('PATH', os.pathsep.join([str(short_command), os.environ['PATH']]))
+    commands = str(short_command),str(Path(sys.executable).parent)
+    monkeypatch.setenv('PATH', os.pathsep.join([*commands, os.environ['PATH']]))
     monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])  # which a notebook's shell replaces
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(root/'benchmarks')  # whose runs the pages of the families show
