@@ -17,7 +17,7 @@ from ..layers.adapters import placed, position_steps
 from .base import as_loss, unit
 from .learning import LearnedLoss
 
-# %% ../../../nbs/distill/loss/contrast.ipynb #290e040c
+# %% ../../../nbs/distill/loss/contrast.ipynb #9eed6671
 def _classes(target, n):
     "Labels `(B,)` from labels or from soft or one-hot targets `(B, C)`"
     if target is None: return None
@@ -26,7 +26,11 @@ def _classes(target, n):
     if target.shape==(n,): return target
     raise ValueError(f"CRD takes one label per sample, ({n},), got a target of {tuple(target.shape)}; leave target out")
 
-# %% ../../../nbs/distill/loss/contrast.ipynb #02c64f77
+def _same_class(y, others):
+    "Which of `others` (K,) are known to be of the class of each of `y` (B,): `(B, K)`"
+    return (y[:,None]==others) & (y[:,None]>=0)
+
+# %% ../../../nbs/distill/loss/contrast.ipynb #69080cb5
 class CRD(LearnedLoss):
     """Contrastive representation distillation (Tian et al., ICLR 2020, arXiv 1910.10699) on the last pair of maps,
     averaged over positions. Negatives come from the batch, or from a bank of `bank` samples, which needs `index`"""
@@ -67,7 +71,7 @@ class CRD(LearnedLoss):
     def forward(self,
         fm_s:dict,   # Student's maps `{layer: tensor}`; the last one is compared
         fm_t:dict,   # Teacher's maps
-        target=None, # Labels `(B,)`: samples of the same class are no negatives. None: all other samples are
+        target=None, # Labels `(B,)`, below 0 for none: samples of one class are no negatives. None: all others are
         index=None,  # With a bank: the samples' positions in the training set, `(B,)`; or set `self.index`
         **kwargs
     )->torch.Tensor: # Scalar
@@ -87,7 +91,7 @@ class CRD(LearnedLoss):
         bank = f", bank={self.bank}, k={self.k}, momentum={self.momentum}" if self.bank else ''
         return f"dim={self.dim}, T={self.T}{bank}"
 
-# %% ../../../nbs/distill/loss/contrast.ipynb #3e3bd0a4
+# %% ../../../nbs/distill/loss/contrast.ipynb #a123d447
 @patch
 def _nce(self:CRD, i, pos, neg, use):
     "The critic's log-loss for anchors with positive scores `pos` (B,) and candidates' `neg` (B, K), where `use` (B, K)"
@@ -102,10 +106,11 @@ def _nce(self:CRD, i, pos, neg, use):
 @patch
 def _in_batch(self:CRD, z_s, z_t, y):
     scores = z_s@z_t.T/self.T
-    same = torch.eye(len(z_s), dtype=torch.bool, device=z_s.device) if y is None else y[:,None]==y
+    same = torch.eye(len(z_s), dtype=torch.bool, device=z_s.device)
+    if y is not None: same |= _same_class(y, y)
     return sum(self._nce(i, sc.diagonal(), sc, ~same) for i,sc in enumerate((scores, scores.T)))
 
-# %% ../../../nbs/distill/loss/contrast.ipynb #d5605c83
+# %% ../../../nbs/distill/loss/contrast.ipynb #cf341006
 @patch
 def _with_bank(self:CRD, z_s, z_t, y, index):
     if index is None or len(index)!=len(z_s):
@@ -116,7 +121,7 @@ def _with_bank(self:CRD, z_s, z_t, y, index):
     index = torch.as_tensor(index, device=z_s.device)
     window = self.order[(self.start + torch.arange(self.k, device=z_s.device)) % self.bank]
     other = window!=index[:,None]
-    if y is not None: other &= self.labels[window]!=y[:,None]
+    if y is not None: other &= ~_same_class(y, self.labels[window])
     loss = 0
     for i,(z,bank) in enumerate([(z_s, self.bank_t), (z_t, self.bank_s)]):
         loss = loss + self._nce(i, (z*bank[index]).sum(1)/self.T, z@bank[window].T/self.T, other)

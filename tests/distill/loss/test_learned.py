@@ -181,6 +181,16 @@ def test_crd_with_a_bank():
         np.testing.assert_allclose(loss.bank_t.numpy(), bank_t, rtol=1e-9)
         assert loss.labels.tolist()==labels
 
+@pytest.mark.parametrize('bank', [0, 9])
+def test_crd_knows_that_rows_without_a_label_are_of_no_class(bank):
+    "They were of one class, and no negatives of each other"
+    d,index = dict(fm_s=maps((5, 6)), fm_t=maps((5, 7))),torch.tensor([4, 0, 7, 2, 1])
+    loss = CRD(dim=3, bank=bank).build(**d)
+    twin = copy.deepcopy(loss)
+    for _ in range(2):  # the second time the bank has their labels too
+        got = loss(**d, target=torch.tensor([0, -100, 0, -100, 1]), index=index)
+        torch.testing.assert_close(got, twin(**d, target=torch.tensor([0, 5, 0, 6, 1]), index=index))
+
 def test_crd_bank_wants_index_from_call_or_attribute():
     d = dict(fm_s=maps((3, 6)), fm_t=maps((3, 7)))
     loss = CRD(dim=3, bank=9).build(**d)
