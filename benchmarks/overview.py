@@ -22,6 +22,8 @@ class Compared:
 
 STUDIES = {
     'few_labels': Compared('alone, 100 labels', ['taught, 100 labels', 'taught, all photographs']),
+    'tenth_of_labels': Compared('alone, a tenth of the labels',
+                                ['taught, a tenth of the labels', 'taught, all photographs']),
     'photos': Compared('alone', ['embeddings, then a probe']),
     'embeddings': Compared('alone', ['Cosine', 'Affinity', 'Queue']),
     'text': Compared('labels of 208, as many steps', ['distilled, no labels, all 600']),
