@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['UNLABELLED', 'Extended', 'inputs_of', 'UnlabelledDL', 'mix_unlabelled', 'with_train', 'labelled_part']
 
-# %% ../../nbs/data/unlabelled.ipynb #fbb703c2
+# %% ../../nbs/data/unlabelled.ipynb #d441f1d3
 from copy import copy
 from functools import partial
 from itertools import islice
 from typing import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, test_set
@@ -134,7 +135,7 @@ def mix_unlabelled(
     inputs,no_label = inputs_of(ds, items),_no_label(ds[0][dl.n_inp:])
     return with_train(dls, _mixed(dl, Extended(ds, inputs, [no_label]*len(inputs), dl.n_inp), ratio))
 
-# %% ../../nbs/data/unlabelled.ipynb #03343e01
+# %% ../../nbs/data/unlabelled.ipynb #3e049dc8
 def _no_label(labels):
     "What stands for a label like `labels`"
     if len(labels)==1 and _is_class(labels[0]):
@@ -145,7 +146,7 @@ def _no_label(labels):
                      "target which rows do not count")
 
 def _is_class(y):
-    y = torch.as_tensor(y) if isinstance(y, (int, Tensor)) and not isinstance(y, bool) else torch.ones(1)
+    y = torch.as_tensor(y) if isinstance(y, (int, np.integer, Tensor)) and not isinstance(y, bool) else torch.ones(1)
     return not y.ndim and y.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
 
 def with_train(

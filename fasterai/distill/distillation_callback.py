@@ -32,7 +32,7 @@ from .training.session import Session
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
 
-# %% ../../nbs/distill/distillation_callback.ipynb #88e49395
+# %% ../../nbs/distill/distillation_callback.ipynb #264f5f89
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of `teacher`: `(1-weight)*task_loss + weight*distill_loss`.
 
@@ -74,7 +74,7 @@ class KnowledgeDistillationCallback(Callback):
     def before_fit(self):
         "Begin a session, unless this is `validate` or another way of inference, which begin with this event too"
         if self.learn.lock.locked() or not watch(self.learn, self).fits: return
-        self._refuse_teacherless()
+        self._check_ready()
         self.session = Session(self, self.learn, outer=self.session).open()
 
     def before_train(self):
@@ -129,13 +129,15 @@ def after_cancel_step(self:KnowledgeDistillationCallback):
     "A step that is left out is none"
     if s := self.teaching: s.fit.notes['skipped'] = self.learn.train_iter
 
-# %% ../../nbs/distill/distillation_callback.ipynb #312427a4
+# %% ../../nbs/distill/distillation_callback.ipynb #a9bd2259
 def _learn_of(cb): return vars(cb).get('_learn')
+
+def _times_in(learn, cb): return sum(o is cb for o in learn.cbs)
 
 def _go_over(cb, learn):
     "To another Learner, or to none"
     old = cb.learn
-    if learn is old: return
+    if learn is old or learn is None and _times_in(old, cb)>1: return
     if learn is not None and cb.session:
         raise ValueError("this callback is in the middle of a fit of another Learner: make one for each Learner")
     if learn is None:
@@ -147,7 +149,7 @@ def _go_over(cb, learn):
 
 KnowledgeDistillationCallback.learn = property(_learn_of, _go_over, doc="The Learner that the callback is in")
 
-# %% ../../nbs/distill/distillation_callback.ipynb #b90396e4
+# %% ../../nbs/distill/distillation_callback.ipynb #e618547e
 @patch
 def _init_state(self:KnowledgeDistillationCallback):
     "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
@@ -164,6 +166,13 @@ def __setstate__(self:KnowledgeDistillationCallback, state):
 def _refuse_teacherless(self:KnowledgeDistillationCallback):
     if self.teacher is None:
         raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
+
+@patch
+def _check_ready(self:KnowledgeDistillationCallback):
+    self._refuse_teacherless()
+    if _times_in(self.learn, self)<2: return
+    raise ValueError("this callback is in the Learner twice, and would teach twice: leave it out of fit(cbs=) where "
+                     "the Learner has it already")
 
 @patch
 def _refuse_nobody(self:KnowledgeDistillationCallback):
@@ -233,13 +242,16 @@ def load_learned(self:KnowledgeDistillationCallback,
     if self.eyes is None or self.eyes.shapes is None: self.loading = state
     else: self.learned.load_state_dict(state)
 
-# %% ../../nbs/distill/distillation_callback.ipynb #a9e50a62
+# %% ../../nbs/distill/distillation_callback.ipynb #cba1e820
 @patch
 def replace(self:KnowledgeDistillationCallback,
     **changes # Arguments of the callback
 ):
     "A new callback with the same teacher and other arguments; losses and adapters that are modules are copied"
     return type(self)(**{'teacher': self.teacher.another(), **self.recipe.arguments(), **changes})
+
+@patch
+def __copy__(self:KnowledgeDistillationCallback): return self.replace()
 
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):

@@ -158,3 +158,14 @@ def test_only_once():
     mixed = mix_unlabelled(loader(x, torch.arange(8)), x, 1)
     with pytest.raises(ValueError, match='already'): mix_unlabelled(mixed, x)
     assert isinstance(mixed.train, UnlabelledDL) and not isinstance(labelled_part(mixed).train, UnlabelledDL)
+
+
+def test_labels_of_numpy():
+    class Items:
+        "As many data sets have it: an array of labels"
+        y = np.arange(8)%3
+        def __len__(self): return 8
+        def __getitem__(self, i): return torch.ones(6),self.y[i]
+    dls = DataLoaders(*[TfmdDL(Items(), 4, num_workers=0, n_inp=1) for _ in range(2)])
+    y = mix_unlabelled(dls, [torch.zeros(6)]*5, 1).train.one_batch()[1]
+    assert y.tolist()==[0, 1, 2, 0]+4*[UNLABELLED]

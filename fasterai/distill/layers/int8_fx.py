@@ -139,9 +139,12 @@ def __setstate__(self:Kernels, state):
     Kernels.__init__(self, net, state['backend'])
     self.eval()
 
-# %% ../../../nbs/distill/layers/int8_fx.ipynb #2b51a88c
+# %% ../../../nbs/distill/layers/int8_fx.ipynb #f5c8f57b
 def _ready(model):
     "A copy that can be converted"
+    if '_observed_graph_module_attrs' not in getattr(model, 'meta', {}):
+        raise ValueError("PyTorch's FX forgets on the way through a file what it needs to make integers: call to_int8 "
+                         "or export_student before the Learner is saved, and keep what they give")
     model = deepcopy(model).cpu().eval()
     freeze_statistics(model, False)
     return model

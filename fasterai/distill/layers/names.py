@@ -6,15 +6,16 @@
 __all__ = ['wrapping', 'unwrap', 'is_compiled', 'refuse_uncalled', 'get_model_layers', 'get_module_by_name', 'layer_pairs',
            'as_names']
 
-# %% ../../../nbs/distill/layers/names.ipynb #418b8d91
+# %% ../../../nbs/distill/layers/names.ipynb #e814b571
 from typing import Iterable, Mapping
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/layers/names.ipynb #4d996e7a
+# %% ../../../nbs/distill/layers/names.ipynb #c6cb608f
 def wrapping(
     model:nn.Module, # A model, perhaps inside wrappers
 )->Iterable[nn.Module]:
@@ -22,9 +23,11 @@ def wrapping(
     while model is not None:
         yield model
         if isinstance(model, (DistributedDataParallel, DataParallel)): model = model.module
-        else: model = model._modules.get('_orig_mod')  # torch.compile's; its class is in torch._dynamo, slow to import
+        else: model = _child(model, '_orig_mod')  # torch.compile's; its class is in torch._dynamo, slow to import
 
-# %% ../../../nbs/distill/layers/names.ipynb #70cec0c0
+def _child(m, name): return m._modules[name] if name in m._modules else None # those of TorchScript have no `get`
+
+# %% ../../../nbs/distill/layers/names.ipynb #a4080e07
 def unwrap(
     model:nn.Module, # A model, perhaps inside `DistributedDataParallel`, `DataParallel` or `torch.compile`
 )->nn.Module:
@@ -40,9 +43,11 @@ def is_compiled(
 def refuse_uncalled(
     model:nn.Module, # Any model
 ):
-    "ValueError for a model that says, by an attribute `no_maps`, why nobody can listen to its layers"
-    why = getattr(unwrap(model), 'no_maps', None)
-    if why: raise ValueError(f"there are no maps of {type(unwrap(model)).__name__}: {why}")
+    "ValueError for TorchScript, or a model that says, by an attribute `no_maps`, why nobody can listen to its layers"
+    model = unwrap(model)
+    script = "nobody can listen to TorchScript's layers; take the network that it was made of"
+    why = script if isinstance(model, torch.jit.ScriptModule) else getattr(model, 'no_maps', None)
+    if why: raise ValueError(f"there are no maps of {type(model).__name__}: {why}")
 
 # %% ../../../nbs/distill/layers/names.ipynb #6ca5b0e8
 def get_model_layers(
@@ -53,7 +58,7 @@ def get_model_layers(
     named = {n:m for n,m in unwrap(model).named_modules(remove_duplicate=False) if n}
     return {n:repr(m) for n,m in named.items()} if get_layer_repr else list(named)
 
-# %% ../../../nbs/distill/layers/names.ipynb #cf7b62a5
+# %% ../../../nbs/distill/layers/names.ipynb #7517224e
 def get_module_by_name(
     model:nn.Module,   # Any model
     name:str,          # Dotted name, one of `get_model_layers`; `''` is the whole model, as in `named_modules`
@@ -62,7 +67,7 @@ def get_module_by_name(
     "The submodule called `name`; ValueError with the nearest names if there is none"
     m = unwrap(model)
     for part in str(name).split('.') if name!='' else ():
-        m = m._modules.get(part)
+        m = _child(m, part)
         if m is None: raise ValueError(unknown_name(kind, name, get_model_layers(model)))
     return m
 
@@ -81,21 +86,22 @@ def layer_pairs(
     if len(s)==len(t): return s,t
     raise ValueError(f"a pair needs a layer of each: got {len(s)} of the student {s} and {len(t)} of the teacher {t}")
 
-# %% ../../../nbs/distill/layers/names.ipynb #07ab05b3
+# %% ../../../nbs/distill/layers/names.ipynb #5dba910c
 def as_names(
     o:str|Iterable|None, # A name, several, or None
 )->list[str]:
     "`o` as a list of names"
     if o is None: return []
+    if not isinstance(o, (str, Iterable)): raise TypeError(f"layers must be names, as text or several, got {o!r}")
     return [o] if isinstance(o, str) else list(o)
 
-# %% ../../../nbs/distill/layers/names.ipynb #0f3deeed
+# %% ../../../nbs/distill/layers/names.ipynb #1e7a281c
 def _written_as_pairs(o):
     "Both lists of names, where `o` holds both; else None"
     if isinstance(o, Mapping):
         if set(o)=={'student', 'teacher'}: return as_names(o['student']),as_names(o['teacher'])
         return _unzip([(s,t) for s,ts in o.items() for t in as_names(ts)])
-    if o is None or isinstance(o, str): return None
+    if not isinstance(o, Iterable) or isinstance(o, str): return None
     o = list(o)
     return None if not o or any(isinstance(p, str) for p in o) else _unzip(o)
 

@@ -7,9 +7,10 @@ __all__ = ['OUTPUTS', 'FROM_TASK', 'mode_defaults', 'as_loss', 'as_pair', 'like_
            'channel_axis', 'shapes_of', 'pairs_of', 'over_pairs', 'same_shape', 'same_channels', 'pool_to_smaller',
            'centred', 'unit', 'gram']
 
-# %% ../../../nbs/distill/loss/base.ipynb #3bf7bc34
+# %% ../../../nbs/distill/loss/base.ipynb #284db581
 import inspect
 from functools import partial, wraps
+from numbers import Real
 from typing import Callable, Mapping
 
 import torch
@@ -135,12 +136,14 @@ def kl_div(
     p = lt.exp()
     return (lt-ls).mul_(p).masked_fill_(p==0, 0).sum(axis)
 
-# %% ../../../nbs/distill/loss/base.ipynb #a68662e7
+# %% ../../../nbs/distill/loss/base.ipynb #c835bfbc
 def check_T(
     T:float, # Temperature
 )->float:
-    "`T`. Raises ValueError unless it is positive (a tensor is not looked at: that would wait for the device)"
-    if not isinstance(T, Tensor) and not T>0: raise ValueError(f"T must be positive, got {T}")
+    "`T`. Raises TypeError or ValueError unless it is a positive number (a tensor is not read: that would wait for it)"
+    if isinstance(T, Tensor): return T
+    if not isinstance(T, Real): raise TypeError(f"T must be a number, got {T!r}")
+    if not T>0: raise ValueError(f"T must be positive, got {T}")
     return T
 
 # %% ../../../nbs/distill/loss/base.ipynb #0528e5a2

@@ -102,7 +102,10 @@ def calibrate(self:LSQFakeQuant,
     self.growth.zero_()
     return self
 
-# %% ../../../nbs/distill/ship/lsq.ipynb #1bd193d6
+# %% ../../../nbs/distill/ship/lsq.ipynb #53057414
+def _on_the_slow_path(*_):
+    "Does nothing; with hooks inside, PyTorch's transformer layers call their layers, and do not read their weights"
+
 class QuantizedLayer(nn.Module):
     "`layer` with its weight and its input on grids"
     def __init__(self,
@@ -113,6 +116,7 @@ class QuantizedLayer(nn.Module):
         self.layer = layer
         self.weight_fake_quant = LSQFakeQuant(bits, per_sample=False).to(layer.weight.device).calibrate(layer.weight)
         self.input_fake_quant = LSQFakeQuant(bits).to(layer.weight.device)
+        self.register_forward_pre_hook(_on_the_slow_path)
 
     def forward(self, x):
         weight = self.weight_fake_quant(self.layer.weight)
@@ -161,7 +165,7 @@ def _watch(model, layers, batches):
         for h in hooks: h.remove()
     return {n: torch.cat(xs) for n,xs in seen.inputs.items()}
 
-# %% ../../../nbs/distill/ship/lsq.ipynb #67af696a
+# %% ../../../nbs/distill/ship/lsq.ipynb #15d90efa
 def lsq_quantized(
     model:nn.Module,           # Changed in place
     batches:Sequence[tuple],   # Inputs to calibrate on
@@ -170,6 +174,8 @@ def lsq_quantized(
     ends:int=8,                # Bits of the first and the last of them, if that is more
 )->nn.Module:
     "`model` with its layers quantized, calibrated. ValueError for layers that it lacks, or that do not run"
+    for m in model.modules():
+        if isinstance(m, nn.TransformerEncoder): m.use_nested_tensor = False # which only the fast path takes
     inputs = _watch(model, chosen_layers(model, layers), batches)
     idle = [n for n in layers or () if n not in inputs]
     if idle or not inputs: raise ValueError(f"layers: {', '.join(idle) or 'none of them'} did not run on the batches")

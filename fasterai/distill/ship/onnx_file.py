@@ -15,7 +15,7 @@ from torch import nn
 from .predictor import description_of, open_session
 from ..study.measure import latency_ms
 
-# %% ../../../nbs/distill/ship/onnx_file.ipynb #a20e18b3
+# %% ../../../nbs/distill/ship/onnx_file.ipynb #4cc61cea
 class OnnxFile(nn.Module):
     """A network in an ONNX file, on the CPU. Raises ImportError without onnxruntime, FileNotFoundError without the
     file, ValueError for what is no ONNX file"""
@@ -32,24 +32,42 @@ class OnnxFile(nn.Module):
 
     def forward(self, *xb):
         _check_inputs(self, xb)
+        if self.batch in (None, len(xb[0])): return self._run(xb)
+        return torch.cat([self._run(part)[:n] for part,n in _in_parts(xb, self.batch)])
+
+    def _run(self, xb):
         arrays = {i.name: _as_array(x) for i,x in zip(self.session.get_inputs(), xb)}
         return torch.from_numpy(self.session.run(None, arrays)[0]).to(xb[0].device)
 
+    @property
+    def batch(self)->int|None:
+        "The number of samples that the file was made for; None: any"
+        first = {o.shape[0] if o.shape else None for o in (*self.session.get_inputs(), self.session.get_outputs()[0])}
+        return n if len(first)==1 and isinstance(n:=first.pop(), int) else None
+
     def __reduce__(self): return OnnxFile,(self.path, self.threads)
     def extra_repr(self): return str(self.path)
+
+def _in_parts(xb, n):
+    "Batches of `n`, the last one filled up with its last sample, and how many of each are samples"
+    for i in range(0, len(xb[0]), n):
+        part = [x[i:i+n] for x in xb]
+        yield [torch.cat([x, x[-1:].expand(n-len(x), *x.shape[1:])]) for x in part],len(part[0])
 
 def _as_array(x):
     x = x.detach().cpu().as_subclass(torch.Tensor)
     return (x.float() if x.is_floating_point() else x).numpy()
 
-# %% ../../../nbs/distill/ship/onnx_file.ipynb #9ffc5677
+# %% ../../../nbs/distill/ship/onnx_file.ipynb #8e464c94
 def _check_inputs(file, xb):
     wanted = file.session.get_inputs()
     if len(wanted)!=len(xb):
         raise ValueError(f"{file.path.name} takes {len(wanted)} input(s), {', '.join(i.name for i in wanted)}, "
                          f"and the batch has {len(xb)}")
+    a = 0 if file.batch is None else 1 # a batch of another size is cut into parts
     for i,x in zip(wanted, xb):
-        if len(i.shape)==x.ndim and all(not isinstance(n, int) or n==m for n,m in zip(i.shape, x.shape)): continue
+        fits = all(not isinstance(n, int) or n==m for n,m in zip(i.shape[a:], x.shape[a:]))
+        if len(i.shape)==x.ndim and fits: continue
         raise ValueError(f"{file.path.name} was made for {_shape(i.shape)} as {i.name!r}, and the batch has "
                          f"{_shape(x.shape)}: resize alike, or export the student for this size")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'same_rng', 'Plan', 'device_of', 'size_of', 'prepared', 'run_once', 'modules_of', 'last_to_run',
-           'Engine']
+           'Sheltered', 'Engine']
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #b1cd0d75
 import warnings
@@ -22,13 +22,13 @@ from ..layers.names import get_module_by_name, unwrap
 from ..layers.places import place_of
 from .frozen import twin
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #f2a46187
+# %% ../../../nbs/distill/teacher/forward.ipynb #cd6bead0
 @contextmanager
 def evaluating(
     modules:list, # Modules one by one, not with what is inside them
 ):
     "Every one of `modules` in eval mode; the flag of each restored at the end, however the end comes"
-    on = [m for m in modules if m.training]
+    on = [m for m in modules if getattr(m, 'training', False)] # what `torch.jit.freeze` has frozen has none
     try:
         for m in on: _set_training(m, False)
         yield
@@ -214,7 +214,19 @@ class _Watched(nn.Module):
         out = self.net(*xb)
         return out, {k:self.maps[k] for k in self.places}
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #d594ddd1
+# %% ../../../nbs/distill/teacher/forward.ipynb #503c640a
+class Sheltered:
+    "A function of a batch that may write into it: it gets a copy, unless its first call has written nothing"
+    def __init__(self, f): self.f,self.copying = f,True
+
+    def __call__(self, xb):
+        if not self.copying: return self.f(xb)
+        xb = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, xb)
+        found = self.f(xb)
+        self.copying = any(not t.is_inference() and t._version for t in tensors_in(xb))
+        return found
+
+# %% ../../../nbs/distill/teacher/forward.ipynb #6eaec0a8
 class Engine:
     "A network made ready for one kind of question; nothing in it changes any more"
     def __init__(self,
@@ -226,7 +238,7 @@ class Engine:
         self.plan = plan
         self.modules = list(net.modules())
         self.input_dtype = _input_dtype(net, plan)
-        self.run = self._runner(net, tuple(layers), stop_for)
+        self.run = Sheltered(self._runner(net, tuple(layers), stop_for))
 
     def __call__(self,
         xb:tuple, # A batch of inputs

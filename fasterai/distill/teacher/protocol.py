@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BaseTeacher', 'Nobody', 'accepted', 'named', 'asking', 'AdaptedTeacher', 'shared_with', 'refuse_shared']
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #1587b36f
+# %% ../../../nbs/distill/teacher/protocol.ipynb #50a7c01d
 import inspect
 from collections.abc import Mapping
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastcore.basics import patch
 
@@ -160,11 +161,11 @@ def shared_with(
             shared += [prefix+n for n,t in kind(remove_duplicate=False) if _memory(t) in changed]
     return shared
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #31c49675
+# %% ../../../nbs/distill/teacher/protocol.ipynb #4990b3b7
 def _memory(t):
     "What two tensors have in common if they share memory; the tensor itself where there is none"
     try: return t.untyped_storage().data_ptr() or id(t)
-    except (NotImplementedError, RuntimeError): return id(t)
+    except (NotImplementedError, RuntimeError, ValueError): return id(t) # a lazy one has none yet
 
 def _that_training_changes(student):
     yield from (p for p in student.parameters() if p.requires_grad)
@@ -174,12 +175,16 @@ def _that_training_changes(student):
             if b is None or name in m._non_persistent_buffers_set: continue
             if b.is_floating_point() or name=='num_batches_tracked': yield b
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #090b6043
+# %% ../../../nbs/distill/teacher/protocol.ipynb #0208d093
 def refuse_shared(
     student:nn.Module,          # As in `shared_with`
     models:Iterable[nn.Module], # As in `shared_with`
 ):
-    "ValueError where training `student` would change its teacher"
+    "ValueError where training `student` would change its teacher, or the teacher has never seen a batch"
+    models = list(models)
+    lazy = [n for m in models for n,p in m.named_parameters() if is_lazy(p)]
+    if lazy: raise ValueError(f"the teacher has parameters that no batch has given a size yet ({', '.join(lazy[:3])}), "
+                              "so it knows nothing: train it first")
     shared = shared_with(student, models)
     if not shared: return
     raise ValueError(f"teacher and student share weights ({', '.join(shared[:3])}), so training would change the "

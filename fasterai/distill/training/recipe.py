@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['UNSAID_WEIGHT', 'Recipe']
 
-# %% ../../../nbs/distill/training/recipe.ipynb #8f395fb1
+# %% ../../../nbs/distill/training/recipe.ipynb #1445c725
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
-from typing import Callable
+from numbers import Real
+from typing import Callable, Mapping
 
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.names import unknown_name
 from ...core.schedule import Schedule, as_schedule
@@ -34,7 +35,16 @@ def _by_name(name, weight, task_weight):
     if task_weight is None: task_weight = found['task_weight']
     return found['loss'],weight,task_weight
 
-# %% ../../../nbs/distill/training/recipe.ipynb #0031f5ec
+# %% ../../../nbs/distill/training/recipe.ipynb #6cd62342
+def _as_number(value, name):
+    if isinstance(value, Real) or isinstance(value, Tensor) and value.numel()==1: return float(value)
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+def _as_schedules(schedules):
+    if schedules is None: return {}
+    if isinstance(schedules, Mapping): return {k:as_schedule(v) for k,v in schedules.items()}
+    raise TypeError(f"schedules must be a dict of a hyper-parameter's name to its schedule, got {schedules!r}")
+
 def _with_hypers(loss, hypers):
     known = {k for o in as_terms(loss) for k in o.hypers} - {*FROM_TASK}
     for k in hypers:
@@ -52,7 +62,7 @@ def _layers(terms, student, teacher):
     names = list(layer_pairs(student or teacher, student or teacher)[0]) if student or teacher else []
     return (names, []) if named=={'fm_s'} else ([], names)
 
-# %% ../../../nbs/distill/training/recipe.ipynb #f1406f39
+# %% ../../../nbs/distill/training/recipe.ipynb #a15fe6d9
 @dataclass(frozen=True)
 class Recipe:
     "What is trained. Raises ValueError for weights, adapters, windows, schedules or layers that cannot be"
@@ -71,6 +81,7 @@ class Recipe:
 
     def __post_init__(self):
         self._check_weights()
+        self._check_switches()
         self._check_adapters()
         self._check_schedules()
         self._check_layers()
@@ -82,13 +93,14 @@ class Recipe:
         "The recipe of a callback's arguments. TypeError for a hyper-parameter that no loss has"
         if isinstance(loss, str): loss,weight,task_weight = _by_name(loss, weight, task_weight)
         if hypers: loss = _with_hypers(loss, hypers)
-        weight = float(weight)
+        weight = _as_number(weight, 'weight')
+        if task_weight is not None: task_weight = _as_number(task_weight, 'task_weight')
+        window = _as_number(start_pct, 'start_pct'),_as_number(end_pct, 'end_pct')
         terms = tuple(as_terms(loss))
         layers_s,layers_t = _layers(terms, activations_student, activations_teacher)
-        schedule = None if schedule is None else as_schedule(schedule)
-        schedules = {k:as_schedule(v) for k,v in (schedules or {}).items()}
+        schedule,schedules = None if schedule is None else as_schedule(schedule),_as_schedules(schedules)
         return cls(terms, tuple(layers_s), tuple(layers_t), weight, task_weight, schedule, schedules,
-                   (start_pct, end_pct), adapters, select, valid, mask)
+                   window, adapters, select, valid, mask)
 
     @cached_property
     def needs(self)->frozenset:
@@ -107,7 +119,7 @@ class Recipe:
         if pct<start or pct>=end<1: return 0.
         return self.weight*(1. if self.schedule is None else self.schedule.progress(pct))
 
-# %% ../../../nbs/distill/training/recipe.ipynb #ea27a52e
+# %% ../../../nbs/distill/training/recipe.ipynb #27bbc975
 @patch
 def _check_weights(self:Recipe):
     "Weights of 0 or more at any time, that add up where the task's is what is left"
@@ -121,6 +133,12 @@ def _check_weights(self:Recipe):
     if self.task_weight is None and max(weights)>1:
         raise ValueError(f"a weight of {max(weights):g} would give the task loss the weight {1-max(weights):g}: "
                          "pass task_weight=1 to set the two apart")
+
+@patch
+def _check_switches(self:Recipe):
+    if self.valid not in (True, False): raise TypeError(f"valid must be True or False, got {self.valid!r}")
+    if self.select is None or callable(self.select): return
+    raise TypeError(f"select must be a function from the student's output to its logits, got {self.select!r}")
 
 @patch
 def _check_adapters(self:Recipe):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #1cd238a2
+# %% ../../../nbs/distill/training/session.ipynb #49220f31
 from contextlib import ExitStack
 from functools import partial
 
@@ -23,7 +23,7 @@ from ..teacher.protocol import accepted, asking, refuse_shared
 from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
-from .first_look import check_first
+from .first_look import check_first, warn_of_softmax
 from .learned import remember
 from .lesson import (
     detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, target_of)
@@ -96,7 +96,7 @@ def _close_log(self:Session):
     "Take what an interrupted epoch has seen"
     self.kd.log.close()
 
-# %% ../../../nbs/distill/training/session.ipynb #dd9c8ef2
+# %% ../../../nbs/distill/training/session.ipynb #2cb83e97
 @patch
 def meet(self:Session, record:bool=True):
     "Check teacher and student, bring them to one device, and listen to what the task says"
@@ -124,6 +124,7 @@ def _look_at(self:Session, model):
 def _begin_teacher(self:Session, record):
     "Let the teacher get ready, unless an outer fit has, and ask it for no more than the losses name"
     teacher,task = self.kd.teacher,task_of(self.learn.loss_func)
+    if record and self.kd.recipe.select is None: warn_of_softmax(self.kd.recipe.terms, task)
     question = dict(layers=self.kd.recipe.layers_t, logits='teacher_pred' in self.kd.recipe.needs)
     if self.outer is None or self.outer.ask is None:
         self.stack.callback(teacher.end)

@@ -3,6 +3,7 @@
 Axis, gradients, probabilities, masks, layouts and outputs"""
 import warnings
 from collections import OrderedDict
+from copy import copy
 from functools import partial
 
 import pytest
@@ -12,10 +13,11 @@ from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders, TfmdDL
 from torch import nn
 
-from fasterai.distill.losses import FitNet, Logits, SoftTarget
+from fasterai.distill.layers.matching import match_feature_layers
+from fasterai.distill.losses import BinaryKD, FitNet, Logits, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
-from helpers import learner, net, same, state
+from helpers import data, learner, net, same, state
 from kd_helpers import KD, layers, teacher
 
 
@@ -229,3 +231,97 @@ def test_the_teachers_output_may_have_a_select_of_its_own():
     assert kd.log.history.distill_loss.tolist()==plain.log.history.distill_loss.tolist()
     with pytest.raises(ValueError, match='select: the teacher is a Teacher already'):
         KD(Teacher(teacher()), select_teacher=lambda o: o)
+
+
+# --- what the task is of ------------------------------------------------------
+
+@pytest.mark.parametrize('loss_func,y,said', [
+    (nn.BCEWithLogitsLoss(), torch.zeros(32, 3), 'labels that are there or not: BinaryKD'),
+    (nn.MSELoss(), torch.zeros(32, 3), 'numbers: Logits'), (nn.CrossEntropyLoss(), None, None)])
+def test_a_softmax_where_the_task_has_no_classes_is_warned_of(loss_func, y, said):
+    def said_of(loss):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            learner(dls=data(y=y), loss_func=loss_func).fit(1, cbs=KD(teacher(), loss))
+        return [str(w.message) for w in found if 'softmax over classes' in str(w.message)]
+    found = said_of(partial(SoftTarget, T=2))
+    assert len(found)==1 and found[0].endswith(f'{said} compares these') if said else not found
+    if said: assert not said_of(BinaryKD if 'BinaryKD' in said else Logits)
+
+
+# --- arguments ----------------------------------------------------------------
+
+@pytest.mark.parametrize('kwargs,said', [
+    (dict(weight=None), 'weight must be a number, got None'), (dict(task_weight='1'), "task_weight must be .*'1'"),
+    (dict(start_pct='0.1'), 'start_pct must be'), (dict(end_pct=None), 'end_pct must be'),
+    (dict(schedules=[1]), r"schedules must be a dict of a hyper-parameter's name .*\[1\]"),
+    (dict(valid='no'), "valid must be True or False, got 'no'"), (dict(select=3), 'select must be a function .* 3'),
+    (dict(loss=FitNet, activations_student=3), 'layers must be names, .* got 3')])
+def test_arguments_of_another_type_are_named(kwargs, said):
+    with pytest.raises(TypeError, match=said): KD(teacher(), **kwargs)
+
+
+def test_a_temperature_in_words():
+    with pytest.raises(TypeError, match="T must be a number, got '4'"): learner().fit(1, cbs=KD(teacher(), T='4'))
+
+
+def test_a_copy_of_the_callback_teaches_too():
+    kd = KD(teacher(), SoftTarget, weight=.3)
+    again = copy(kd)
+    learner().fit(1, cbs=again)
+    assert again.equation()==kd.equation() and len(again.log.history)==4 and kd.log is None
+
+
+# --- networks of other kinds --------------------------------------------------
+
+@pytest.mark.parametrize('made', [
+    torch.jit.script, lambda m: torch.jit.freeze(torch.jit.script(m)),
+    lambda m: torch.jit.trace(m, torch.zeros(2, 3, 8, 8))], ids=['script', 'freeze', 'trace'])
+def test_torchscript_teaches_as_its_network_does(made):
+    value = [first_value(KD(t, SoftTarget), net(), data(), nn.CrossEntropyLoss())
+             for t in (teacher(), made(teacher().eval()))]
+    assert value[1]==pytest.approx(value[0], rel=1e-3)
+
+
+def test_nobody_listens_to_torchscript():
+    script = torch.jit.script(teacher())
+    said = "no maps of RecursiveScriptModule: nobody can listen to TorchScript"
+    with pytest.raises(ValueError, match=said): learner().fit(1, cbs=KD(script, FitNet, **layers))
+    with pytest.raises(ValueError, match=said):
+        learner(torch.jit.script(net())).fit(1, cbs=KD(teacher(), FitNet, **layers))
+    with pytest.raises(ValueError, match=said): match_feature_layers(net(), script, torch.zeros(2, 3, 8, 8))
+
+
+def test_a_teacher_that_no_batch_has_given_a_size_is_refused():
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"no batch has given a size yet \(1.weight, 1.bias\)"):
+        learner().fit(1, cbs=KD(lazy))
+    learn = learner(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))
+    learn.fit(1, cbs=KD(teacher()))
+    assert learn.model[1].weight.shape==(3, 192)
+
+
+# --- the batch is everybody's -------------------------------------------------
+
+class WritesIntoIts(nn.Module):
+    def __init__(self): super().__init__(); self.net = teacher()
+    def forward(self, x): return self.net(x.sub_(.5).div_(2.))
+
+
+def test_a_teacher_that_writes_into_its_batch_changes_nobody_else_s():
+    x = torch.randn(4, 3, 8, 8)
+    was,two = x.clone(),Teacher([WritesIntoIts(), WritesIntoIts()], average='none')
+    want = Teacher(WritesIntoIts())(was.clone())[0]
+    for _ in range(3):
+        torch.testing.assert_close(two(x)[0], want)
+        assert x.equal(was)
+
+
+def test_a_teacher_that_begins_with_a_relu_in_place_leaves_the_student_its_gradients():
+    inplace,plain = nn.Sequential(nn.ReLU(inplace=True), teacher()),nn.Sequential(nn.ReLU(), teacher())
+    found = []
+    for t in (inplace, plain):
+        learn = learner(net())
+        learn.fit(1, cbs=KD(t))
+        found.append(state(learn.model))
+    assert same(*found)

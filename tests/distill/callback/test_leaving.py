@@ -163,3 +163,19 @@ def test_a_log_that_cannot_be_read_does_not_keep_the_rest_from_being_cleaned():
             raise KeyboardInterrupt()
     with pytest.raises(RuntimeError, match='device lost'): learn.fit(1, cbs=[kd, Broken()])
     clean(learn, t, before, kd)
+
+
+def test_the_same_callback_twice_is_refused_and_leaves_the_learner_as_it_was():
+    kd,learn = KD(teacher(), FitNet, **layers),learner()
+    with pytest.raises(ValueError, match='in the Learner twice'): learn.fit(1, cbs=[kd, kd])
+    assert not any(cb is kd for cb in learn.cbs) and kd.learn is None and unwatched(learn, kd)
+    learn.fit(1, cbs=kd)
+    assert len(kd.log.history)==4 and unwatched(learn, kd)
+
+def test_a_learner_keeps_its_callback_when_a_fit_is_given_it_again():
+    kd = KD(teacher(), FitNet, **layers)
+    learn = learner(cbs=kd)
+    with pytest.raises(ValueError, match=r'leave it out of fit\(cbs=\)'): learn.fit(1, cbs=kd)
+    assert sum(cb is kd for cb in learn.cbs)==1 and kd.learn is learn
+    learn.fit(1)
+    assert len(kd.log.history)==4

@@ -102,3 +102,14 @@ def test_without_onnxruntime(digits, monkeypatch):
     learn,file,_,_ = digits
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ImportError, match=r"pip install 'fasterai-distill\[export\]'"): check_file(file, learn)
+
+
+def test_a_file_for_batches_of_one_size_takes_any(digits, tmp_path):
+    "600 samples in batches of 200, by a file for batches of 7"
+    learn = digits[0]
+    file = OnnxFile(export_student(learn, tmp_path/'seven.onnx', batch=7))
+    x = learn.dls.valid.one_batch()[0]
+    with torch.no_grad(): want = learn.model.eval()(x)
+    assert file.batch==7 and OnnxFile(digits[1]).batch is None
+    for n in (1, 7, 16, len(x)): torch.testing.assert_close(file(x[:n]), want[:n], rtol=1e-4, atol=1e-4)
+    assert check_file(file.path, learn, min_time=.01).same==600

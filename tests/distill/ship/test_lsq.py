@@ -110,3 +110,27 @@ def test_layers_that_do_not_run():
 @pytest.mark.parametrize('bits', [0, 1, 9, 2.5, '4'])
 def test_bits(bits):
     with pytest.raises(ValueError, match='whole number from 2 to 8'): LSQFakeQuant(bits)
+
+
+class OfTokens(nn.Module):
+    "With PyTorch's own transformer, whose fast path would read the weights past the quantizers"
+    def __init__(self, masked):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        self.masked = masked
+
+    def forward(self, x):
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        mask[:, -1] = True
+        return self.encoder(x, src_key_padding_mask=mask if self.masked else None)
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_transformers_of_pytorch_are_rounded_without_gradients_too(masked):
+    model,x = OfTokens(masked).eval(),torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    plain = model(x)
+    found = lsq_quantized(model, [(x,)], 3)
+    with torch.no_grad(): got = found(x)
+    torch.testing.assert_close(got, found(x))
+    assert (got-plain).abs().max()>.01

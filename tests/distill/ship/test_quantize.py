@@ -17,6 +17,7 @@ from fastai.callback import schedule
 from torch import nn
 
 from fasterai.core.seeds import same_start
+from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.layers import int8
 from fasterai.distill.layers.int8 import as_int8, calibrate, fake_quantized, fake_quantizers
@@ -266,3 +267,11 @@ def test_without_torchs_quantization(learn, monkeypatch):
         monkeypatch.setitem(sys.modules, n, None)
     with pytest.raises(ImportError, match='pip install torchao, or quantize with bits<8'): quantize_aware(learn)
     assert quantize_aware(learn, 3).quantized
+
+
+def test_a_learner_from_a_file_says_that_it_makes_no_integers(tmp_path):
+    q = quantize_aware(learner(digits_net(4), digits_dls(100)))
+    q.path = tmp_path
+    q.export('q.pkl')
+    again = load_learner(tmp_path/'q.pkl')
+    with pytest.raises(ValueError, match='call to_int8 or export_student before the Learner is saved'): again.to_int8()
