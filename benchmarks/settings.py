@@ -143,7 +143,7 @@ mobilenet_stages = [f'stages.{i}' for i in (1, 2, 3)]
 students = dict(
     mobilenet=dict(student=cifar_nets.mobilenetv1, lr=1e-2, ab=12.3, stages=mobilenet_stages,
                    before=['stages.1.1.5:input', 'stages.2.1.5:input', 'stages.3.2.5:input']),
-    resnet18=dict(student=lambda c: models.resnet18(num_classes=c), lr=2e-3, ab=6.1, stages=resnet_stages,
+    resnet18=dict(student=lambda c: models.resnet18(num_classes=c), lr=1e-3, ab=6.1, stages=resnet_stages,
                   before=[f'{o}.1.relu:input' for o in resnet_stages]))
 shifted = ShiftFlip(8)
 photo_sets = dict(
