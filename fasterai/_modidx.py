@@ -2879,6 +2879,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fasterai/distill/study/run_log.py'),
                                                 'fasterai.distill.study.run_log._unescaped': ( 'distill/study/run_log.html#_unescaped',
                                                                                                'fasterai/distill/study/run_log.py'),
+                                                'fasterai.distill.study.run_log._whole': ( 'distill/study/run_log.html#_whole',
+                                                                                           'fasterai/distill/study/run_log.py'),
                                                 'fasterai.distill.study.run_log._write_all': ( 'distill/study/run_log.html#_write_all',
                                                                                                'fasterai/distill/study/run_log.py'),
                                                 'fasterai.distill.study.run_log.cell': ( 'distill/study/run_log.html#cell',

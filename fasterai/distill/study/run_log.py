@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cell', 'RunLog']
 
-# %% ../../../nbs/distill/study/run_log.ipynb #b1ed2a5e
+# %% ../../../nbs/distill/study/run_log.ipynb #c33e14d5
+import codecs
 import csv
 import io
 import os
@@ -83,7 +84,7 @@ def _link(tmp, path, header):
         try: _write_all(fd, header)
         finally: os.close(fd)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #fe150722
+# %% ../../../nbs/distill/study/run_log.ipynb #338c704a
 def _rows_of(text, cols, path):
     "The rows of a whole file; ValueError for one of other columns"
     lines = text.replace('\r\n', '\n').split('\n')[:-1]
@@ -95,11 +96,20 @@ def _rows_of(text, cols, path):
     if odd: warnings.warn(f"{path}: {odd} rows do not have {len(cols)} fields and are skipped")
     return head,[dict(zip(cols, map(_unescaped, r))) for r in rows if len(r)==len(cols)]
 
+def _whole(raw, header, path):
+    "The lines of a file that have their end; ValueError where what follows them is more than a line cut short"
+    end = raw.rfind(b'\n')+1
+    rest = raw[end:].removeprefix(codecs.BOM_UTF8)
+    if b'\r' in rest[:-1] or not (end or header.startswith(rest)):
+        raise ValueError(f"path: {str(path)!r} is no run log with lines that end in '\\n', it has {rest[:60]!r}; "
+                         f"expected {header.decode()!r} as its first line")
+    return raw[:end]
+
 def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #1bb86bc9
+# %% ../../../nbs/distill/study/run_log.ipynb #5bb6abe5
 class RunLog:
     """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no
     text, which is left as it is; warns of rows that do not fit"""
@@ -118,13 +128,14 @@ class RunLog:
         "Read the file, made if it is not there, and drop a line that was cut short"
         _create(self.path, _line(self.cols))
         raw = self.path.read_bytes()
-        head,self.rows = _rows_of(_decoded(raw[:raw.rfind(b'\n')+1], self.path), self.cols, self.path)
+        whole = _whole(raw, _line(self.cols), self.path)
+        head,self.rows = _rows_of(_decoded(whole, self.path), self.cols, self.path)
         if head is None or not raw.endswith(b'\n'): self._repair()
 
     def _repair(self):
         "Take off a line without an end, and give an empty file its header"
         with _locked(self.path, os.O_RDWR|os.O_APPEND) as fd:
-            end = self.path.read_bytes().rfind(b'\n')+1
+            end = len(_whole(self.path.read_bytes(), _line(self.cols), self.path))
             os.ftruncate(fd, end)
             if not end: _write_all(fd, _line(self.cols))
 

@@ -1,6 +1,7 @@
 "The log of runs under any values and any damage: what was written comes back, and what was not is never made up"
 import warnings
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from fasterai.distill.study.run_log import RunLog
@@ -45,3 +46,21 @@ def test_damage_never_makes_a_row_up(tmp_path_factory, at, damage, cut):
     again = RunLog(path, ['a', 'b'])
     again.add(dict(a='new', b='row'))
     assert opened(path)==[*rows, dict(a='new', b='row')]
+
+
+@pytest.mark.parametrize('raw', [b'my only copy', b'{"a": 1, "b": 2}', b'a,b\r1,2\r', b'a,b\r1,2\r3,4', b'a,b\r', b'a,bc',
+                                 b'a,b\n1,2\r3,4\r', b'a,b\n1,2\n3,4\r5,6'])
+def test_a_file_of_somebody_else_stays(tmp_path, raw):
+    path = tmp_path/'notes.txt'
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="notes.txt' is no run log"): RunLog(path, ['a', 'b'])
+    assert path.read_bytes()==raw and [p.name for p in tmp_path.iterdir()]==['notes.txt']
+
+
+@pytest.mark.parametrize('raw,rows', [(b'', 0), (b'\xef\xbb\xbfa,', 0), (b'a,b', 0), (b'a,b\n1,2\n3', 1),
+                                      (b'a,b\r\n1,2\r\n3,4\r', 1)])
+def test_a_log_that_was_cut_goes_on(tmp_path, raw, rows):
+    path = tmp_path/'runs.csv'
+    path.write_bytes(raw)
+    RunLog(path, ['a', 'b']).add(dict(a=5, b=6))
+    assert RunLog(path, ['a', 'b']).rows==[dict(a='1', b='2')]*rows+[dict(a='5', b='6')]
