@@ -125,7 +125,7 @@ def run_as_long(self:Experiment,
     longer = math.ceil(self.runs.epochs.max()*seconds.max()/seconds['alone'] - 0.1)
     self.study.run([longer], seeds, ['alone'], progress, keep=False)
 
-# %% ../../../nbs/distill/study/experiment.ipynb #fb2ef7b0
+# %% ../../../nbs/distill/study/experiment.ipynb #f6ec71c4
 @patch(as_prop=True)
 def runs(self:Experiment)->pd.DataFrame:
     "A row for each length and seed: the metric of the student alone, and in a column for each arm distilled"
@@ -137,8 +137,10 @@ def runs(self:Experiment)->pd.DataFrame:
 
 @patch(as_prop=True)
 def best_arm(self:Experiment)->str:
-    "The way to distil with the best mean at the greatest length"
-    means = self._longest()[list(self.arms)].mean()
+    "The way to distil with the best mean at the greatest length, of those that did not diverge there if there are any"
+    longest,diverged = self._longest(),self.study.diverged()
+    sound = [a for a in self.arms if (a, longest.epochs.max()) not in diverged]
+    means = longest[sound or list(self.arms)].mean()
     return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
 
 @patch(as_prop=True)
@@ -195,7 +197,7 @@ def table(self:Experiment)->pd.DataFrame:
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
-# %% ../../../nbs/distill/study/experiment.ipynb #8e8431ef
+# %% ../../../nbs/distill/study/experiment.ipynb #0596c7e4
 @patch
 def tests(self:Experiment)->dict:
     """For each length of training the paired test of the best arm against alone, p adjusted for the number of all that
@@ -208,6 +210,7 @@ def verdict(self:Experiment,
     alpha:float=0.05, # Level of the tests
 )->str:
     "What distilling did, in a line for each length of training"
+    if self.study and self.study.diverged(): return self.study.verdict(self._metric(), alpha)
     if not (found := self.tests()): return "One seed is an anecdote: run several to know whether distilling helped."
     seeds = self.runs.epochs.value_counts()
     if len(self.arms)>1: return self.study.verdict(self._metric(), alpha)

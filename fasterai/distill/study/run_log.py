@@ -109,7 +109,7 @@ def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #5bb6abe5
+# %% ../../../nbs/distill/study/run_log.ipynb #ab9c9680
 class RunLog:
     """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no
     text, which is left as it is; warns of rows that do not fit"""
@@ -154,6 +154,13 @@ class RunLog:
         key = {k:self._cell(k, v) for k,v in key.items()}
         return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
 
+    def number(self, row:dict, name:str)->float:
+        "A row's number in a column; NaN where there is none, ValueError for what is no number"
+        try: return float(row.get(name) or 'nan')
+        except ValueError: pass
+        where = 'the log' if self.path is None else f"path: {str(self.path)!r}"
+        raise ValueError(f"{where} has {row[name]!r} for {name}, expected a number, in the row of {row}")
+
     def frame(self,
         rows:list=None, # Some of the rows; None: all
     )->pd.DataFrame:
@@ -161,5 +168,5 @@ class RunLog:
         df = pd.DataFrame(self.rows if rows is None else rows, columns=self.cols)
         for c in df.columns:
             n = pd.to_numeric(df[c], errors='coerce')
-            if (n.notna() | (df[c]=='')).all(): df[c] = n
+            if (n.notna() | df[c].isin(['', 'nan'])).all(): df[c] = n
         return df

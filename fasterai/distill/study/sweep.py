@@ -74,7 +74,7 @@ def _arm(teacher, loss, point, kwargs):
     hypers = {k:v for k,v in point.items() if k not in _cb_args}
     return dict(teacher=teacher, loss=with_hypers(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #5b27fcf8
+# %% ../../../nbs/distill/study/sweep.ipynb #d3552eba
 class Sweep:
     "The runs of a sweep: `runs` has a row for each, `table()` sums them up, `plot()` draws them"
     def __init__(self,
@@ -101,18 +101,24 @@ class Sweep:
         found = at_equal_epochs(by_arm(pd.concat([self._of('alone').assign(arm='alone'), *named])), metric, 'alone')
         return {int(arm):t for (arm,_),t in found.items()}
 
+    def _diverged(self):
+        "How many runs of each point have a validation loss that is no finite number"
+        return self._points().valid_loss.agg(lambda v: int((~np.isfinite(v)).sum())).tolist()
+
     def table(self,
         metric:str=None, # Name; None: the first of the learner's metrics
     )->pd.DataFrame:
         """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone
-        (two seeds or more); `p` is adjusted for the number of points"""
+        (two seeds or more); `p` is adjusted for the number of points. Of points with runs that `diverged`, having a
+        validation loss that is no number, it has how many"""
         metric = self._metric(metric)
-        tests,rows = self._tests(metric),[]
+        tests,diverged,rows = self._tests(metric),self._diverged(),[]
         for name in ('teacher', 'alone'):
             v = self._of(name)[metric]
             if len(v): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
         for i,(vals,g) in enumerate(self._points()):
             row = {'run':'distilled', **dict(zip(self.params, vals)), **_spread(g[metric])}
+            if any(diverged): row['diverged'] = diverged[i]
             if t := tests.get(i): row.update({'vs alone':t.diff, 'low':t.ci[0], 'high':t.ci[1], 'p':t.p})
             rows.append(row)
         return pd.DataFrame(rows)
@@ -121,10 +127,12 @@ class Sweep:
         metric:str=None,         # Name; None: the first of the learner's metrics
         lowest:bool=None,        # Is less better? None: for losses and errors
     )->dict:
-        "The hyper-parameters with the best mean"
+        "The hyper-parameters with the best mean, of those without a run that diverged; ValueError if there are none"
         metric = self._metric(metric)
         lowest = lower_is_better(metric) if lowest is None else lowest
-        means = self._points()[metric].mean()
+        means = self._points()[metric].mean()[np.equal(self._diverged(), 0)]
+        if not len(means): raise ValueError("every point has a run whose validation loss is no number: lower the "
+                                            "learning rate, or the weights, of the grid")
         best = means.index.get_loc(means.idxmin() if lowest else means.idxmax())
         return {p: means.index.get_level_values(p).tolist()[best] for p in self.params}
 

@@ -48,8 +48,8 @@ def test_damage_never_makes_a_row_up(tmp_path_factory, at, damage, cut):
     assert opened(path)==[*rows, dict(a='new', b='row')]
 
 
-@pytest.mark.parametrize('raw', [b'my only copy', b'{"a": 1, "b": 2}', b'a,b\r1,2\r', b'a,b\r1,2\r3,4', b'a,b\r', b'a,bc',
-                                 b'a,b\n1,2\r3,4\r', b'a,b\n1,2\n3,4\r5,6'])
+@pytest.mark.parametrize('raw', [b'my only copy', b'{"a": 1, "b": 2}', b'a,b\r1,2\r', b'a,b\r1,2\r3,4', b'a,b\r',
+                                 b'a,bc', b'a,b\n1,2\r3,4\r', b'a,b\n1,2\n3,4\r5,6'])
 def test_a_file_of_somebody_else_stays(tmp_path, raw):
     path = tmp_path/'notes.txt'
     path.write_bytes(raw)
@@ -64,3 +64,14 @@ def test_a_log_that_was_cut_goes_on(tmp_path, raw, rows):
     path.write_bytes(raw)
     RunLog(path, ['a', 'b']).add(dict(a=5, b=6))
     assert RunLog(path, ['a', 'b']).rows==[dict(a='1', b='2')]*rows+[dict(a='5', b='6')]
+
+
+def test_numbers_that_are_none_and_cells_that_were_edited(tmp_path):
+    log = RunLog(tmp_path/'r.csv', ['a', 'loss'])
+    for a,loss in ((1, .5), (2, float('nan')), (3, float('inf')), (4, None)): log.add(dict(a=a, loss=loss))
+    df = RunLog(tmp_path/'r.csv', ['a', 'loss']).frame()
+    assert df.loss.dtype==float and df.loss[[0, 2]].tolist()==[.5, float('inf')]
+    assert df.loss.isna().tolist()==[0, 1, 0, 1]
+    log.rows[0]['loss'] = '0,5'
+    with pytest.raises(ValueError, match="r.csv' has '0,5' for loss, expected a"): log.number(log.rows[0], 'loss')
+    assert [log.number(r, 'loss') for r in log.rows[2:3]]==[float('inf')]

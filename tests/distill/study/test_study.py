@@ -150,6 +150,37 @@ def test_a_study_that_learned_a_new_teacher_forgets_the_old_runs(teacher, tmp_pa
     assert len(study.log.rows)==10
 
 
+def zeros():
+    "Of one class alone: whoever answers NaN is right"
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    ds = TensorDataset(x, torch.zeros(24, dtype=torch.long))
+    return DataLoaders(*(TfmdDL(ds, bs=8) for _ in range(2)), device='cpu')
+
+def no_number(pred, teacher_pred): return (pred*float('nan')).mean()
+
+def test_an_arm_that_diverged_is_not_called_better(teacher, tmp_path):
+    arms = dict(alone=None, bad=dict(teacher=teacher, loss=no_number), good=dict(teacher=teacher, loss=Logits))
+    for _ in range(2): # the second time out of its file
+        study = Study(partial(make, zeros(), lr=1e-6), arms, tmp_path/'r.csv').run(1, 2, progress=False)
+        assert study.runs.query("arm=='bad'").accuracy.eq(1).all() # and better than alone
+        first,*others = study.verdict().split('\n')
+        assert first=='bad, 1 epochs: diverged, valid_loss is no finite number for 2 of 2 seeds'
+        assert others and all(l.startswith('good, 1 epochs') for l in others) and study.diverged()=={('bad', 1): [0, 1]}
+        for metric in ('accuracy', 'valid_loss'):
+            table = study.table(metric)
+            assert table.arm.iloc[-1]=='bad' and table.diverged.tolist()==[0, 0, 2]
+
+def test_without_a_validation_loss_nothing_diverges():
+    study = Study(make, dict(alone=None, other=lambda: None), measure=lambda learn: dict(accuracy=.5))
+    assert study.run(1, 2, progress=False).diverged()=={} and 'diverged' not in study.table() and len(study.tests())==1
+
+def test_an_experiment_has_no_best_arm_that_diverged(teacher):
+    def net(): return _net()
+    exp = Experiment(zeros(), teacher, net, lr=1e-6, metrics=[accuracy], loss_func=CrossEntropyLossFlat(),
+                     arms=dict(bad=dict(loss=no_number), good=dict(loss=Logits))).run(1, 2, progress=False)
+    assert exp.runs.bad.eq(1).all() and exp.best_arm=='good' and 'bad, 1 epochs: diverged' in exp.verdict()
+
+
 # --- the log
 
 def _add(path, name, n):

@@ -167,6 +167,18 @@ def test_table_by_hand(teacher):
     assert t.loc[('distilled', best), 'error_rate']==t.loc['distilled'].error_rate.min()
     assert res.best('accuracy')['T']==best
 
+def test_a_point_that_diverged_is_not_the_best(teacher):
+    def nan(pred, teacher_pred): return (pred*float('nan')).mean()
+    def ones(): learn = student(); learn.metrics = [accuracy_of_ones]; return learn
+    def accuracy_of_ones(pred, targ): return float(not pred.isfinite().all())
+    def run(losses): return sweep(ones, teacher, {'loss':losses}, epochs=1, seeds=(0, 1), progress=False)
+    res = run([nan, Logits])
+    best = res.best('accuracy_of_ones')['loss']
+    assert best in ('Logits', Logits) and res.best('valid_loss')['loss']==best
+    assert res.table('valid_loss').set_index('loss').diverged[['nan', 'Logits']].tolist()==[2, 0]
+    assert 'diverged' not in _sweep(teacher, {'T':[1]}).table()
+    with pytest.raises(ValueError, match='every point has a run whose validation loss is no number'): run([nan]).best()
+
 def test_losses_schedules_and_names_as_values(teacher):
     runs = _sweep(teacher, {'loss':[SoftTarget, Logits], 'schedule':['cos', 'lin']}, seeds=(0,), baseline=False).runs
     assert set(runs.loss)=={'SoftTarget(T=5)',
