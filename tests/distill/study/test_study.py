@@ -22,6 +22,7 @@ from fasterai.distill.losses import FitNet, Logits, SoftTarget
 from fasterai.distill.study.experiment import Experiment
 from fasterai.distill.study.report import save_report
 from fasterai.distill.study.run_log import RunLog
+from fasterai.distill.study.setting import describe
 from fasterai.distill.study.study import Study
 from fasterai.distill.study.summary import by_arm, summary
 
@@ -82,6 +83,46 @@ def test_what_makes_a_run_another_run(teacher, tmp_path):
     assert [_trained(path, teacher, loss=FitNet, adapters=a, **maps)
             for a in (adapters[0], adapters[1], adapters[0])]==[1, 1, 0]
 
+
+rate,places,rates = 1e-9,dict(lr=(0, 1e-9)),[1e-9] # globals of the functions below
+
+@pytest.mark.parametrize('how', ['number', 'dict', 'list', 'closure', 'nested', 'path'])
+def test_what_a_function_reads_makes_another_run(monkeypatch, tmp_path, how):
+    got = []
+    for lr in (1e-9, 1., 1e-9):
+        cfg,file = dict(lr=lr),tmp_path/f'{lr}'
+        file.write_text(f'{lr}')
+        for k,v in dict(rate=lr, places=dict(lr=(0, lr)), rates=[lr]).items(): monkeypatch.setitem(globals(), k, v)
+        def nested(learn, epochs, cbs): learn.fit(epochs, (lambda: max(o for o in rates))(), cbs=cbs)
+        fit = dict(number=lambda learn, epochs, cbs: learn.fit(epochs, rate, cbs=cbs),
+                   dict=lambda learn, epochs, cbs: learn.fit(epochs, places['lr'][1], cbs=cbs),
+                   list=lambda learn, epochs, cbs: learn.fit(epochs, rates[0], cbs=cbs),
+                   closure=lambda learn, epochs, cbs: learn.fit(epochs, cfg['lr'], cbs=cbs), nested=nested,
+                   path=lambda learn, epochs, cbs: learn.fit(epochs, float(file.read_text()), cbs=cbs))[how]
+        study = Study(make, {'alone':None}, tmp_path/'r.csv', fit=fit).run(1, 1, progress=False)
+        got.append(study.runs.valid_loss.item())
+    assert got[0]==got[2]!=got[1] and len(study.log.rows)==2
+
+def test_what_a_function_counts_makes_no_other_run():
+    calls,last,cfg = [],dict(n=0),dict(lr=.1)
+    def counts(x):
+        calls.append(x)
+        last['n'] += 1
+        return cfg['lr']
+    said = describe(counts)
+    counts(1)
+    assert (calls, last)==([1], dict(n=1)) and describe(counts)==said
+    cfg['lr'] = .2
+    assert describe(counts)!=said
+
+def test_only_what_reads_plain_values_is_described_with_them(monkeypatch):
+    number = 3
+    def reads_none(x): return torch.relu(x)**number+_net()(x)
+    def reads(x): return x*rate
+    fs = reads_none,reads,Learner.fit,_net().forward,partial(SoftTarget, T=2)
+    now = [describe(f) for f in fs]
+    monkeypatch.setattr('fasterai.distill.study.setting._read_by', lambda f: {})
+    assert [describe(f)==said for f,said in zip(fs, now)]==[True, False, True, True, True]
 
 def test_runs_share_nothing_and_arguments_stay(teacher):
     own,vid = {'0': nn.Linear(6, 8)},VID()
