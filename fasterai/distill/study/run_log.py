@@ -109,7 +109,7 @@ def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #ab9c9680
+# %% ../../../nbs/distill/study/run_log.ipynb #ac75016d
 class RunLog:
     """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no
     text, which is left as it is; warns of rows that do not fit"""
@@ -163,10 +163,11 @@ class RunLog:
 
     def frame(self,
         rows:list=None, # Some of the rows; None: all
+        names=(),       # Columns that stay text, whatever they hold
     )->pd.DataFrame:
-        "A table of rows, with numbers in the columns that hold nothing else"
+        "A table of rows, with numbers in the other columns that hold nothing else"
         df = pd.DataFrame(self.rows if rows is None else rows, columns=self.cols)
-        for c in df.columns:
+        for c in df.columns.difference(names, sort=False):
             n = pd.to_numeric(df[c], errors='coerce')
             if (n.notna() | df[c].isin(['', 'nan'])).all(): df[c] = n
         return df
