@@ -24,7 +24,7 @@ from .students import Students
 from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
                                             lower_is_better, plot_gains, summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #47414815
+# %% ../../../nbs/distill/study/study.ipynb #5bf6cf4b
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
     and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
@@ -33,7 +33,7 @@ class Study:
         arms:dict,              # Name -> the callback's arguments (a dict), what makes one, or None: the task alone
         path=None,              # CSV file that keeps the runs, and from which a study goes on; None: in memory
         baseline:str=None,      # The arm to compare with; None: the first of the task alone, if there is one
-        fit:Callable=fit_one_cycle, # `fit(learn, epochs, cbs)`; may return a dict of numbers to keep
+        fit:Callable=fit_one_cycle, # `fit(learn, epochs, cbs)`; may return a dict of numbers to keep, as columns
         measure:Callable=measure,   # `measure(learn)` gives a trained learner's numbers by name
         keep=False,             # Keep the students of the longest training, in `models`? True, or a folder for them
         rows:dict=None,         # Name -> columns by which the log knows an arm, beside `setting`; None: `arm`
@@ -52,7 +52,7 @@ class Study:
         for arm in self.arms.values():
             if isinstance(arm, dict): self._check(arm)
         self._look_at_learner(cols)
-        self.log = RunLog(path, cols or self._columns())
+        self.log = RunLog(path, cols or self._columns(), more=not cols)
 
     def _set_baseline(self, baseline):
         if baseline is not None and baseline not in self.arms:
@@ -145,7 +145,7 @@ def _listed(name, o):
     if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
     return o
 
-# %% ../../../nbs/distill/study/study.ipynb #a4d3a9e5
+# %% ../../../nbs/distill/study/study.ipynb #ccf09ae5
 @patch
 def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
@@ -164,7 +164,7 @@ def run(self:Study,
     ticks = Ticks(sum(n for _,n,_ in missing), progress)
     for a,n,s in missing:
         ticks.say(f'seed {s}, {a}')
-        self.log.add({**self.asked[a, n, s], **self.train(a, n, s, ticks, keep)})
+        self.log.add({**self.train(a, n, s, ticks, keep), **self.asked[a, n, s]}) # by the latter it is found again
     ticks.close()
     return self
 
@@ -197,7 +197,7 @@ def diverged(self:Study)->dict:
         if is_diverged(self.log, row): found.setdefault((arm, n), []).append(s)
     return found
 
-# %% ../../../nbs/distill/study/study.ipynb #38c23451
+# %% ../../../nbs/distill/study/study.ipynb #1d16bd5a
 @patch
 def named(self:Study)->pd.DataFrame:
     "The runs with the name of their arm"
@@ -206,7 +206,8 @@ def named(self:Study)->pd.DataFrame:
 @patch
 def _metric(self:Study, metric):
     if metric is None: return self.metrics[min(1, len(self.metrics)-1)]
-    if metric not in self.metrics: raise ValueError(unknown_name('metric', metric, self.metrics))
+    known = [*self.metrics, *(c for c in self.log.cols if c not in self._columns())]
+    if metric not in known: raise ValueError(unknown_name('metric', metric, known))
     return metric
 
 # %% ../../../nbs/distill/study/study.ipynb #bcf11fc7

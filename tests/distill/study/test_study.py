@@ -222,6 +222,25 @@ def test_an_experiment_has_no_best_arm_that_diverged(teacher):
     assert exp.runs.bad.eq(1).all() and exp.best_arm=='good' and 'bad, 1 epochs: diverged' in exp.verdict()
 
 
+@pytest.mark.parametrize('path', [None, 'r.csv'])
+def test_the_numbers_of_fit_and_measure_are_kept(tmp_path, path):
+    def fit(learn, epochs, cbs): learn.fit(epochs, cbs=cbs); return dict(steps=4*epochs, epochs=99)
+    def own(learn): return dict(myscore=learn.model[1].bias.sum().item(), big=True)
+    path = path and tmp_path/path
+    plain = Study(make, {'alone':None}, path, fit=fit).run(1, 2, progress=False)
+    study = Study(make, {'alone':None, 'other':lambda: None}, path, fit=fit, measure=own).run([1, 2], 2, progress=False)
+    runs = study.runs
+    assert runs.steps.tolist()==[4*n for n in runs.epochs] and set(runs.epochs)=={1, 2}
+    new = runs[runs.accuracy.isna()] # those of `plain` are known already, and have what was measured then
+    assert len(new)==(6 if path else 8) and new.myscore.notna().all() and new.valid_loss.isna().all()
+    assert study.table('myscore').myscore.notna().any() and len(study.log.rows)==8
+    with pytest.raises(ValueError, match="did you mean 'myscore'"): study.table('myscor')
+    if not path: return
+    again = Study(make, {'alone':None, 'other':lambda: None}, path, fit=fit, measure=own).run([1, 2], 2, progress=False)
+    assert again.runs.equals(runs) and len(path.read_text().splitlines())==1+8
+    assert plain.run(1, 2, progress=False).runs.steps.tolist()==[4, 4]
+
+
 # --- the log
 
 def _add(path, name, n):
