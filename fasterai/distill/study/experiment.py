@@ -29,7 +29,19 @@ from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
 from .study import Study
 from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #a7e7bfd0
+# %% ../../../nbs/distill/study/experiment.ipynb #76e49bb6
+_others = dict(alone='the student without a teacher', teacher='the network that teaches', epochs='a column of `runs`',
+               seed='a column of `runs`')
+
+def _check_names(arms):
+    "Raises for arms that would take the place of something else"
+    for name,arm in arms.items():
+        if not isinstance(name, str): raise TypeError(f"arms: a name must be text, got {name!r}")
+        if name in _others: raise ValueError(f"arms: {name!r} is {_others[name]}, name that arm otherwise")
+        if isinstance(arm, dict): continue
+        raise TypeError(f"arms: {name!r} must be a dict of the callback's arguments, got {type(arm).__name__}")
+
+# %% ../../../nbs/distill/study/experiment.ipynb #3679a05d
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
@@ -45,6 +57,7 @@ class Experiment:
         cbs:list=None,             # Callbacks of the students' Learners, such as `StudentSees`; each gets a copy
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
+        _check_names(arms or {})
         store_attr(but='kd,arms')
         self.kd = kd
         self.arms = {k: dict(teacher=teacher, loss=loss) | kd | v for k,v in (arms or {'distilled': {}}).items()}

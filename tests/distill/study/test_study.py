@@ -172,6 +172,13 @@ def test_an_experiment_of_a_regression():
     assert exp.verdict().count('adjusted p')==2 and ' mse (95%' in exp.verdict()
 
 
+@pytest.mark.parametrize('name', ['teacher', 'alone', 'epochs', 'seed', 1, None])
+def test_names_that_an_experiment_has_are_refused_before_it_trains(teacher, name):
+    with pytest.raises((ValueError, TypeError), match=f'arms: .*{name!r}'):
+        Experiment(_dls(), teacher, _net, loss_func=CrossEntropyLossFlat(), arms={'a':{}, name:{}})
+    with pytest.raises(TypeError, match="arms: 'a' must be a dict of the callback's arguments, got NoneType"):
+        Experiment(_dls(), teacher, _net, loss_func=CrossEntropyLossFlat(), arms={'a':None})
+
 def test_p_values_of_an_experiment_count_its_lengths(teacher):
     from scipy import stats
     exp = Experiment(_dls(), teacher, _net, Logits, lr=0.05, weight=0.9,
