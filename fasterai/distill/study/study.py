@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Study', 'is_diverged']
 
-# %% ../../../nbs/distill/study/study.ipynb #829070ce
+# %% ../../../nbs/distill/study/study.ipynb #485b34a0
 import time
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 from fastai.torch_core import set_seed
-from fastcore.basics import listify, patch
+from fastcore.basics import patch
 
 from ...core.names import unknown_name
 from ...core.plots import plain
@@ -137,15 +139,19 @@ def _new_student(self:Study):
     "To load weights into"
     with streams_kept(): return self.make_learner().model
 
-# %% ../../../nbs/distill/study/study.ipynb #505f2202
-def _listed(name, o):
-    "A list of whole numbers out of one, or several"
-    o = list(listify(o))
-    if not o: raise ValueError(f"{name} is empty: give at least one")
-    if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
-    return o
+# %% ../../../nbs/distill/study/study.ipynb #5e94a6d5
+def _is_whole(o): return isinstance(o, Integral) and not isinstance(o, bool)
 
-# %% ../../../nbs/distill/study/study.ipynb #ccf09ae5
+def _listed(name, o, least):
+    "A list of whole numbers out of one, or several; ValueError for any below `least`"
+    given,o = o,list(o) if isinstance(o, Iterable) and not isinstance(o, str) else [o]
+    if not o: raise ValueError(f"{name} is empty: give at least one")
+    if not all(_is_whole(n) and n>=least for n in o):
+        raise ValueError(f"{name} must be whole numbers from {least} on, got {given!r}")
+    if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
+    return [int(n) for n in o]
+
+# %% ../../../nbs/distill/study/study.ipynb #21134e8d
 @patch
 def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
@@ -154,10 +160,11 @@ def run(self:Study,
     progress=True,              # Show a bar? 'lines': a line per epoch, where there is no terminal
     keep:bool=True,             # Keep the students, if the study does?
 )->Study:
-    """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, or no or
-    equal seeds"""
-    lengths = _listed('epochs', epochs)
-    seeds = _listed('seeds', range(seeds) if isinstance(seeds, int) else seeds)
+    """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, for lengths
+    below 1, and for no or equal seeds"""
+    lengths = _listed('epochs', epochs, 1)
+    seeds = _listed('seeds', range(seeds) if _is_whole(seeds) and seeds>=0 else seeds, 0)
+    arms = [arms] if isinstance(arms, str) else arms
     for a in arms or ():
         if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))
     missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms])
@@ -197,11 +204,18 @@ def diverged(self:Study)->dict:
         if is_diverged(self.log, row): found.setdefault((arm, n), []).append(s)
     return found
 
-# %% ../../../nbs/distill/study/study.ipynb #1d16bd5a
+# %% ../../../nbs/distill/study/study.ipynb #d6547a24
 @patch
 def named(self:Study)->pd.DataFrame:
-    "The runs with the name of their arm"
+    "The runs with the name of their arm. Raises ValueError for a cell that was edited and is no number"
+    for row in self.finished().values():
+        for c in ('seconds', *self.metrics): self.log.number(row, c)
     return self.runs.assign(arm=[k[0] for k in self.finished()])
+
+@patch
+def need_runs(self:Study):
+    "Raises ValueError before the first run"
+    if not self.finished(): raise ValueError("no runs: call `run` before asking what came out")
 
 @patch
 def _metric(self:Study, metric):
@@ -210,7 +224,7 @@ def _metric(self:Study, metric):
     if metric not in known: raise ValueError(unknown_name('metric', metric, known))
     return metric
 
-# %% ../../../nbs/distill/study/study.ipynb #bcf11fc7
+# %% ../../../nbs/distill/study/study.ipynb #bed881cc
 @patch
 def table(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -219,6 +233,7 @@ def table(self:Study,
     """The `summary` of the runs: a row for each arm and length, the best first; those with runs that `diverged`, whose
     number it has, last"""
     metric = self._metric(metric)
+    self.need_runs()
     lowest = lower_is_better(metric) if lowest is None else lowest
     baseline = self.baseline if any(k[0]==self.baseline for k in self.asked) else None
     table,diverged = summary(self.named(), metric, baseline, lowest=lowest),self.diverged()
@@ -235,7 +250,7 @@ def tests(self:Study,
     seeds"""
     return at_equal_epochs(by_arm(self.named()), self._metric(metric), self.baseline)
 
-# %% ../../../nbs/distill/study/study.ipynb #2a9b8dd8
+# %% ../../../nbs/distill/study/study.ipynb #db0bb898
 @patch
 def verdict(self:Study,
     metric:str=None,   # Name; None: the first of the learner's metrics
@@ -253,13 +268,14 @@ def verdict(self:Study,
         for (arm,n),t in found.items():
             if (arm, n) in diverged: continue
             words = in_words(t, len(groups[arm, n]), verb=arm, several=len(found)>1, **say)
+            if not np.isfinite(t.diff): words = f'nothing can be told, {metric} is no number in some run'
             lines.append(f'{arm}, {n} epochs{name}: {words}')
     return '\n'.join(lines) or "One seed is an anecdote: run several to know whether anything helped."
 
 # %% ../../../nbs/distill/study/study.ipynb #8aeb98bc
 def _in_words_diverged(seeds, of): return f"diverged, valid_loss is no finite number for {len(seeds)} of {of} seeds"
 
-# %% ../../../nbs/distill/study/study.ipynb #bba629b0
+# %% ../../../nbs/distill/study/study.ipynb #f410122a
 @patch
 def plot(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
@@ -271,4 +287,6 @@ def plot(self:Study,
     return plot_gains(self.table(metric), scale=100 if share else 1, label=plain(label))
 
 @patch
-def _repr_html_(self:Study): return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
+def _repr_html_(self:Study):
+    if not self.finished(): return '<p>no runs yet</p>'
+    return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)

@@ -248,6 +248,53 @@ def test_the_numbers_of_fit_and_measure_are_kept(tmp_path, path):
     assert plain.run(1, 2, progress=False).runs.steps.tolist()==[4, 4]
 
 
+# --- what cannot be asked
+
+@pytest.mark.parametrize('epochs', [0, -1, True, 1.5, '3', None, [1, 0], [1, 'a'], []])
+def test_lengths_that_are_none(epochs):
+    study = Study(make, {'alone':None})
+    with pytest.raises(ValueError, match='epochs (must be whole numbers from 1 on, got|is empty)'): study.run(epochs, 1)
+    assert not study.log.rows and not study.asked
+
+def test_seeds_and_arms_by_themselves():
+    import numpy as np
+    study = Study(make, {'alone':None, 'b':None})
+    for seeds in (True, '3', 1.5, -1, [0, -1], None):
+        with pytest.raises(ValueError, match='seeds must be whole numbers from 0 on, got'): study.run(1, seeds)
+    runs = study.run(np.int64(1), np.int64(2), 'alone', progress=False).runs
+    assert runs.seed.tolist()==[0, 1] and set(runs.arm)=={'alone'}
+    assert len(study.run(1, np.array([0, 1]), progress=False).log.rows)==4
+
+def test_before_any_run(teacher):
+    study = Study(make, {'alone':None, 'b':None})
+    exp = Experiment(_dls(), teacher, _net, lr=.05, loss_func=CrossEntropyLossFlat())
+    for ask in (study.table, study.plot, exp.learners, exp.plot, exp.run_as_long, lambda: exp.best,
+                lambda: exp.best_arm, lambda: exp.typical):
+        with pytest.raises(ValueError, match='no runs: call `run`'): ask()
+    assert study._repr_html_()=='<p>no runs yet</p>' and exp.pairs=={} and exp.tests()=={} and not len(exp.runs)
+
+@pytest.mark.parametrize('cell', ['oops', '0,5'])
+def test_an_edited_cell_is_named_with_its_file(tmp_path, cell):
+    path,arms = tmp_path/'r.csv',{'alone':None, 'b':lambda: None}
+    Study(make, arms, path).run(1, 2, progress=False)
+    rows = list(csv.reader(path.open()))
+    def edited(value):
+        rows[-1][rows[0].index('accuracy')] = value
+        with path.open('w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
+        return Study(make, arms, path).run(1, 2, progress=False)
+    study = edited(cell)
+    for ask in (study.table, study.verdict, study.tests):
+        with pytest.raises(ValueError, match=f"r.csv' has '{cell}' for accuracy, expected a number"): ask()
+    assert edited('').verdict().startswith('b, 1 epochs: nothing can be told, accuracy is no number in some run')
+
+def test_a_kept_student_that_was_cut_is_named(teacher, tmp_path):
+    args = dict(lr=.05, loss_func=CrossEntropyLossFlat(), folder=tmp_path)
+    Experiment(_dls(), teacher, _net, **args).run(1, 1, progress=False)
+    for f in (tmp_path/'students').iterdir(): f.write_bytes(f.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"\.pth' holds no student"):
+        Experiment(_dls(), teacher, _net, **args).run(1, 1, progress=False).best
+
+
 # --- the log
 
 def _add(path, name, n):
