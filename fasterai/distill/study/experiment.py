@@ -220,7 +220,7 @@ def table(self:Experiment)->pd.DataFrame:
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
-# %% ../../../nbs/distill/study/experiment.ipynb #26f53c8d
+# %% ../../../nbs/distill/study/experiment.ipynb #67e7d2ec
 @patch
 def tests(self:Experiment)->dict:
     """For each length of training the paired test of the best arm against alone, p adjusted for the number of all that
@@ -234,8 +234,10 @@ def verdict(self:Experiment,
     alpha:float=0.05, # Level of the tests
 )->str:
     "What distilling did, in a line for each length of training"
-    if self.study and self.study.diverged(): return self.study.verdict(self._metric(), alpha)
-    if not (found := self.tests()): return "One seed is an anecdote: run several to know whether distilling helped."
+    found = self.tests()
+    if self.study and (self.study.diverged() or not all(math.isfinite(t.diff) for t in found.values())):
+        return self.study.verdict(self._metric(), alpha)
+    if not found: return "One seed is an anecdote: run several to know whether distilling helped."
     seeds = self.runs.epochs.value_counts()
     if len(self.arms)>1: return self.study.verdict(self._metric(), alpha)
     say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)

@@ -120,7 +120,7 @@ def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #2b2a5657
+# %% ../../../nbs/distill/study/run_log.ipynb #1e8c1884
 class RunLog:
     """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file that is no text, or has other
     columns, which is left as it is; warns of rows that do not fit"""
@@ -181,9 +181,13 @@ class RunLog:
     def frame(self,
         rows:list=None, # Some of the rows; None: all
         names=(),       # Columns that stay text, whatever they hold
+        numbers=(),     # Columns that may hold nothing but numbers; ValueError else
     )->pd.DataFrame:
         "A table of rows, with numbers in the other columns that hold nothing else"
-        df = pd.DataFrame(self.rows if rows is None else rows, columns=self.cols)
+        rows = self.rows if rows is None else rows
+        for r in rows:
+            for c in numbers: self.number(r, c)
+        df = pd.DataFrame(rows, columns=self.cols)
         for c in df.columns.difference(names, sort=False):
             n = pd.to_numeric(df[c], errors='coerce')
             if (n.notna() | df[c].isin(['', 'nan'])).all(): df[c] = n

@@ -183,11 +183,12 @@ def is_diverged(
     "Is its validation loss infinite or no number, though it was measured?"
     return bool(row.get('valid_loss')) and not np.isfinite(log.number(row, 'valid_loss'))
 
-# %% ../../../nbs/distill/study/study.ipynb #475f20be
+# %% ../../../nbs/distill/study/study.ipynb #1b6fac13
 @patch(as_prop=True)
 def runs(self:Study)->pd.DataFrame:
-    "The runs that were asked for and are finished, arm by arm, whatever else the log has"
-    return self.log.frame(list(self.finished().values()))
+    """The runs that were asked for and are finished, arm by arm, whatever else the log has. Raises ValueError for a
+    metric that was edited and is no number"""
+    return self.log.frame(list(self.finished().values()), numbers=('seconds', *self.metrics))
 
 @patch
 def finished(self:Study)->dict:
@@ -204,12 +205,10 @@ def diverged(self:Study)->dict:
         if is_diverged(self.log, row): found.setdefault((arm, n), []).append(s)
     return found
 
-# %% ../../../nbs/distill/study/study.ipynb #d6547a24
+# %% ../../../nbs/distill/study/study.ipynb #d79f322c
 @patch
 def named(self:Study)->pd.DataFrame:
-    "The runs with the name of their arm. Raises ValueError for a cell that was edited and is no number"
-    for row in self.finished().values():
-        for c in ('seconds', *self.metrics): self.log.number(row, c)
+    "The runs with the name of their arm"
     return self.runs.assign(arm=[k[0] for k in self.finished()])
 
 @patch

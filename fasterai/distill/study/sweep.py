@@ -211,13 +211,13 @@ def _check_kwargs(kwargs, point):
         if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
         if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
 
-# %% ../../../nbs/distill/study/sweep.ipynb #0a6a7483
+# %% ../../../nbs/distill/study/sweep.ipynb #289bec2d
 def sweep(
     make_learner:Callable,         # `make_learner()` gives a fresh Learner of the student
     teacher,                       # As for `KnowledgeDistillationCallback`
     grid:dict|str='temperature',   # Hyper-parameters and arguments of the callback, each with its values; or a preset
     epochs:int=5,                  # Of each run
-    seeds:Sequence[int]=(0,1,2),   # Each point is trained with each of them
+    seeds:int|Sequence[int]=(0,1,2), # Each point is trained with each of them; or how many
     loss=SoftTarget,               # As for the callback
     path=None,                     # CSV file that keeps the runs, and from which a sweep goes on; None: in memory
     baseline:bool=True,            # Train the student alone too, and judge the teacher?
@@ -241,9 +241,10 @@ def sweep(
         rows[name] = dict(run='distilled', **told)
     study = Study(make_learner, arms, path, fit=fit or fit_one_cycle, rows=rows)
     judged = _judge(study, teacher) if baseline else []
-    study.run(epochs, list(seeds), progress=progress)
+    study.run(epochs, seeds, progress=progress)
     names = [p for p in params if not all(map(_is_number, values[p].values()))]
-    return Sweep(study.log.frame([*judged, *study.finished().values()], names), params, study.metrics, values)
+    runs = study.log.frame([*judged, *study.finished().values()], names, study.metrics)
+    return Sweep(runs, params, study.metrics, values)
 
 # %% ../../../nbs/distill/study/sweep.ipynb #6f4717bf
 def _judge(study, teacher):

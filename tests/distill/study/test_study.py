@@ -287,6 +287,11 @@ def test_an_edited_cell_is_named_with_its_file(tmp_path, cell):
         with pytest.raises(ValueError, match=f"r.csv' has '{cell}' for accuracy, expected a number"): ask()
     assert edited('').verdict().startswith('b, 1 epochs: nothing can be told, accuracy is no number in some run')
 
+def test_an_experiment_says_so_where_a_metric_is_missing(teacher):
+    exp = Experiment(_dls(), teacher, _net, lr=.05, loss_func=CrossEntropyLossFlat()).run(1, 2, progress=False)
+    exp.study.log.rows[0]['accuracy'] = ''
+    assert 'nothing can be told' in exp.verdict() and 'nan' not in exp.verdict()
+
 def test_a_kept_student_that_was_cut_is_named(teacher, tmp_path):
     args = dict(lr=.05, loss_func=CrossEntropyLossFlat(), folder=tmp_path)
     Experiment(_dls(), teacher, _net, **args).run(1, 1, progress=False)

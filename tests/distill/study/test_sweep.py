@@ -255,6 +255,17 @@ def test_bad_input(teacher, tmp_path):
     with pytest.raises(ValueError, match='belongs to other runs'): _sweep(teacher, path=tmp_path/'other.csv')
     assert (tmp_path/'other.csv').read_text()=='a,b\n1,2\n'
 
+def test_an_edited_cell_is_named_with_its_file(teacher, tmp_path):
+    path = tmp_path/'r.csv'
+    runs = _sweep(teacher, {'T':[4]}, seeds=2, path=path).runs
+    assert runs.seed.dropna().tolist()==[0, 1, 0, 1]
+    lines = path.read_text().splitlines()
+    fields = lines[-1].split(',')
+    fields[lines[0].split(',').index('error_rate')] = 'oops'
+    path.write_text('\n'.join([*lines[:-1], ','.join(fields)])+'\n')
+    with pytest.raises(ValueError, match="r.csv' has 'oops' for error_rate, expected a number"):
+        _sweep(teacher, {'T':[4]}, seeds=2, path=path)
+
 @pytest.mark.parametrize('text', ['', 'run,T'])
 def test_a_file_without_a_whole_header(teacher, tmp_path, text):
     (tmp_path/'r.csv').write_text(text)
