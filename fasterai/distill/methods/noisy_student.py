@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoisyStudent', 'noisy_student']
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #bfb6dc7d
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #8659fe92
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastcore.basics import patch, store_attr
 
+from ...core.files import whole_file
 from ...core.seeds import same_start
 from ...data.unlabelled import labelled_part
 from .pseudo_labels import pseudo_labels
@@ -90,12 +91,12 @@ def _refuse_flat(loss_func):
     raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
                      "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #a18f4b40
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #06986f91
 @patch
 def _setting(self:_Rounds, i, learn):
     if self.path is None: return ''
     return setting_text(epochs=self.epochs[:i+1], items=list(map(str, self.items)), seed=self.seed, **self.labels,
-                        student=learner_text(learn), data=self.data)
+                        fit=self.fit, student=learner_text(learn), data=self.data)
 
 def _text_of(dls):
     "`data_text`, after which the shuffling goes on as before"
@@ -106,21 +107,24 @@ def _text_of(dls):
 
 @patch
 def _save(self:_Rounds, i, learn, row, setting):
-    self.path.mkdir(parents=True, exist_ok=True)
-    part = self.file(i).with_suffix('.part') # so that a file with its name is whole
-    torch.save(dict(model=learn.model.state_dict(), row=row, setting=setting), part)
-    part.replace(self.file(i))
+    with whole_file(self.file(i)) as f:
+        torch.save(dict(model=learn.model.state_dict(), row=row, setting=setting), f)
 
 @patch
 def _load(self:_Rounds, i, learn, setting):
-    state = torch.load(self.file(i), map_location=learn.dls.device, weights_only=True)
-    if state['setting']!=setting:
-        raise ValueError(f"path: {str(self.file(i))!r} is of other settings, {state['setting']}; here {setting}: give "
+    try:
+        state = torch.load(self.file(i), map_location=learn.dls.device, weights_only=True)
+        row,weights,theirs = state['row'],state['model'],state['setting']
+    except Exception as e:
+        raise ValueError(f"path: {str(self.file(i))!r} is no finished network, {type(e).__name__}: {e}; remove it, or "
+                         "give another folder") from e
+    if theirs!=setting:
+        raise ValueError(f"path: {str(self.file(i))!r} is of other settings, {theirs}; here {setting}: give "
                          "another folder")
-    learn.model.load_state_dict(state['model'])
-    return state['row']
+    learn.model.load_state_dict(weights)
+    return row
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #f0ab1d38
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #74541717
 def noisy_student(
     make_learner:Callable|list, # From `DataLoaders` to a new Learner; or a list: the first teacher's, .., the student's
     dls:DataLoaders,            # Labelled, with the noise in their transforms
@@ -137,7 +141,7 @@ def noisy_student(
     progress:bool=True,         # Show a bar?
 )->NoisyStudent:
     """Train on labels, label `items`, train on both, and again. Xie et al., CVPR 2020, arXiv 1911.04252. ValueError for
-    lists that do not fit, or a `path` with networks of other settings"""
+    lists that do not fit, or a `path` with networks of other settings or files that are none"""
     n = _rounds_of(make_learner, rounds)
     makers = list(make_learner) if isinstance(make_learner, (list, tuple)) else [make_learner]*(n+1)
     epochs = list(epochs) if isinstance(epochs, (list, tuple)) else [epochs]*(n+1)

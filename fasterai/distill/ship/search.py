@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Search', 'search_student', 'pareto']
 
-# %% ../../../nbs/distill/ship/search.ipynb #ac3bf4d9
+# %% ../../../nbs/distill/ship/search.ipynb #53b684e7
+import math
 import warnings
 from functools import partial
 from typing import Callable
@@ -77,7 +78,7 @@ def _over(self:Search, cost):
     "What is over the budget, in words"
     return ', '.join(f'{k} {cost[k]:.4g} of {v:.4g}' for k,v in self.budget.items() if cost[k]>v)
 
-# %% ../../../nbs/distill/ship/search.ipynb #ea5eb216
+# %% ../../../nbs/distill/ship/search.ipynb #a7f5abbd
 class _Rungs(Callback):
     "Validates at the rungs alone, and stops what Optuna would stop"
     order = Recorder.order+5
@@ -104,7 +105,9 @@ def _train(self:Search, dls, params, seed, ticks, trial=None):
         same_start(dls, seed)
         with quiet(learn): learn.fit_one_cycle(self.epochs, cbs=[fresh_callback(self.arm), rungs, ticks])
         epochs = learn.epoch+1
-        return float(measure(learn)[self.metric]),epochs,rungs.stopped
+        numbers = measure(learn)
+        sound = math.isfinite(numbers['valid_loss']) # else its answers are no numbers, whatever a metric makes of them
+        return float(numbers[self.metric]) if sound else float('nan'),epochs,rungs.stopped
 
 # %% ../../../nbs/distill/ship/search.ipynb #00d132e1
 @patch
@@ -117,29 +120,49 @@ def _say_why(self:Search, trained, trials):
     warnings.warn(f"search_student: {trained} trials instead of {trials}: {which}, {over} are over the budget"
                   + (' and there is no other' if seen==n else ''))
 
-# %% ../../../nbs/distill/ship/search.ipynb #3750de2c
+# %% ../../../nbs/distill/ship/search.ipynb #d2bc1d69
 @patch
 def _try(self:Search, dls, trials, seed, ticks):
     optuna = need_optuna()
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=self.first, reduction_factor=self.eta)
     asked = optuna.create_study(direction='minimize' if self.lowest else 'maximize', pruner=pruner,
                                 sampler=optuna.samplers.TPESampler(seed=seed))
-    trained,failed = 0,optuna.trial.TrialState.FAIL
+    states = {'trained':None, 'stopped':optuna.trial.TrialState.PRUNED}
+    trained = 0
     for trial,params in proposals(asked, self.space, trials, seed):
-        row = {**params, **self.cost(params)}
-        if self._over(row):
-            self.rows.append({**row, 'epochs':0, 'state':'over budget'})
-            asked.tell(trial, state=failed)
-            continue
-        trained += 1
-        ticks.say(f'{trained} of {trials}: {_words(params)}')
-        score,epochs,stopped = self._train(dls, params, seed, ticks, trial)
-        asked.tell(trial, None if stopped else score, state=optuna.trial.TrialState.PRUNED if stopped else None)
-        self.rows.append({**row, 'score':score, 'epochs':epochs, 'state':'stopped' if stopped else 'trained'})
+        ticks.say(f'{trained+1} of {trials}: {_words(params)}')
+        row = self._row(params, partial(self._train, dls, params, seed, ticks, trial))
+        self.rows.append(row)
+        state = row['state']
+        asked.tell(trial, row['score'] if state=='trained' else None, states.get(state, optuna.trial.TrialState.FAIL))
+        trained += state!='over budget'
         if trained==trials: return
     self._say_why(trained, trials)
 
+@patch
+def _row(self:Search, params, train):
+    "What became of a student; one that fails costs the others nothing"
+    row = dict(params)
+    try:
+        row |= self.cost(params)
+        if self._over(row): return {**row, 'epochs':0, 'state':'over budget'}
+        score,epochs,stopped = train()
+    except Exception as e:
+        warnings.warn(f"search_student: {_words(params)} failed and is left out, {type(e).__name__}: {e}")
+        return {**row, 'epochs':0, 'state':'failed', 'why':f'{type(e).__name__}: {e}'}
+    row |= dict(score=score, epochs=epochs)
+    if stopped or math.isfinite(score): return {**row, 'state':'stopped' if stopped else 'trained'}
+    return {**row, 'state':'failed', 'why':'diverged: its score, or its loss, is no number'}
+
 def _words(params): return ', '.join(f'{k}={v}' for k,v in params.items())
+
+# %% ../../../nbs/distill/ship/search.ipynb #ddb4cd35
+@patch
+def _ends(self:Search):
+    "How the students ended, in words, and why the last that failed did"
+    counts = pd.Series([r['state'] for r in self.rows]).value_counts()
+    why = [r['why'] for r in self.rows if r['state']=='failed'][-1]
+    return ', '.join(f'{n} {state}' for state,n in counts.items()) + f'; the last that failed: {why}'
 
 # %% ../../../nbs/distill/ship/search.ipynb #90ce24ef
 @patch
@@ -164,7 +187,7 @@ def verdict(self:Search)->str:
     if self.best==dict(self.baseline): return f"The best that was found is the one made by hand: {_words(self.best)}."
     return self.study.verdict(self.metric)
 
-# %% ../../../nbs/distill/ship/search.ipynb #ed8e5d5a
+# %% ../../../nbs/distill/ship/search.ipynb #f5a39730
 def search_student(
     dls:DataLoaders,      # A part of the training set scores; the validation set judges the winner
     teacher,              # A model, a Learner, or any teacher
@@ -188,7 +211,7 @@ def search_student(
     **kd                  # For `KnowledgeDistillationCallback`
 )->Search:
     """Search a student under a budget, distilled. ImportError without Optuna; ValueError for a space or budget that
-    makes no sense, that nothing fits, or that the baseline does not fit"""
+    makes no sense, that nothing fits, or that the baseline does not fit, and if every student fails"""
     need_optuna()
     found = Search(make, space, budget, baseline, epochs, eta)
     found.learner = partial(_learner, lr=lr, metrics=metrics, loss_func=loss_func, opt_func=opt_func)
@@ -209,7 +232,7 @@ def _reference(reference, make, baseline, teacher):
     if baseline is not None: return make(**baseline)
     return next(iter(teacher.models), None)
 
-# %% ../../../nbs/distill/ship/search.ipynb #e1907309
+# %% ../../../nbs/distill/ship/search.ipynb #cc3e7735
 @patch
 def look_at(self:Search, dls, reference):
     "Find the metric, and how to measure what a student costs"
@@ -234,6 +257,8 @@ def run(self:Search, dls, trials, seed, ticks):
                           'state':'hand-made'})
     self._try(dls, trials, seed, ticks)
     if any(r['state']=='trained' for r in self.rows): return
+    if any(r['state']=='failed' for r in self.rows):
+        raise ValueError(f"make: no student was trained to the end, {self._ends()}")
     least = {k: min(r[k] for r in self.rows) for k in self.budget}
     raise ValueError(f"budget: no student of {len(self.rows)} fits it; the least that was seen is {_words(least)}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistilAnswer']
 
-# %% ../../../nbs/distill/study/distil_answer.ipynb #30615524
+# %% ../../../nbs/distill/study/distil_answer.ipynb #99e2b23f
 from html import escape
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.sequences import ConfidenceSequence, chance_to_decide, confidence_sequence
-from .study import Study
+from .study import Study, is_diverged
 from .summary import is_share
 
 # %% ../../../nbs/distill/study/distil_answer.ipynb #c39a3ed8
@@ -49,13 +49,14 @@ class DistilAnswer:
         "Names of the ways to distil that had pairs, or will have"
         return [a for a in self.study.arms if a!=ALONE and a not in self.left_out]
 
-# %% ../../../nbs/distill/study/distil_answer.ipynb #70db7124
+# %% ../../../nbs/distill/study/distil_answer.ipynb #bd67dfb7
 @patch
 def _reached(self:DistilAnswer, arm, epochs, seed):
-    "The metric of a run; None before it"
+    "The metric of a run, NaN if it diverged; None before it"
     key = self.study.asked.get((arm, epochs, seed))
     row = key and self.study.log.find(**key)
-    return float(row[self.metric]) if row else None
+    if not row: return None
+    return float('nan') if is_diverged(self.study.log, row) else self.study.log.number(row, self.metric)
 
 @patch
 def _differences(self:DistilAnswer, arm, epochs, alone, seeds):

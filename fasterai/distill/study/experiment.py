@@ -29,7 +29,19 @@ from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
 from .study import Study
 from .summary import in_words, lower_is_better
 
-# %% ../../../nbs/distill/study/experiment.ipynb #a7e7bfd0
+# %% ../../../nbs/distill/study/experiment.ipynb #76e49bb6
+_others = dict(alone='the student without a teacher', teacher='the network that teaches', epochs='a column of `runs`',
+               seed='a column of `runs`')
+
+def _check_names(arms):
+    "Raises for arms that would take the place of something else"
+    for name,arm in arms.items():
+        if not isinstance(name, str): raise TypeError(f"arms: a name must be text, got {name!r}")
+        if name in _others: raise ValueError(f"arms: {name!r} is {_others[name]}, name that arm otherwise")
+        if isinstance(arm, dict): continue
+        raise TypeError(f"arms: {name!r} must be a dict of the callback's arguments, got {type(arm).__name__}")
+
+# %% ../../../nbs/distill/study/experiment.ipynb #3679a05d
 class Experiment:
     "Students alone and distilled from the same teacher, weights and batches, over seeds and lengths of training"
     def __init__(self,
@@ -45,6 +57,7 @@ class Experiment:
         cbs:list=None,             # Callbacks of the students' Learners, such as `StudentSees`; each gets a copy
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
+        _check_names(arms or {})
         store_attr(but='kd,arms')
         self.kd = kd
         self.arms = {k: dict(teacher=teacher, loss=loss) | kd | v for k,v in (arms or {'distilled': {}}).items()}
@@ -97,7 +110,7 @@ def train_teacher(self:Experiment,
     with quiet(learn): fit_one_cycle(learn, epochs, ticks)
     ticks.close()
 
-# %% ../../../nbs/distill/study/experiment.ipynb #67c94200
+# %% ../../../nbs/distill/study/experiment.ipynb #1594bd66
 @patch
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
@@ -116,16 +129,23 @@ def _new_study(self:Experiment):
     return Study(self.learner, dict(alone=None, **self.arms), **kept)
 
 @patch
+def need_runs(self:Experiment):
+    "Raises ValueError before the first run"
+    if self.study is None: raise ValueError("no runs: call `run` before asking what came out")
+    self.study.need_runs()
+
+@patch
 def run_as_long(self:Experiment,
     seeds:int|Sequence[int]=8,   # As for `run`
     progress=True,               # As for `run`
 ):
     "Train the student alone for as long as the slowest way to distil took at the greatest length"
+    self.need_runs()
     seconds = self.study.named()[lambda d: d.epochs==self.runs.epochs.max()].groupby('arm').seconds.median()
     longer = math.ceil(self.runs.epochs.max()*seconds.max()/seconds['alone'] - 0.1)
     self.study.run([longer], seeds, ['alone'], progress, keep=False)
 
-# %% ../../../nbs/distill/study/experiment.ipynb #fb2ef7b0
+# %% ../../../nbs/distill/study/experiment.ipynb #f8e1f484
 @patch(as_prop=True)
 def runs(self:Experiment)->pd.DataFrame:
     "A row for each length and seed: the metric of the student alone, and in a column for each arm distilled"
@@ -137,31 +157,36 @@ def runs(self:Experiment)->pd.DataFrame:
 
 @patch(as_prop=True)
 def best_arm(self:Experiment)->str:
-    "The way to distil with the best mean at the greatest length"
-    means = self._longest()[list(self.arms)].mean()
+    "The way to distil with the best mean at the greatest length, of those that did not diverge there if there are any"
+    self.need_runs()
+    longest,diverged = self._longest(),self.study.diverged()
+    sound = [a for a in self.arms if (a, longest.epochs.max()) not in diverged]
+    means = longest[sound or list(self.arms)].mean()
     return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
 
 @patch(as_prop=True)
 def pairs(self:Experiment)->dict:
     "(epochs, seed) -> the students alone and distilled, of the longest training and the best arm"
-    models = self.study.models if self.study else {}
+    models = self.study.models if self.study and self.study.finished() else {}
     both = [k[1:] for k in models if k[0]==self.best_arm and ('alone', *k[1:]) in models]
     return {k: (models['alone', *k], models[self.best_arm, *k]) for k in both}
 
 @patch
 def _longest(self:Experiment): return self.runs[self.runs.epochs==self.runs.epochs.max()]
 
-# %% ../../../nbs/distill/study/experiment.ipynb #b40af95d
+# %% ../../../nbs/distill/study/experiment.ipynb #68279bbf
 @patch(as_prop=True)
 def best(self:Experiment)->tuple:
     "Metric of the distilled student that scored best at the greatest length, and that student"
-    runs,name = self._longest(),self.best_arm
+    name = self.best_arm
+    runs = self._longest()
     r = runs.sort_values(name, ascending=not lower_is_better(self._metric())).iloc[-1]
     return r[name],self.study.models[name, int(r.epochs), int(r.seed)]
 
 @patch(as_prop=True)
 def typical(self:Experiment)->tuple:
     "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
+    self.need_runs()
     return tuple(self.study.models[arm, *self._typical_run()] for arm in ('alone', self.best_arm))
 
 @patch
@@ -195,36 +220,42 @@ def table(self:Experiment)->pd.DataFrame:
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
 
-# %% ../../../nbs/distill/study/experiment.ipynb #8e8431ef
+# %% ../../../nbs/distill/study/experiment.ipynb #67e7d2ec
 @patch
 def tests(self:Experiment)->dict:
     """For each length of training the paired test of the best arm against alone, p adjusted for the number of all that
     are made; empty with fewer than two seeds"""
     found = self.study.tests(self._metric()) if self.study else {}
-    return {n:t for (arm,n),t in sorted(found.items()) if arm==self.best_arm}
+    best = self.best_arm if found else None
+    return {n:t for (arm,n),t in sorted(found.items()) if arm==best}
 
 @patch
 def verdict(self:Experiment,
     alpha:float=0.05, # Level of the tests
 )->str:
     "What distilling did, in a line for each length of training"
-    if not (found := self.tests()): return "One seed is an anecdote: run several to know whether distilling helped."
+    found = self.tests()
+    if self.study and (self.study.diverged() or not all(math.isfinite(t.diff) for t in found.values())):
+        return self.study.verdict(self._metric(), alpha)
+    if not found: return "One seed is an anecdote: run several to know whether distilling helped."
     seeds = self.runs.epochs.value_counts()
     if len(self.arms)>1: return self.study.verdict(self._metric(), alpha)
     say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)
     return '\n'.join(f'{n} epochs: {in_words(t, seeds[n], **say)}' for n,t in found.items())
 
-# %% ../../../nbs/distill/study/experiment.ipynb #7646fc3e
+# %% ../../../nbs/distill/study/experiment.ipynb #796fd6ad
 @patch
 def learners(self:Experiment)->dict:
     "The teacher and the students of the typical seed as `Learner`s, for `compare` and its plots"
+    self.need_runs()
     students = {arm: self.study.models[arm, *self._typical_run()] for arm in ('alone', *self.arms)}
     return {k:self.learner(m) for k,m in {'teacher': self.teacher, **students}.items()}
 
-# %% ../../../nbs/distill/study/experiment.ipynb #991c392d
+# %% ../../../nbs/distill/study/experiment.ipynb #956722e7
 @patch
 def plot(self:Experiment):
     "Each seed's students joined by a line, for each length of training, and the teacher; returns the axes"
+    self.need_runs()
     groups = list(self.runs.groupby('epochs'))
     metric = self._metric()
     teacher = self._teacher_score()

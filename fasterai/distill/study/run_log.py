@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cell', 'RunLog']
 
-# %% ../../../nbs/distill/study/run_log.ipynb #b1ed2a5e
+# %% ../../../nbs/distill/study/run_log.ipynb #1eb9495c
+import codecs
 import csv
 import io
 import os
@@ -18,6 +19,9 @@ from typing import Callable
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
+
+from ...core.files import whole_file
 
 # %% ../../../nbs/distill/study/run_log.ipynb #277f58ca
 def cell(
@@ -29,17 +33,20 @@ def cell(
     if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
     return str(v)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #2b6dcf1d
+# %% ../../../nbs/distill/study/run_log.ipynb #0cb9c469
 @contextmanager
 def _locked(path, flags):
     "The file, open and for this process alone"
-    fd = os.open(path, flags)
-    try:
-        with suppress(ImportError, OSError): # neither every system nor every disk has locks
-            import fcntl
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally: os.close(fd)
+    while True:
+        fd = os.open(path, flags)
+        try:
+            with suppress(ImportError, OSError): # neither every system nor every disk has locks
+                import fcntl
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(fd), os.stat(path)): # else another one has taken its place meanwhile
+                yield fd
+                return
+        finally: os.close(fd)
 
 def _write_all(fd, data):
     "Write `data` to the end, in as many parts as it takes, and wait for the disk"
@@ -83,7 +90,7 @@ def _link(tmp, path, header):
         try: _write_all(fd, header)
         finally: os.close(fd)
 
-# %% ../../../nbs/distill/study/run_log.ipynb #fe150722
+# %% ../../../nbs/distill/study/run_log.ipynb #014877f2
 def _rows_of(text, cols, path):
     "The rows of a whole file; ValueError for one of other columns"
     lines = text.replace('\r\n', '\n').split('\n')[:-1]
@@ -95,22 +102,38 @@ def _rows_of(text, cols, path):
     if odd: warnings.warn(f"{path}: {odd} rows do not have {len(cols)} fields and are skipped")
     return head,[dict(zip(cols, map(_unescaped, r))) for r in rows if len(r)==len(cols)]
 
+def _columns_of(text):
+    "The names in the first line; none where that is no table"
+    try: return next(csv.reader(text.split('\n')[:1]), [])
+    except csv.Error: return []
+
+def _whole(raw, header, path):
+    "The lines of a file that have their end; ValueError where what follows them is more than a line cut short"
+    end = raw.rfind(b'\n')+1
+    rest = raw[end:].removeprefix(codecs.BOM_UTF8)
+    if b'\r' in rest[:-1] or not (end or header.startswith(rest)):
+        raise ValueError(f"path: {str(path)!r} is no run log with lines that end in '\\n', it has {rest[:60]!r}; "
+                         f"expected {header.decode()!r} as its first line")
+    return raw[:end]
+
 def _decoded(raw, path):
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"path: {str(path)!r} is no text in UTF-8, {e}") from e
 
-# %% ../../../nbs/distill/study/run_log.ipynb #1bb86bc9
+# %% ../../../nbs/distill/study/run_log.ipynb #1e8c1884
 class RunLog:
-    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file with other columns or that is no
-    text, which is left as it is; warns of rows that do not fit"""
+    """Rows of text, in a CSV file if there is a `path`. Raises ValueError for a file that is no text, or has other
+    columns, which is left as it is; warns of rows that do not fit"""
     def __init__(self,
         path:str|Path|None, # The file; None keeps the rows in memory only
         cols:list,          # Its columns
         text:Callable=cell, # From a column and a value to the text
+        more:bool=False,    # May rows bring columns, which come after these? Else what has no column is not kept
     ):
         self.path = Path(path) if path else None
         self.cols = list(cols)
         self.text = text
+        self.more = more
         self.rows = []
         if self.path: self._load()
 
@@ -118,13 +141,15 @@ class RunLog:
         "Read the file, made if it is not there, and drop a line that was cut short"
         _create(self.path, _line(self.cols))
         raw = self.path.read_bytes()
-        head,self.rows = _rows_of(_decoded(raw[:raw.rfind(b'\n')+1], self.path), self.cols, self.path)
+        text = _decoded(_whole(raw, _line(self.cols), self.path), self.path)
+        self._grow(_columns_of(text))
+        head,self.rows = _rows_of(text, self.cols, self.path)
         if head is None or not raw.endswith(b'\n'): self._repair()
 
     def _repair(self):
         "Take off a line without an end, and give an empty file its header"
         with _locked(self.path, os.O_RDWR|os.O_APPEND) as fd:
-            end = self.path.read_bytes().rfind(b'\n')+1
+            end = len(_whole(self.path.read_bytes(), _line(self.cols), self.path))
             os.ftruncate(fd, end)
             if not end: _write_all(fd, _line(self.cols))
 
@@ -132,23 +157,60 @@ class RunLog:
 
     def add(self, row:dict):
         "Store a run: its values by column, of which some may be missing"
-        row = {c:self._cell(c, row.get(c)) for c in self.cols}
-        if self.path:
+        row = {str(k):v for k,v in row.items()}
+        if not self.path: self._grow([*self.cols, *(c for c in row if c not in self.cols)])
+        else:
             _create(self.path, _line(self.cols)) # somebody may have moved it away
-            with _locked(self.path, os.O_WRONLY|os.O_APPEND) as fd: _write_all(fd, _line(row.values()))
-        self.rows.append(row)
+            with _locked(self.path, os.O_RDWR|os.O_APPEND) as fd: self._append(fd, row)
+        self.rows.append(self._told(row))
+
+    def _told(self, row): return {c:self._cell(c, row.get(c)) for c in self.cols}
 
     def find(self, **key)->dict|None:
         "The first row with these values, as text; None if there is none"
         key = {k:self._cell(k, v) for k,v in key.items()}
         return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
 
+    def number(self, row:dict, name:str)->float:
+        "A row's number in a column; NaN where there is none, ValueError for what is no number"
+        try: return float(row.get(name) or 'nan')
+        except ValueError: pass
+        where = 'the log' if self.path is None else f"path: {str(self.path)!r}"
+        raise ValueError(f"{where} has {row[name]!r} for {name}, expected a number, in the row of {row}")
+
     def frame(self,
         rows:list=None, # Some of the rows; None: all
+        names=(),       # Columns that stay text, whatever they hold
+        numbers=(),     # Columns that may hold nothing but numbers; ValueError else
     )->pd.DataFrame:
-        "A table of rows, with numbers in the columns that hold nothing else"
-        df = pd.DataFrame(self.rows if rows is None else rows, columns=self.cols)
-        for c in df.columns:
+        "A table of rows, with numbers in the other columns that hold nothing else"
+        rows = self.rows if rows is None else rows
+        for r in rows:
+            for c in numbers: self.number(r, c)
+        df = pd.DataFrame(rows, columns=self.cols)
+        for c in df.columns.difference(names, sort=False):
             n = pd.to_numeric(df[c], errors='coerce')
-            if (n.notna() | (df[c]=='')).all(): df[c] = n
+            if (n.notna() | df[c].isin(['', 'nan'])).all(): df[c] = n
         return df
+
+# %% ../../../nbs/distill/study/run_log.ipynb #3f8726fc
+@patch
+def _grow(self:RunLog, cols):
+    "Take over columns, if there may be more and these are the first of them"
+    new = cols[len(self.cols):]
+    if not self.more or cols!=[*self.cols, *new] or len(set(cols))<len(cols): return
+    for r in self.rows: r.update(dict.fromkeys(new, ''))
+    self.cols = cols
+
+@patch
+def _append(self:RunLog, fd, row):
+    "Write a row to the locked file, with the columns that it has by now and those that are missing"
+    if not self.more: return _write_all(fd, _line(self._told(row).values()))
+    head,*lines = self.path.read_bytes().split(b'\n')[:-1]
+    had = _columns_of(_decoded(head, self.path))
+    self._grow(had)
+    self._grow([*self.cols, *(c for c in row if c not in self.cols)])
+    line,new = _line(self._told(row).values()),self.cols[len(had):]
+    if [*had, *new]!=self.cols or not new: return _write_all(fd, line)
+    longer = [l.rstrip(b'\r') + b','*len(new)*bool(l.strip()) + b'\n' for l in lines]
+    with whole_file(self.path.resolve()) as f: f.write(b''.join([_line(self.cols), *longer, line]))

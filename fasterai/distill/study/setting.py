@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['weights_of', 'describe', 'learner_text', 'data_text', 'teacher_text', 'setting_text']
 
-# %% ../../../nbs/distill/study/setting.ipynb #526be1af
+# %% ../../../nbs/distill/study/setting.ipynb #6a2cd39f
+import dis
 import hashlib
 import re
 from functools import partial
 from inspect import signature
+from pathlib import PurePath
 from types import CodeType, FunctionType, MethodType
 
 import numpy as np
@@ -63,7 +65,7 @@ def describe(
         known[id(o)] = o,text if len(text)<200 else _short_hash(text, 16)
     return known[id(o)][1]
 
-# %% ../../../nbs/distill/study/setting.ipynb #7336328c
+# %% ../../../nbs/distill/study/setting.ipynb #febde148
 def _parts(o):
     "What makes `o` the object that it is"
     if isinstance(o, torch.Tensor): return [_tensor(o)]
@@ -74,7 +76,9 @@ def _parts(o):
     if isinstance(o, np.ndarray): return [str(o.dtype), str(o.shape), _short_hash(o.tobytes().hex())]
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
     if isinstance(o, MethodType): return [o.__self__, o.__func__]
-    if isinstance(o, FunctionType): return [o.__qualname__, o.__code__, o.__defaults__, o.__kwdefaults__, _closure(o)]
+    if isinstance(o, FunctionType):
+        read = _read_by(o)
+        return [o.__qualname__, o.__code__, o.__defaults__, o.__kwdefaults__, _closure(o), *([read] if read else ())]
     if isinstance(o, CodeType): return [o.co_code, o.co_names, o.co_consts]
     if isinstance(o, type): return [o.__module__, o.__qualname__]
     return [vars(o)] if hasattr(o, '__dict__') else [_without_addresses(o)]
@@ -90,6 +94,58 @@ def _plain(attrs, but=()):
     "Of an object's attributes those that are settings: numbers, names, functions"
     kinds = *_atoms,FunctionType,partial,type,Distribution # MixUp's, for one
     return {k:v for k,v in attrs.items() if k[0]!='_' and k not in but and isinstance(v, kinds)}
+
+# %% ../../../nbs/distill/study/setting.ipynb #dd4611bc
+def _codes(code):
+    "A code object and those inside it"
+    yield code
+    for c in code.co_consts:
+        if isinstance(c, CodeType): yield from _codes(c)
+
+_changing = {'append', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popitem', 'remove', 'discard',
+             'clear', 'sort', 'reverse', '__setitem__', '__delitem__'}
+
+def _names_read(code):
+    "Names from around a function that it reads, and neither sets nor changes in place"
+    read,changed = set(),set()
+    for c in _codes(code):
+        steps = [(i, getattr(i, 'positions', None)) for i in dis.get_instructions(c)]
+        # what stands where the name begins, is done to it: name[key] = .., name.append(..)
+        at = {p and p[::2] for i,p in steps if i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR') or i.argval in _changing}
+        for i,p in steps:
+            kind,_,where = i.opname.partition('_')
+            if not where.startswith(('GLOBAL', 'NAME', 'DEREF', 'CLASSDEREF', 'FROM_DICT')): continue
+            (read if kind=='LOAD' and (p and p[::2]) not in at else changed).add(i.argval)
+    return {k for k in read-changed if not k.startswith('__')}
+
+# %% ../../../nbs/distill/study/setting.ipynb #1a614ef4
+_plain_kinds = *_atoms,np.number,np.bool_,PurePath
+_nothing = object()
+
+def _plain_part(o, inside=()):
+    "What is plain of a value: itself, or a container's items that are; `_nothing` if nothing is"
+    if isinstance(o, _plain_kinds): return str(o) if isinstance(o, PurePath) else o
+    if not isinstance(o, (dict, list, tuple, set, frozenset)) or any(o is p for p in inside): return _nothing
+    inside = *inside,o
+    if isinstance(o, dict):
+        found = {k:_plain_part(v, inside) for k,v in o.items() if isinstance(k, _plain_kinds)}
+        found = {k:v for k,v in found.items() if v is not _nothing}
+    else: found = [p for v in o if (p := _plain_part(v, inside)) is not _nothing]
+    if o and not found: return _nothing
+    return sorted(map(describe, found)) if isinstance(o, (set, frozenset)) else found
+
+_packages = 'fasterai','fastai','torch'
+
+def _is_installed(f):
+    return (f.__module__ or '').split('.')[0] in _packages or 'site-packages' in PurePath(f.__code__.co_filename).parts
+
+def _read_by(f):
+    "The plain values that a function reads by name; of those in its closure, what `_closure` does not have"
+    if _is_installed(f): return {}
+    cells = {k:c.cell_contents for k,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c!=type(c)()}
+    around = f.__globals__ | {k: _nothing if isinstance(v, _constants) else v for k,v in cells.items()}
+    found = {k:_plain_part(around[k]) for k in sorted(_names_read(f.__code__)) if k in around}
+    return {k:v for k,v in found.items() if v is not _nothing}
 
 # %% ../../../nbs/distill/study/setting.ipynb #ec5f66ac
 _always = TrainEvalCallback,Recorder,CastToTensor,ProgressCallback

@@ -93,7 +93,7 @@ def _alone_for(self:DistilAnswer, arm, short):
     ratio = seconds[arm]/max(seconds[ALONE], 1e-9)
     return max(self.epochs, math.ceil(self.epochs*ratio-0.1))
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #16474b52
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #c61304d0
 @patch
 def run(self:DistilAnswer,
     progress:bool=True, # Show a bar?
@@ -113,7 +113,7 @@ def run(self:DistilAnswer,
 def _leave_out_diverged(self:DistilAnswer):
     for a in self.arms:
         if np.isfinite(self.gains(a)).all(): continue
-        self.left_out[a] = f"diverged: a difference in {self.metric} is no number"
+        self.left_out[a] = f"diverged: a difference in {self.metric}, or a validation loss, is no number"
 
 @patch
 def _train(self:DistilAnswer, arm, epochs, seed): self.study.run(epochs, [seed], [arm], progress=False, keep=False)

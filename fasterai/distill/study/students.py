@@ -19,7 +19,7 @@ from torch import nn
 from ...core.files import save_weights
 from .run_log import cell
 
-# %% ../../../nbs/distill/study/students.ipynb #0d0646e6
+# %% ../../../nbs/distill/study/students.ipynb #f217198e
 class Students(Mapping):
     "(arm, epochs, seed) -> the student of that run, for the runs of the greatest length"
     def __init__(self,
@@ -39,7 +39,10 @@ class Students(Mapping):
 
     def _read(self, file):
         model = self.make()
-        model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+        try: model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+        except Exception as e:
+            raise ValueError(f"{str(file)!r} holds no student, {type(e).__name__}: {e}; to train it again, remove it "
+                             "and its row of the log") from e
         return model.eval()
 
     def _file(self, key, row):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['presets', 'Sweep', 'sweep']
 
-# %% ../../../nbs/distill/study/sweep.ipynb #b42a785b
+# %% ../../../nbs/distill/study/sweep.ipynb #6ac9410b
 import inspect
+from hashlib import blake2b
 from itertools import product
 from typing import Callable, Sequence
 
@@ -25,7 +26,7 @@ from ..loss.terms import as_terms, with_hypers
 from ..losses import SoftTarget
 from .one_run import fit_one_cycle, measure, streams_kept
 from .run_log import cell
-from .setting import setting_text, teacher_text
+from .setting import describe, setting_text, teacher_text
 from .study import Study
 from .summary import at_equal_epochs, by_arm, lower_is_better
 from ..training.views import StudentSees
@@ -67,6 +68,17 @@ def _text(name, v):
     if ' at 0x' not in s: return s
     raise ValueError(f"grid: {name} has a value without a name of its own, {s}: use a name, e.g. 'cos', or a function")
 
+# %% ../../../nbs/distill/study/sweep.ipynb #5f40a2d0
+def _texts(name, vs):
+    "Text -> value, no two values that differ under one text"
+    told = [(_text(name, v), _mark(v), v) for v in vs]
+    alike = {t for t,m,_ in told for u,n,_ in told if t==u and m!=n}
+    return {f'{t} {m}' if t in alike else t: v for t,m,v in told}
+
+def _mark(v): return blake2b((cell('', v) if _is_number(v) else describe(v)).encode(), digest_size=4).hexdigest()
+
+def _is_number(v): return isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
+
 # %% ../../../nbs/distill/study/sweep.ipynb #206e3a42
 def _arm(teacher, loss, point, kwargs):
     "Arguments of a point's callback"
@@ -74,17 +86,19 @@ def _arm(teacher, loss, point, kwargs):
     hypers = {k:v for k,v in point.items() if k not in _cb_args}
     return dict(teacher=teacher, loss=with_hypers(point.get('loss', loss), hypers), **of_cb, **kwargs)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #5b27fcf8
+# %% ../../../nbs/distill/study/sweep.ipynb #71e403a7
 class Sweep:
     "The runs of a sweep: `runs` has a row for each, `table()` sums them up, `plot()` draws them"
     def __init__(self,
         runs:pd.DataFrame,    # Column `run` ('distilled', 'alone' or 'teacher'), the grid's, and those of a `Study`
         params:list,          # Names of the grid's hyper-parameters
         metrics:list,         # Names of the metrics, `valid_loss` first
+        values:dict=None,     # Of each hyper-parameter the grid's own values, by what the runs call them; None: those
     ):
         self.runs = runs
         self.params = params
         self.metrics = metrics
+        self.values = values or {}
 
     def _metric(self, metric):
         if metric is None: return self.metrics[min(1, len(self.metrics)-1)]
@@ -101,18 +115,24 @@ class Sweep:
         found = at_equal_epochs(by_arm(pd.concat([self._of('alone').assign(arm='alone'), *named])), metric, 'alone')
         return {int(arm):t for (arm,_),t in found.items()}
 
+    def _diverged(self):
+        "How many runs of each point have a validation loss that is no finite number"
+        return self._points().valid_loss.agg(lambda v: int((~np.isfinite(v)).sum())).tolist()
+
     def table(self,
         metric:str=None, # Name; None: the first of the learner's metrics
     )->pd.DataFrame:
         """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone
-        (two seeds or more); `p` is adjusted for the number of points"""
+        (two seeds or more); `p` is adjusted for the number of points. Of points with runs that `diverged`, having a
+        validation loss that is no number, it has how many"""
         metric = self._metric(metric)
-        tests,rows = self._tests(metric),[]
+        tests,diverged,rows = self._tests(metric),self._diverged(),[]
         for name in ('teacher', 'alone'):
             v = self._of(name)[metric]
             if len(v): rows.append({'run':name, **dict.fromkeys(self.params, ''), **_spread(v)})
         for i,(vals,g) in enumerate(self._points()):
             row = {'run':'distilled', **dict(zip(self.params, vals)), **_spread(g[metric])}
+            if any(diverged): row['diverged'] = diverged[i]
             if t := tests.get(i): row.update({'vs alone':t.diff, 'low':t.ci[0], 'high':t.ci[1], 'p':t.p})
             rows.append(row)
         return pd.DataFrame(rows)
@@ -121,12 +141,16 @@ class Sweep:
         metric:str=None,         # Name; None: the first of the learner's metrics
         lowest:bool=None,        # Is less better? None: for losses and errors
     )->dict:
-        "The hyper-parameters with the best mean"
+        """The hyper-parameters with the best mean, as they were in the grid, of those without a run that diverged;
+        ValueError if there are none"""
         metric = self._metric(metric)
         lowest = lower_is_better(metric) if lowest is None else lowest
-        means = self._points()[metric].mean()
+        means = self._points()[metric].mean()[np.equal(self._diverged(), 0)]
+        if not len(means): raise ValueError("every point has a run whose validation loss is no number: lower the "
+                                            "learning rate, or the weights, of the grid")
         best = means.index.get_loc(means.idxmin() if lowest else means.idxmax())
-        return {p: means.index.get_level_values(p).tolist()[best] for p in self.params}
+        found = {p: means.index.get_level_values(p).tolist()[best] for p in self.params}
+        return {p: self.values.get(p, {}).get(cell(p, v), v) for p,v in found.items()}
 
     def _repr_html_(self): return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
     def __repr__(self): return self.table().to_string(index=False, na_rep='')
@@ -187,13 +211,13 @@ def _check_kwargs(kwargs, point):
         if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
         if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
 
-# %% ../../../nbs/distill/study/sweep.ipynb #3255b726
+# %% ../../../nbs/distill/study/sweep.ipynb #289bec2d
 def sweep(
     make_learner:Callable,         # `make_learner()` gives a fresh Learner of the student
     teacher,                       # As for `KnowledgeDistillationCallback`
     grid:dict|str='temperature',   # Hyper-parameters and arguments of the callback, each with its values; or a preset
     epochs:int=5,                  # Of each run
-    seeds:Sequence[int]=(0,1,2),   # Each point is trained with each of them
+    seeds:int|Sequence[int]=(0,1,2), # Each point is trained with each of them; or how many
     loss=SoftTarget,               # As for the callback
     path=None,                     # CSV file that keeps the runs, and from which a sweep goes on; None: in memory
     baseline:bool=True,            # Train the student alone too, and judge the teacher?
@@ -207,16 +231,20 @@ def sweep(
     points = _points(grid, loss)
     _check_kwargs(kwargs, points[0])
     params = list(points[0])
+    values = {k: _texts(k, {id(p[k]):p[k] for p in points}.values()) for k in params}
     arms,rows = ({'alone': None}, {'alone': dict(run='alone')}) if baseline else ({}, {})
-    for p in points:
-        told = {k:_text(k, v) for k,v in p.items()}
+    for texts in product(*values.values()):
+        told = dict(zip(params, texts))
+        p = {k:values[k][t] for k,t in told.items()}
         name = ', '.join(f'{k}={v}' for k,v in told.items())
         arms[name] = _arm(teacher, loss, p, kwargs)
         rows[name] = dict(run='distilled', **told)
     study = Study(make_learner, arms, path, fit=fit or fit_one_cycle, rows=rows)
     judged = _judge(study, teacher) if baseline else []
-    study.run(epochs, list(seeds), progress=progress)
-    return Sweep(study.log.frame([*judged, *study.finished().values()]), params, study.metrics)
+    study.run(epochs, seeds, progress=progress)
+    names = [p for p in params if not all(map(_is_number, values[p].values()))]
+    runs = study.log.frame([*judged, *study.finished().values()], names, study.metrics)
+    return Sweep(runs, params, study.metrics, values)
 
 # %% ../../../nbs/distill/study/sweep.ipynb #6f4717bf
 def _judge(study, teacher):

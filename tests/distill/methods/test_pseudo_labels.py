@@ -137,21 +137,40 @@ def test_trains_as_the_same_steps_by_hand():
 
 def test_resumed_is_uninterrupted_and_other_settings_are_refused(tmp_path):
     calls = []
-    def fit(learn, epochs, stop=True):
+    def fit(learn, epochs):
         calls.append(epochs)
-        if stop and len(calls)==3: raise KeyboardInterrupt
+        if len(calls)==3: raise KeyboardInterrupt
         fit_one_cycle(learn, epochs)
     run = partial(noisy, make(4), rounds=2)
     want = run()
     with pytest.raises(KeyboardInterrupt): run(fit=fit, path=tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir())==['network_0.pth', 'network_1.pth']
     calls.clear()
-    found = run(fit=partial(fit, stop=False), path=tmp_path)
+    found = run(fit=fit, path=tmp_path)
     assert len(calls)==1 and same(state(want.student.model), state(found.student.model))
     assert found.table.drop(columns='seconds').equals(want.table.drop(columns='seconds'))
     for other in dict(threshold=0.5), dict(epochs=1), dict(seed=1):
-        with pytest.raises(ValueError, match='other settings'): run(path=tmp_path, **other)
-    with pytest.raises(ValueError, match='other settings'): noisy(make(8), rounds=2, path=tmp_path)
+        with pytest.raises(ValueError, match='other settings'): run(fit=fit, path=tmp_path, **other)
+    with pytest.raises(ValueError, match='other settings'): noisy(make(8), rounds=2, fit=fit, path=tmp_path)
+    with pytest.raises(ValueError, match='other settings'): run(path=tmp_path)
+
+
+def test_files_are_written_whole_and_those_cut_are_named(tmp_path):
+    precious,folder = tmp_path/'precious',tmp_path/'networks'
+    precious.write_text('mine')
+    folder.mkdir()
+    (folder/'network_0.part').symlink_to(precious)
+    run = partial(noisy, make(4), rounds=1, epochs=1, path=folder)
+    run()
+    assert precious.read_text()=='mine'
+    assert sorted(f.name for f in folder.iterdir())==['network_0.part', 'network_0.pth', 'network_1.pth']
+    file = folder/'network_0.pth'
+    for raw in (file.read_bytes()[:500], b'', b'text'):
+        file.write_bytes(raw)
+        with pytest.raises(ValueError, match="network_0.pth' is no finished network"): run()
+        assert file.read_bytes()==raw
+    torch.save({'a':1}, file)
+    with pytest.raises(ValueError, match="network_0.pth' is no finished network, KeyError"): run()
 
 
 def test_the_random_streams_go_on_as_if_nothing_had_been():

@@ -110,6 +110,27 @@ def test_too_few_within_reach(monkeypatch):
     with pytest.warns(UserWarning, match=r'trials instead of 9: of \d+ students that were looked at, \d+ are over'):
         search(space=dict(width=[*range(2, 300)]), trials=9, budget=dict(params=1000), baseline=None, epochs=1)
 
+def test_a_student_that_fails_costs_the_others_nothing():
+    def some(width=4):
+        if width==2: raise RuntimeError('no such width')
+        if width==8: return nn.Sequential(nn.Flatten(), nn.Linear(7, 3)) # does not take the images
+        return net(width) if width<12 else nn.Sequential(net(width), Broken())
+    def find(widths, **kw):
+        return search_student(data(n=48), net(8, seed=3), some, dict(width=widths), None, len(widths), 2, seeds=1,
+                              progress=False, metrics=accuracy, loss_func=nn.CrossEntropyLoss(), **kw)
+    with pytest.warns(UserWarning, match='search_student: width=. failed and is left out, RuntimeError'):
+        found = find([2, 4, 8, 12, 5])
+    t = found.table.set_index('width')
+    assert t.state[[2, 8, 12]].eq('failed').all() and t.state[[4, 5]].isin(['trained', 'stopped']).all()
+    assert 'no such width' in t.why[2] and 'cannot be multiplied' in t.why[8] and 'diverged' in t.why[12]
+    assert found.best['width'] in (4, 5) and len(found.plot().collections)>=2
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='1 failed; the last that failed: RuntimeError: no'):
+        find([2])
+
+class Broken(nn.Module):
+    "Answers NaN, which is class 0 to a metric"
+    def forward(self, x): return x*float('nan')
+
 def test_latency():
     found = search(budget=dict(latency=50.), trials=1)
     assert 'latency' in found.table and found.table.latency.notna().all()

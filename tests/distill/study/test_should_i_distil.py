@@ -114,6 +114,17 @@ def test_an_arm_that_diverges_is_left_out(fake, tmp_path, gains, worse):
         found = fake(gains, finalists=2, path=tmp_path/'runs.csv')
         assert found.answer==BETTER and found.arm==better and 'diverged' in found.left_out[worse]
 
+def test_a_student_of_no_numbers_is_not_better_though_its_metric_is(tmp_path):
+    def nan(pred, teacher_pred): return (pred*float('nan')).mean()
+    x = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ds = TensorDataset(x, torch.zeros(24, dtype=torch.long))
+    dls = DataLoaders(*(TfmdDL(ds, bs=8) for _ in range(2)), device='cpu')
+    for _ in range(2): # the second time out of its file
+        found = should_i_distil(student, student(), dls, dict(bad=dict(loss=nan)), epochs=1, pairs=4, progress=False,
+                                lr=1e-6, loss_func=CrossEntropyLossFlat(), path=tmp_path/'runs.csv', equal='epochs')
+        assert found.study.runs.query("arm=='bad'").accuracy.eq(1).all()
+        assert found.answer!=BETTER and found.arm=='alone' and 'diverged' in found.left_out['bad']
+
 def test_equal_time_and_finalists(fake):
     found = fake((.0, .3), slow=(2, 1.5), equal='time', finalists=1, epochs=8)
     assert found.arms==['b'] and 'behind in short runs' in found.left_out['a'] and found.as_long=={'b':12}

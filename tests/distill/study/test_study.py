@@ -22,6 +22,7 @@ from fasterai.distill.losses import FitNet, Logits, SoftTarget
 from fasterai.distill.study.experiment import Experiment
 from fasterai.distill.study.report import save_report
 from fasterai.distill.study.run_log import RunLog
+from fasterai.distill.study.setting import describe
 from fasterai.distill.study.study import Study
 from fasterai.distill.study.summary import by_arm, summary
 
@@ -83,6 +84,46 @@ def test_what_makes_a_run_another_run(teacher, tmp_path):
             for a in (adapters[0], adapters[1], adapters[0])]==[1, 1, 0]
 
 
+rate,places,rates = 1e-9,dict(lr=(0, 1e-9)),[1e-9] # globals of the functions below
+
+@pytest.mark.parametrize('how', ['number', 'dict', 'list', 'closure', 'nested', 'path'])
+def test_what_a_function_reads_makes_another_run(monkeypatch, tmp_path, how):
+    got = []
+    for lr in (1e-9, 1., 1e-9):
+        cfg,file = dict(lr=lr),tmp_path/f'{lr}'
+        file.write_text(f'{lr}')
+        for k,v in dict(rate=lr, places=dict(lr=(0, lr)), rates=[lr]).items(): monkeypatch.setitem(globals(), k, v)
+        def nested(learn, epochs, cbs): learn.fit(epochs, (lambda: max(o for o in rates))(), cbs=cbs)
+        fit = dict(number=lambda learn, epochs, cbs: learn.fit(epochs, rate, cbs=cbs),
+                   dict=lambda learn, epochs, cbs: learn.fit(epochs, places['lr'][1], cbs=cbs),
+                   list=lambda learn, epochs, cbs: learn.fit(epochs, rates[0], cbs=cbs),
+                   closure=lambda learn, epochs, cbs: learn.fit(epochs, cfg['lr'], cbs=cbs), nested=nested,
+                   path=lambda learn, epochs, cbs: learn.fit(epochs, float(file.read_text()), cbs=cbs))[how]
+        study = Study(make, {'alone':None}, tmp_path/'r.csv', fit=fit).run(1, 1, progress=False)
+        got.append(study.runs.valid_loss.item())
+    assert got[0]==got[2]!=got[1] and len(study.log.rows)==2
+
+def test_what_a_function_counts_makes_no_other_run():
+    calls,last,cfg = [],dict(n=0),dict(lr=.1)
+    def counts(x):
+        calls.append(x)
+        last['n'] += 1
+        return cfg['lr']
+    said = describe(counts)
+    counts(1)
+    assert (calls, last)==([1], dict(n=1)) and describe(counts)==said
+    cfg['lr'] = .2
+    assert describe(counts)!=said
+
+def test_only_what_reads_plain_values_is_described_with_them(monkeypatch):
+    number = 3
+    def reads_none(x): return torch.relu(x)**number+_net()(x)
+    def reads(x): return x*rate
+    fs = reads_none,reads,Learner.fit,_net().forward,partial(SoftTarget, T=2)
+    now = [describe(f) for f in fs]
+    monkeypatch.setattr('fasterai.distill.study.setting._read_by', lambda f: {})
+    assert [describe(f)==said for f,said in zip(fs, now)]==[True, False, True, True, True]
+
 def test_runs_share_nothing_and_arguments_stay(teacher):
     own,vid = {'0': nn.Linear(6, 8)},VID()
     maps = dict(teacher=teacher, activations_student='0', activations_teacher='0')
@@ -131,6 +172,13 @@ def test_an_experiment_of_a_regression():
     assert exp.verdict().count('adjusted p')==2 and ' mse (95%' in exp.verdict()
 
 
+@pytest.mark.parametrize('name', ['teacher', 'alone', 'epochs', 'seed', 1, None])
+def test_names_that_an_experiment_has_are_refused_before_it_trains(teacher, name):
+    with pytest.raises((ValueError, TypeError), match=f'arms: .*{name!r}'):
+        Experiment(_dls(), teacher, _net, loss_func=CrossEntropyLossFlat(), arms={'a':{}, name:{}})
+    with pytest.raises(TypeError, match="arms: 'a' must be a dict of the callback's arguments, got NoneType"):
+        Experiment(_dls(), teacher, _net, loss_func=CrossEntropyLossFlat(), arms={'a':None})
+
 def test_p_values_of_an_experiment_count_its_lengths(teacher):
     from scipy import stats
     exp = Experiment(_dls(), teacher, _net, Logits, lr=0.05, weight=0.9,
@@ -148,6 +196,108 @@ def test_a_study_that_learned_a_new_teacher_forgets_the_old_runs(teacher, tmp_pa
     sizes = study.runs.groupby(['arm', 'epochs']).size().to_dict()
     assert sizes=={('alone', 1):2, ('alone', 2):2, ('kd', 1):2}
     assert len(study.log.rows)==10
+
+
+def zeros():
+    "Of one class alone: whoever answers NaN is right"
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    ds = TensorDataset(x, torch.zeros(24, dtype=torch.long))
+    return DataLoaders(*(TfmdDL(ds, bs=8) for _ in range(2)), device='cpu')
+
+def no_number(pred, teacher_pred): return (pred*float('nan')).mean()
+
+def test_an_arm_that_diverged_is_not_called_better(teacher, tmp_path):
+    arms = dict(alone=None, bad=dict(teacher=teacher, loss=no_number), good=dict(teacher=teacher, loss=Logits))
+    for _ in range(2): # the second time out of its file
+        study = Study(partial(make, zeros(), lr=1e-6), arms, tmp_path/'r.csv').run(1, 2, progress=False)
+        assert study.runs.query("arm=='bad'").accuracy.eq(1).all() # and better than alone
+        first,*others = study.verdict().split('\n')
+        assert first=='bad, 1 epochs: diverged, valid_loss is no finite number for 2 of 2 seeds'
+        assert others and all(l.startswith('good, 1 epochs') for l in others) and study.diverged()=={('bad', 1): [0, 1]}
+        for metric in ('accuracy', 'valid_loss'):
+            table = study.table(metric)
+            assert table.arm.iloc[-1]=='bad' and table.diverged.tolist()==[0, 0, 2]
+
+def test_without_a_validation_loss_nothing_diverges():
+    study = Study(make, dict(alone=None, other=lambda: None), measure=lambda learn: dict(accuracy=.5))
+    assert study.run(1, 2, progress=False).diverged()=={} and 'diverged' not in study.table() and len(study.tests())==1
+
+def test_an_experiment_has_no_best_arm_that_diverged(teacher):
+    def net(): return _net()
+    exp = Experiment(zeros(), teacher, net, lr=1e-6, metrics=[accuracy], loss_func=CrossEntropyLossFlat(),
+                     arms=dict(bad=dict(loss=no_number), good=dict(loss=Logits))).run(1, 2, progress=False)
+    assert exp.runs.bad.eq(1).all() and exp.best_arm=='good' and 'bad, 1 epochs: diverged' in exp.verdict()
+
+
+@pytest.mark.parametrize('path', [None, 'r.csv'])
+def test_the_numbers_of_fit_and_measure_are_kept(tmp_path, path):
+    def fit(learn, epochs, cbs): learn.fit(epochs, cbs=cbs); return dict(steps=4*epochs, epochs=99)
+    def own(learn): return dict(myscore=learn.model[1].bias.sum().item(), big=True)
+    path = path and tmp_path/path
+    plain = Study(make, {'alone':None}, path, fit=fit).run(1, 2, progress=False)
+    study = Study(make, {'alone':None, 'other':lambda: None}, path, fit=fit, measure=own).run([1, 2], 2, progress=False)
+    runs = study.runs
+    assert runs.steps.tolist()==[4*n for n in runs.epochs] and set(runs.epochs)=={1, 2}
+    new = runs[runs.accuracy.isna()] # those of `plain` are known already, and have what was measured then
+    assert len(new)==(6 if path else 8) and new.myscore.notna().all() and new.valid_loss.isna().all()
+    assert study.table('myscore').myscore.notna().any() and len(study.log.rows)==8
+    with pytest.raises(ValueError, match="did you mean 'myscore'"): study.table('myscor')
+    if not path: return
+    again = Study(make, {'alone':None, 'other':lambda: None}, path, fit=fit, measure=own).run([1, 2], 2, progress=False)
+    assert again.runs.equals(runs) and len(path.read_text().splitlines())==1+8
+    assert plain.run(1, 2, progress=False).runs.steps.tolist()==[4, 4]
+
+
+# --- what cannot be asked
+
+@pytest.mark.parametrize('epochs', [0, -1, True, 1.5, '3', None, [1, 0], [1, 'a'], []])
+def test_lengths_that_are_none(epochs):
+    study = Study(make, {'alone':None})
+    with pytest.raises(ValueError, match='epochs (must be whole numbers from 1 on, got|is empty)'): study.run(epochs, 1)
+    assert not study.log.rows and not study.asked
+
+def test_seeds_and_arms_by_themselves():
+    import numpy as np
+    study = Study(make, {'alone':None, 'b':None})
+    for seeds in (True, '3', 1.5, -1, [0, -1], None):
+        with pytest.raises(ValueError, match='seeds must be whole numbers from 0 on, got'): study.run(1, seeds)
+    runs = study.run(np.int64(1), np.int64(2), 'alone', progress=False).runs
+    assert runs.seed.tolist()==[0, 1] and set(runs.arm)=={'alone'}
+    assert len(study.run(1, np.array([0, 1]), progress=False).log.rows)==4
+
+def test_before_any_run(teacher):
+    study = Study(make, {'alone':None, 'b':None})
+    exp = Experiment(_dls(), teacher, _net, lr=.05, loss_func=CrossEntropyLossFlat())
+    for ask in (study.table, study.plot, exp.learners, exp.plot, exp.run_as_long, lambda: exp.best,
+                lambda: exp.best_arm, lambda: exp.typical):
+        with pytest.raises(ValueError, match='no runs: call `run`'): ask()
+    assert study._repr_html_()=='<p>no runs yet</p>' and exp.pairs=={} and exp.tests()=={} and not len(exp.runs)
+
+@pytest.mark.parametrize('cell', ['oops', '0,5'])
+def test_an_edited_cell_is_named_with_its_file(tmp_path, cell):
+    path,arms = tmp_path/'r.csv',{'alone':None, 'b':lambda: None}
+    Study(make, arms, path).run(1, 2, progress=False)
+    rows = list(csv.reader(path.open()))
+    def edited(value):
+        rows[-1][rows[0].index('accuracy')] = value
+        with path.open('w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
+        return Study(make, arms, path).run(1, 2, progress=False)
+    study = edited(cell)
+    for ask in (study.table, study.verdict, study.tests):
+        with pytest.raises(ValueError, match=f"r.csv' has '{cell}' for accuracy, expected a number"): ask()
+    assert edited('').verdict().startswith('b, 1 epochs: nothing can be told, accuracy is no number in some run')
+
+def test_an_experiment_says_so_where_a_metric_is_missing(teacher):
+    exp = Experiment(_dls(), teacher, _net, lr=.05, loss_func=CrossEntropyLossFlat()).run(1, 2, progress=False)
+    exp.study.log.rows[0]['accuracy'] = ''
+    assert 'nothing can be told' in exp.verdict() and 'nan' not in exp.verdict()
+
+def test_a_kept_student_that_was_cut_is_named(teacher, tmp_path):
+    args = dict(lr=.05, loss_func=CrossEntropyLossFlat(), folder=tmp_path)
+    Experiment(_dls(), teacher, _net, **args).run(1, 1, progress=False)
+    for f in (tmp_path/'students').iterdir(): f.write_bytes(f.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"\.pth' holds no student"):
+        Experiment(_dls(), teacher, _net, **args).run(1, 1, progress=False).best
 
 
 # --- the log

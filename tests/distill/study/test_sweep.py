@@ -14,7 +14,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fasterai.distill.losses import Logits, SoftTarget
+from fasterai.distill.losses import DecoupledKD, FitNet, Logits, SoftTarget
 from fasterai.distill.study.sweep import sweep
 from fasterai.distill.teacher.teacher import Teacher
 
@@ -167,6 +167,61 @@ def test_table_by_hand(teacher):
     assert t.loc[('distilled', best), 'error_rate']==t.loc['distilled'].error_rate.min()
     assert res.best('accuracy')['T']==best
 
+def test_a_point_that_diverged_is_not_the_best(teacher):
+    def nan(pred, teacher_pred): return (pred*float('nan')).mean()
+    def ones(): learn = student(); learn.metrics = [accuracy_of_ones]; return learn
+    def accuracy_of_ones(pred, targ): return float(not pred.isfinite().all())
+    def run(losses): return sweep(ones, teacher, {'loss':losses}, epochs=1, seeds=(0, 1), progress=False)
+    res = run([nan, Logits])
+    best = res.best('accuracy_of_ones')['loss']
+    assert best in ('Logits', Logits) and res.best('valid_loss')['loss']==best
+    assert res.table('valid_loss').set_index('loss').diverged[['nan', 'Logits']].tolist()==[2, 0]
+    assert 'diverged' not in _sweep(teacher, {'T':[1]}).table()
+    with pytest.raises(ValueError, match='every point has a run whose validation loss is no number'): run([nan]).best()
+
+class Scaled(nn.Module):
+    "A loss with a setting that its text does not show"
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+    def forward(self, pred, teacher_pred): return self.by*(pred-teacher_pred).pow(2).mean()
+    def __repr__(self): return 'Scaled()'
+
+def test_values_of_one_name_are_points_of_their_own(teacher, tmp_path):
+    for name,vs in (('loss', [Scaled(1.), Scaled(9.)]), ('schedule', [lambda s,e,p: s+(e-s)*p, lambda s,e,p: e])):
+        path = tmp_path/f'{name}.csv'
+        res = _sweep(teacher, {name:vs}, seeds=(0,), baseline=False, path=path)
+        assert len(res.runs)==len(res.table())==2 and res.runs[name].nunique()==res.runs.valid_loss.nunique()==2
+        assert res.best()[name] in vs
+        again = _sweep(teacher, {name:vs[::-1]}, seeds=(0,), baseline=False, path=path)
+        assert sorted(again.runs[name])==sorted(res.runs[name]) and path.read_text().count('\n')==3
+    assert len(_sweep(teacher, {'loss':[Scaled(1.), Scaled(1.)]}, seeds=(0,), baseline=False).runs)==1
+    assert len(_sweep(teacher, {'T':[1, 1.]}, seeds=(0,), baseline=False).runs)==1
+
+def test_the_best_values_are_those_of_the_grid(teacher):
+    def best(grid, **kw):
+        res = _sweep(teacher, grid, seeds=(0,), baseline=False, **kw)
+        assert len(res.table('valid_loss'))==len(next(iter(grid.values())))
+        return next(iter(res.best('valid_loss').values())),res
+    assert best({'normalize':[True, False]}, loss=DecoupledKD)[0] in (True, False)
+    assert best({'schedule':[None, 'cos']}, )[0] in (None, 'cos')
+    assert best({'loss':[Logits, SoftTarget]})[0] in (Logits, SoftTarget)
+    value,res = best({'T':[2, 3.5, 10]})
+    assert value in (2, 3.5, 10) and res.runs['T'].tolist()==[2, 3.5, 10]
+    assert type(best({'T':[3]})[0]) is int
+
+def test_names_that_look_like_numbers_stay_names(teacher):
+    def maps():
+        learn = student()
+        learn.model = nn.Sequential(nn.Sequential(nn.Linear(4, 16), nn.ReLU()), nn.ReLU(), nn.Linear(16, 3))
+        return learn
+    set_seed(0)
+    net = maps().model
+    res = sweep(maps, net, {'activations_student':['0', '0.0']}, epochs=1, seeds=(0, 1), progress=False, loss=FitNet,
+                activations_teacher='0')
+    assert res.best()['activations_student'] in ('0', '0.0')
+    assert res.table().activations_student.tolist()==['', '', '0', '0.0']
+
 def test_losses_schedules_and_names_as_values(teacher):
     runs = _sweep(teacher, {'loss':[SoftTarget, Logits], 'schedule':['cos', 'lin']}, seeds=(0,), baseline=False).runs
     assert set(runs.loss)=={'SoftTarget(T=5)',
@@ -199,6 +254,17 @@ def test_bad_input(teacher, tmp_path):
     (tmp_path/'other.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ValueError, match='belongs to other runs'): _sweep(teacher, path=tmp_path/'other.csv')
     assert (tmp_path/'other.csv').read_text()=='a,b\n1,2\n'
+
+def test_an_edited_cell_is_named_with_its_file(teacher, tmp_path):
+    path = tmp_path/'r.csv'
+    runs = _sweep(teacher, {'T':[4]}, seeds=2, path=path).runs
+    assert runs.seed.dropna().tolist()==[0, 1, 0, 1]
+    lines = path.read_text().splitlines()
+    fields = lines[-1].split(',')
+    fields[lines[0].split(',').index('error_rate')] = 'oops'
+    path.write_text('\n'.join([*lines[:-1], ','.join(fields)])+'\n')
+    with pytest.raises(ValueError, match="r.csv' has 'oops' for error_rate, expected a number"):
+        _sweep(teacher, {'T':[4]}, seeds=2, path=path)
 
 @pytest.mark.parametrize('text', ['', 'run,T'])
 def test_a_file_without_a_whole_header(teacher, tmp_path, text):
