@@ -117,7 +117,7 @@ class Job:
     @property
     def trace(self): return self.recorder.trace
 
-# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #d5018034
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #029fb6e3
 @patch
 def settle(self:Job, xb):
     "Make the folder's header, or see that it is ours; ValueError where it is not"
@@ -141,7 +141,7 @@ def _refuse(self:Job, why):
 
 @patch
 def _use_short_numbers(self:Job, pred):
-    if self.codec.topk and pred is not None: self.codec.index = index_type(pred.shape[1])
+    if self.codec.topk and pred is not None: self.codec.index = index_type(self.codec.n_classes(pred))
 
 @patch
 def _header(self:Job, pred, fm):
@@ -151,7 +151,8 @@ def _header(self:Job, pred, fm):
     weights = weights_digest(teacher) if hasattr(teacher, 'models') else ''
     return dict(kind=self.kind, samples=self.trace.n, views=[cache.k, cache.seed],
                 keeps=[codec.topk, str(codec.dtype)], layers=codec.layers, logits=codec.logits,
-                classes=pred.shape[1] if codec.logits and pred.ndim>1 else None, fields=fields,
+                classes=codec.n_classes(pred) if codec.logits and pred.ndim>1 else None, fields=fields,
+                axis=codec.place(pred.ndim) if codec.logits else None,
                 batches=[dl.bs, dl.drop_last, self.processes] if cache.k else None,
                 total=None if self.trace.n is None else (cache.k or 1)*self.trace.n,
                 bs=dl.bs, shards=None, teacher=dict(nets=nets, weights=weights),
@@ -225,7 +226,7 @@ def _drawn(self:Job, rows):
     self.trace.wanted = rows
     for b in self.trace.dl: yield self.trace.rows,self.recorder.inputs(b)
 
-# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #1fb4dd59
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #b9482a53
 @patch
 def ask(self:Job):
     "Ask the teacher about all that is missing, and write down what it says"
@@ -250,7 +251,7 @@ def _record(self:Job, rows, xb, measure):
 def _measure(self:Job, pred, said):
     "How far the soft target is from what will be read again"
     kept,_ = self.codec.decode({k:o.numpy() for k,o in said.items()}, self.manifest.header['classes'], pred.device)
-    error = soft_target_error(pred, kept, self.report.T)
+    error = soft_target_error(pred, kept, self.report.T, self.codec.axis)
     self.report.errors.append([error.mean().item(), error.max().item()])
 
 @patch

@@ -20,7 +20,7 @@ from .recorder import Recorder
 from .shards import Shards, differences, manifest_name, pieces_of
 from .signature import signature, weights_digest
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #b2faf439
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #1848817a
 class Reader(Recorder):
     "One attachment of a `Recording` to a Learner's training DataLoader"
     def __init__(self,
@@ -33,6 +33,7 @@ class Reader(Recorder):
         header = cache.manifest.header
         super().__init__(cache, learn, teacher, header['layers'], header['logits'])
         self.wanted = list(layers),logits
+        self.asked_axis,self.codec.axis = self.codec.axis,header.get('axis') or 1
 
     def serves(self, learn, dl, teacher, layers, logits):
         return (self.learn is learn and self.trace.dl is dl and self.teacher is teacher
@@ -45,7 +46,7 @@ class Reader(Recorder):
     @property
     def file(self): return self.cache.path/manifest_name
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #a16fa494
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #797f2b2d
 @patch
 def _find_file(self:Reader, xb):
     "Open the shards; ValueError if they hold answers to other samples, or of another teacher"
@@ -66,6 +67,7 @@ def _other_data(self:Reader, xb):
     "Why the samples are not those that were recorded; empty if they seem to be"
     if any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
         return "its samples were not mixed by MixUp or CutMix, here they are; take it out, or use cache=Replay(k=8)"
+    if why := self._other_axis(): return why
     if self.header['kind']=='keys': return ''
     dl = self.trace.dl
     here = dict(samples=self.trace.n)
@@ -73,7 +75,16 @@ def _other_data(self:Reader, xb):
     probe = {**self.header['probe'], 'inputs': hex_of(signature(xb))}
     return differences(self.header, {**self.header, **here, 'probe':probe}, here)
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #0dc10731
+@patch
+def _other_axis(self:Reader):
+    if not (self.codec.topk and self.codec.logits): return ''
+    n = 1+len(next(shape for name,_,shape in self.header['fields'] if name=='pred'))
+    kept,here = self.codec.axis%n,self.asked_axis%n
+    if kept==here: return ''
+    return (f"topk={self.codec.topk} kept the likeliest of classes on axis {kept}, and here they are on axis {here}; "
+            "record with the training's Learner, whose loss function says where they are")
+
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #f469b4cd
 _tolerated = {torch.float16: 5e-3, torch.float32: 1e-4} # of the probability
 
 @patch
@@ -90,7 +101,8 @@ def _other_in_rows(self:Reader, xb, keys):
         return '' if same else 'another teacher, or other weights of it'
     said = self.ask_teacher(*xb)[0]
     there = torch.from_numpy(there).to(said.device)
-    far,lost = (soft_target_error(said, o, 1.)[there].max().item() for o in (self._decoded(rec), self._kept(said)))
+    far,lost = (soft_target_error(said, o, 1., self.codec.axis)[there].max().item()
+                for o in (self._decoded(rec), self._kept(said)))
     if far<=lost+_tolerated[self.cache.dtype]: return ''
     return f'another teacher, or other weights of it: {far:.1%} of the probability lies elsewhere'
 
@@ -100,7 +112,7 @@ def _decoded(self:Reader, rec): return self.codec.decode(rec, self.header['class
 @patch
 def _kept(self:Reader, pred):
     "What a recording would keep of these logits"
-    codec = Codec(self.codec.topk, self.codec.dtype)
+    codec = Codec(self.codec.topk, self.codec.dtype, axis=self.codec.axis)
     return self._decoded({name: t.numpy() for name,t in codec.encode(pred, {}).items()})
 
 # %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #512374d7

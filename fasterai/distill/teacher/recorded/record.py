@@ -26,7 +26,7 @@ from .stream_job import StreamJob
 from .trace import check_dl, innermost
 from ..teacher import as_teacher
 
-# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #d8bc67c0
+# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #8719d4a9
 def record(
     teacher,        # A `Teacher`, a Module or Learner, several of them, or anything that answers a batch
     dl,             # The training's DataLoader (or its Learner, or DataLoaders), with its transforms, `bs` and order
@@ -53,11 +53,11 @@ def record(
     cache = _settings(path, topk, maps, dtype, _as_views(views, stream, key))
     with _own_words(): cache.views.check_types(dl, [])
     teacher = _as_answering(teacher)
-    recorder = Recorder(cache, learn, teacher, maps, logits)
-    job = StreamJob(recorder, path, part, T=T, every=every, split=split) if stream else Job(
-        recorder, path, part, processes, T, every)
     with ExitStack() as stack:
         if hasattr(teacher, 'begin'): _begin(teacher, stack, learn, maps, logits)
+        recorder = Recorder(cache, learn, teacher, maps, logits)
+        job = StreamJob(recorder, path, part, T=T, every=every, split=split) if stream else Job(
+            recorder, path, part, processes, T, every)
         recorder.trace = _trace(dl, cache.views)
         stack.callback(recorder.trace.close)
         with _own_words(): xb = _first_look(recorder)

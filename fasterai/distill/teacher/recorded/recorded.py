@@ -165,13 +165,15 @@ class Replay(TeacherCache):
         super().__init__(path, topk, maps, dtype, eager)
         self.views = Views(k, seed)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #8eed2f0c
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #16b5a06a
 class Recording(TeacherCache):
     "The answers that `record` has written into a folder; ValueError where there are none"
     def __init__(self,
         path:str|Path, # The folder
         key=None,      # Of a stream: from what the data set yields to the sample's key, as it was recorded
+        axis:int=None, # Where a student without a teacher is said to have its classes; None: as its task says
     ):
+        self.axis = axis
         self.manifest = Manifest.at(path)
         header = self.manifest.header
         topk,dtype = header['keeps']
@@ -179,7 +181,7 @@ class Recording(TeacherCache):
         k,seed = header['views']
         self.views = Stream(key) if header['kind']=='keys' else Views(k, seed) if k else Once()
 
-    def __getstate__(self): return {**super().__getstate__(), 'manifest': self.manifest}
+    def __getstate__(self): return {**super().__getstate__(), 'manifest': self.manifest, 'axis': self.axis}
 
 @patch
 def _check(self:Recording, dl, layers, logits):
@@ -194,7 +196,7 @@ def _check(self:Recording, dl, layers, logits):
 @patch
 def _new_recorder(self:Recording, *args): return Reader(self, *args)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #c110ab75
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #3d2d9758
 class RecordedTeacher(BaseTeacher):
     "A teacher that is not there: only what it said. The training stops where it would have to be asked"
     def __init__(self,
@@ -202,7 +204,7 @@ class RecordedTeacher(BaseTeacher):
         key=None,      # As in `Recording`
         axis:int=None, # The class axis of the logits; None: the task's
     ):
-        self.cache = Recording(path, key)
+        self.cache = Recording(path, key, axis)
         self.axis = axis
         self.fits = 0  # that are running
 
