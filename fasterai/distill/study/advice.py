@@ -62,7 +62,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #9c88d0bb
+# %% ../../../nbs/distill/study/advice.ipynb #24e4955b
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -84,9 +84,13 @@ def _flat_logits(learn, kd, pred):
     if kd.teacher.average=='stack' and axis>=0: axis += 1
     return pred.as_subclass(torch.Tensor).movedim(axis, -1).flatten(0, -2).float()
 
+def _logits(kd, xb):
+    "The teacher's own, past the cache of a fit that may be running"
+    return getattr(kd.teacher, 'compute', kd.teacher.answer)(*xb)[0]
+
 def _one_answer(learn, kd, xb):
     "The teacher's logits; the average of several that it does not average itself"
-    z = kd.teacher(*xb)[0]
+    z = _logits(kd, xb)
     return ensemble_logits(list(z), axis=_class_axis(learn)) if kd.teacher.average=='stack' else z
 
 @contextmanager
@@ -171,14 +175,14 @@ def _kwargs(kd, weights):
     for t in kd.recipe.replace().terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
     return {**kd.recipe.arguments(), 'loss': loss, 'weight': 1., 'task_weight': 1.}
 
-# %% ../../../nbs/distill/study/advice.ipynb #2f56368c
+# %% ../../../nbs/distill/study/advice.ipynb #90907294
 def _probe(learn, kd, params, n_batches):
     "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
     pulls,logits = [],[]
     with _as_in_training(learn.model):
         for xb,yb in _batches(learn, 0, n_batches):
             pulls.append(_pull(learn, kd, xb, yb, params))
-            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(kd.teacher(*xb)[0])
+            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(_logits(kd, xb))
     if not pulls: raise ValueError("the training data has not a single full batch")
     return pulls,torch.cat([_flat_logits(learn, kd, z) for z in logits]) if logits and logits[0].ndim>1 else None
 
