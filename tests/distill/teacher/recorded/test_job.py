@@ -4,6 +4,8 @@ import json, os, random, signal, time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import lr_find  # patches Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -105,6 +107,28 @@ class TestTraining:
         assert recorded.cache.trace is None and recorded.fits==0
         learn = learner(net(2), data(n=80), cbs=KnowledgeDistillationCallback(recorded, 'SoftTarget', valid=True))
         with pytest.raises(ValueError, match='no answer to a batch of the validation'): learn.fit(1)
+
+    @pytest.mark.parametrize('same_data', [True, False])
+    def test_in_a_fit_within_a_fit(self, path, same_data):
+        from helpers import data, learner, net
+        teacher,dls,sums = net(8, seed=3).eval(),data(),[]
+        record(teacher, dls.train, path, maps=['3'], **fp32)
+        recorded = RecordedTeacher(path)
+        def maps(fm_t): return (fm_t['3'].sum()-sums[-1]).abs()
+        def logits(pred, teacher_pred): return F.mse_loss(pred, teacher_pred)
+        class Within(Callback):
+            def before_batch(self): sums.append(teacher[:4](self.x).sum().detach())
+            def after_batch(self):
+                if not self.training or self.train_iter!=3: return
+                inner = learner(net(2), dls if same_data else data())
+                with pytest.raises(ValueError, match='the losses need 4'): inner.fit(1, cbs=kd('4'))
+                inner.fit(1, cbs=KnowledgeDistillationCallback(recorded, logits))
+        def kd(layer): return KnowledgeDistillationCallback(recorded, maps, activations_student='3',
+                                                            activations_teacher=layer)
+        cbs = [KnowledgeDistillationCallback(recorded, logits), kd('3'), Within()]
+        learner(net(2), dls).fit(2, cbs=cbs)
+        assert cbs[1].log.history.distill_loss.abs().max()<1e-4 and recorded.fits==0
+        assert recorded.cache.trace is None and recorded.cache.hits==(2*64 if not same_data else 2*64+32)
 
     def test_some_of_the_maps(self, path):
         record(Teacher(), loaders().train, path, maps=['0', '2'], **fp32)
