@@ -202,9 +202,10 @@ def refuse_missing(self:Recording, layers, logits):
 @patch
 def _new_recorder(self:Recording, *args): return Reader(self, *args)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #ad7509f4
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #5e06aa93
 class RecordedTeacher(BaseTeacher):
     "A teacher that is not there: only what it said. The training stops where it would have to be asked"
+    anywhere = False
     def __init__(self,
         path:str|Path, # The folder that `record` has written into
         key=None,      # As in `Recording`
