@@ -2521,6 +2521,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fasterai/distill/study/advice.py'),
                                                'fasterai.distill.study.advice._grad': ( 'distill/study/advice.html#_grad',
                                                                                         'fasterai/distill/study/advice.py'),
+                                               'fasterai.distill.study.advice._is_about_the_task': ( 'distill/study/advice.html#_is_about_the_task',
+                                                                                                     'fasterai/distill/study/advice.py'),
                                                'fasterai.distill.study.advice._judge': ( 'distill/study/advice.html#_judge',
                                                                                          'fasterai/distill/study/advice.py'),
                                                'fasterai.distill.study.advice._kwargs': ( 'distill/study/advice.html#_kwargs',

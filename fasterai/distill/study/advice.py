@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #e83609f6
+# %% ../../../nbs/distill/study/advice.ipynb #b0daacc0
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +24,7 @@ from ...core.task import logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
+from ..teacher.facts import facts_of
 from ..teacher.forward import device_of, size_of
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
@@ -118,11 +119,17 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #07f80b69
+# %% ../../../nbs/distill/study/advice.ipynb #f0ff4085
+def _is_about_the_task(learn, kd):
+    "Are the teacher's classes the student's? Where a loss looks at logits, the teacher has seen to it"
+    if any('teacher_pred' in t.needs for t in kd.terms): return True
+    ours,theirs = facts_of(learn).classes,[o.classes for o in getattr(kd.teacher, 'facts', ())]
+    return not ours or all(o is None or {*ours}<={*o} for o in theirs)
+
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
     None without labels, or answers"""
-    if not kd.teacher.anywhere: return None
+    if not (kd.teacher.anywhere and _is_about_the_task(learn, kd)): return None
     scores = []
     with as_found(learn.model):
         for xb,yb in _batches(learn, _validation_data(learn), n):

@@ -82,7 +82,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #d73b73dc
+# %% ../../../nbs/distill/teacher/facts.ipynb #40ce6015
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -99,6 +99,7 @@ def agree(
     student:Facts,  # Of the student
     pick:bool=True, # May classes be picked? Not where a `select` of the user's answers for them
     tfm:bool=True,  # May inputs be transformed? Not where `tfms` of the user's do it
+    logits:bool=True, # Does any loss look at logits? Else the teacher's classes may be any
 )->Agreement:
     "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher lacks"
     if teacher.words and student.words and teacher.words!=student.words:
@@ -107,15 +108,16 @@ def agree(
     if tfm and teacher.columns and student.columns and teacher.columns!=student.columns:
         raise ValueError("the teacher's table numbers its categories, or normalises its columns, otherwise than the "
                          "student's: make both with the same procs (`to.new`), or say tfms=")
-    places,said_classes = _pick_classes(teacher, student) if pick else (None, [])
+    places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
     return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size))
 
-def _pick_classes(teacher, student):
+def _pick_classes(teacher, student, logits):
     t,s = teacher.classes,student.classes
     if not t or not s or t==s: return None,[]
     unknown = [c for c in s if c not in t]
+    if unknown and not logits: return None,[]
     if unknown:
         raise ValueError(f"classes: the teacher does not know the student's {', '.join(map(repr, unknown[:5]))} "
                          f"(it knows {', '.join(map(repr, t[:10]))}); train it on them, or say what its outputs are: "

@@ -9,7 +9,8 @@ from fastai.vision.core import TensorImage
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
-from fasterai.distill.losses import Logits
+from fasterai.distill.losses import FitNet, Logits
+from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.facts import facts_of
 from fasterai.distill.teacher.teacher import Teacher
 from helpers import learner
@@ -33,13 +34,13 @@ def model(c, seed=0):
         return nn.Sequential(nn.Flatten(), nn.Linear(48, c))
 
 
-def heard(teacher, dls, c=3, **kw):
+def heard(teacher, dls, c=3, also=(), **kw):
     "What the loss hears of `teacher`, and the batches that the student saw"
     seen = []
     def loss(pred, teacher_pred):
         seen.append((learn.xb[0].as_subclass(torch.Tensor), teacher_pred)); return F.mse_loss(pred, teacher_pred)
     learn = learner(model(c), dls)
-    learn.fit(1, cbs=KD(teacher, loss, **kw))
+    learn.fit(1, cbs=[KD(teacher, loss, **kw), *also])
     return seen
 
 
@@ -68,6 +69,22 @@ def test_the_same_classes_are_left_alone_and_nothing_is_said(capsys):
     net = model(3, 1)
     for x,z in heard(learner(net, images(list('abc'))), images(list('abc'))): torch.testing.assert_close(z, net(x))
     assert capsys.readouterr().out==''
+
+
+def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
+    net,xyz,abc = model(3, 1),list('xyz'),images(list('abc'))
+    teacher,learn = Teacher(learner(net, images(xyz))),learner(model(3), abc)
+    def feature(teacher): return KD(teacher, FitNet, activations_student='1', activations_teacher='1')
+    kd = feature(teacher)
+    learn.fit(1, cbs=kd)
+    assert len(kd.log.history)==3
+    for kd in (KD(teacher, Logits), KD(teacher, [FitNet, Logits], activations_student='1', activations_teacher='1')):
+        with pytest.raises(ValueError, match="classes: the teacher does not know the student's 'a', 'b', 'c'"):
+            learn.fit(1, cbs=kd)
+    notes = suggest_weights(learn, feature(teacher)).notes # its logits are about other things
+    assert not [o for o in notes if 'no better' in o]
+    cab = Teacher(learner(net, images(list('cab'), names='abc')))
+    for x,z in heard(cab, abc, also=[feature(cab)]): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
 
 
 def test_a_select_or_facts_by_hand_decide():
