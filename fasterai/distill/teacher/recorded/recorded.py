@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['TeacherCache', 'Replay', 'Recording', 'RecordedTeacher', 'as_cache']
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #5e7cc898
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #dac326e7
 import tempfile
 import warnings
 from copy import copy
 from pathlib import Path
 
 import torch
-from fastai.torch_core import num_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 
+from ..facts import Agreement, Facts, agree, facts_of
 from ..protocol import BaseTeacher
 from .keys import Stream
 from .reader import Reader
@@ -166,7 +167,7 @@ class Replay(TeacherCache):
         super().__init__(path, topk, maps, dtype, eager)
         self.views = Views(k, seed)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #c33f9faa
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #fe7c629a
 class Recording(TeacherCache):
     "The answers that `record` has written into a folder; ValueError where there are none"
     def __init__(self,
@@ -200,9 +201,21 @@ def refuse_missing(self:Recording, layers, logits):
                          "record them, or train with losses that need no more")
 
 @patch
-def _new_recorder(self:Recording, *args): return Reader(self, *args)
+def agreement(self:Recording,
+    learn,            # The student's Learner
+    logits:bool=True, # Will logits be wanted?
+)->Agreement:
+    "How recorded logits become the student's. ValueError for classes that were not recorded"
+    names = self.manifest.header.get('names')
+    return agree(Facts(names and tuple(names)), Facts(facts_of(learn).classes), logits=logits)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #5e06aa93
+@patch
+def _new_recorder(self:Recording, learn, *args):
+    agreement = self.agreement(learn, logits=False)
+    for line in () if rank_distrib() else agreement.lines: print(f'recording {self.path}: {line}')
+    return Reader(self, learn, *args, agreement=agreement)
+
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #3ec7e3ee
 class RecordedTeacher(BaseTeacher):
     "A teacher that is not there: only what it said. The training stops where it would have to be asked"
     anywhere = False
@@ -223,6 +236,7 @@ class RecordedTeacher(BaseTeacher):
         "ValueError or TypeError where the answers are not to this Learner's data"
         self.running.append(None)
         self.cache.refuse_missing(layers, logits)
+        self.cache.agreement(learn, logits)
         self.running[-1] = self._cache_for(learn, record)
 
     def answer(self, *xb, layers=(), logits=True):
