@@ -4155,6 +4155,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.dry_run': ( 'distill/teacher/recorded/replay.html#dry_run',
                                                                                                                 'fasterai/distill/teacher/recorded/replay.py'),
+                                                          'fasterai.distill.teacher.recorded.replay.refuse_company': ( 'distill/teacher/recorded/replay.html#refuse_company',
+                                                                                                                       'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.replayed_mix': ( 'distill/teacher/recorded/replay.html#replayed_mix',
                                                                                                                      'fasterai/distill/teacher/recorded/replay.py'),
                                                           'fasterai.distill.teacher.recorded.replay.seeded': ( 'distill/teacher/recorded/replay.html#seeded',

@@ -82,17 +82,21 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #40ce6015
+# %% ../../../nbs/distill/teacher/facts.ipynb #c40cc7c0
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
     pick:list=None      # For each of the student's classes its place among the teacher's; None: as they are
     tfm:Callable=None   # What the inputs go through; None: nothing
     lines:tuple=()      # What is different, in words
+    n:int=None          # So many logits the teacher should have to pick from; None: not known
 
     def of_logits(self, z:Tensor, axis:int=1)->Tensor:
-        "The teacher's logits `(B, C, ...)` for the student's classes"
-        return z if self.pick is None else z.index_select(axis, torch.tensor(self.pick, device=z.device))
+        "The teacher's logits `(B, C, ...)` for the student's classes. ValueError if there are not as many as classes"
+        if self.pick is None: return z
+        if self.n in (None, z.shape[axis]): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
+        raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
+                         f"{axis}; name each of them, in their order: Teacher(..., classes=[...])")
 
 def agree(
     teacher:Facts,  # Of the teacher
@@ -111,7 +115,8 @@ def agree(
     places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size))
+    n = None if places is None else len(teacher.classes)
+    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n)
 
 def _pick_classes(teacher, student, logits):
     t,s = teacher.classes,student.classes

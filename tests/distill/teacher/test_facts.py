@@ -87,6 +87,15 @@ def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
     for x,z in heard(cab, abc, also=[feature(cab)]): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
 
 
+@pytest.mark.parametrize('n,names', [(3, 'cabd'), (5, 'cab')])
+def test_a_name_for_each_logit(n, names, recwarn):
+    with pytest.raises(ValueError, match=f"classes: the teacher's are {len(names)} by name, and it gives {n} logits"):
+        heard(Teacher(model(n, 1), classes=names), images(list('abc')))
+    with pytest.raises(ValueError, match="and 'a' is named twice"): Teacher(model(n), classes=[*names, 'a'])
+    with pytest.raises(ValueError, match='classes: .*3 by name, and it gives 5'):
+        heard(learner(model(5, 1), images(list('cab'), names='abc')), images(list('abc')))
+
+
 def test_a_select_or_facts_by_hand_decide():
     net = model(3, 1)
     teacher = learner(net, images(list('cab'), names='abc'))
