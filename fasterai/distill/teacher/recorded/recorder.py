@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recorder']
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #572eac8d
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #35abc21f
 import json
 import time
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from ....core.task import split_batch, task_of
 from ...layers.capture import tensors_in
 from .codec import Codec, class_axis, fields_of
 from .probe import Probe, version_of
-from .replay import dry_run, replayed_mix, seeded
+from .replay import dry_run, refuse_company, replayed_mix, seeded
 from .signature import batch_size, signature
 from .store import (Store, create, read_block, read_header, row_type,
                                                        size_text, whole_pages)
@@ -66,7 +66,7 @@ class Recorder:
 
     def inputs(self, b): return split_batch(self.learn.dls, b)[0]
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #fb346d20
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #9c4ac5eb
 @patch
 def open(self:Recorder,
     dl, # What draws the samples
@@ -75,6 +75,7 @@ def open(self:Recorder,
     cache = self.cache
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     cache.views.check_types(dl, mixers)
+    refuse_company(cache.views, self.teacher)
     if cache.eager and mixers:
         raise ValueError("cache: eager=True asks before training, when nothing has been mixed yet; "
                          "with MixUp or CutMix use eager=False")

@@ -11,9 +11,11 @@ from fastai.callback.mixup import CutMix
 from fastai.callback.schedule import lr_find  # patches Learner
 from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage
+from torch import nn
 
 from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.recorded import Recording, Replay, TeacherCache
+from fasterai.distill.teacher.teacher import Teacher as Frozen
 from recording import BS, N, PROBE, Blobs, Teacher, learner, loaders, state, train
 
 def tokens(x, **_):
@@ -214,6 +216,22 @@ class TestTraining:
             for x,_ in learn.dls.train: cache.ask(x)
         assert cache.asked==N and sum(teacher.seen)==N+PROBE
 
+
+def test_an_answer_that_depends_on_its_batch(tmp_path):
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(64, 4))
+    learn,teacher = learner(loaders(), None),Frozen(net)
+    for dtype in torch.float32,torch.float16:
+        with pytest.raises(ValueError, match='cache: 1 of the teacher Sequential keeps no running.*cache=Replay'):
+            TeacherCache(dtype=dtype).attach(learn, teacher)
+    with pytest.raises(ValueError, match='recording: 1 of the teacher .* views=8, which keeps'):
+        record(net, learn, tmp_path)
+    learn.training = True
+    with Replay(k=1, dtype=torch.float32).attach(learn, teacher) as cache: # the batches are kept together
+        for _ in range(2):
+            for x,_ in learn.dls.train: assert torch.allclose(cache.ask(x)[0], net.eval()(x), atol=1e-6)
+        assert cache.hits==N
+    assert TeacherCache().attach(learn, Frozen(nn.Sequential(net[0], nn.BatchNorm2d(4), *net[2:]))).detach() is None
 
 class TestWeightsThatChange:
     def change(self, teacher, how):
