@@ -82,7 +82,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #c40cc7c0
+# %% ../../../nbs/distill/teacher/facts.ipynb #00c96bd2
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -137,11 +137,31 @@ def _renormalize(teacher, student):
         return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
                      "tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or s is not None and _alike(t, s): return None,[]
-    renormalize,channels = Renormalize(s, t),{o.shape[1] for o in (s or t)[:1]}
-    def tfm(*xb): return tuple(renormalize(x) if _is_image(x, channels) else x for x in xb)
+    n,renormalize = _channels(t, s),Renormalize(s, t)
+    def tfm(*xb):
+        _refuse_other_channels([x.shape[1] for x in xb if _is_image(x)], n)
+        return tuple(renormalize(x) if _is_image(x) and _fits(x, n) else x for x in xb)
     return tfm,["its images were normalised otherwise: the batch is normalised anew for it"]
 
-def _is_image(x, channels): return isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in channels
+def _is_image(x): return isinstance(x, Tensor) and x.ndim==4
+
+def _fits(x, n): return x.shape[1]==n or n==1 and x.is_floating_point()
+
+def _channels(t, s):
+    "Of the images that the statistics are of; 1 for numbers that hold for any channel"
+    theirs,ours = ({v.numel() for v in o or ()}-{1} for o in (t, s))
+    both = theirs|ours
+    if len(both)<2: return max(both, default=1)
+    raise ValueError(f"normalize: the teacher's mean and std are of {_either(theirs)} channels, the student's of "
+                     f"{_either(ours)}; say how the teacher's images were normalised, in the student's channels: "
+                     "Teacher(..., normalize=(mean, std)), or tfms=")
+
+def _either(counts): return ' and '.join(map(str, sorted(counts))) or '1'
+
+def _refuse_other_channels(found, n):
+    if n==1 or not found or n in found: return
+    raise ValueError(f"normalize: mean and std are of {n} channels, and the batch has images of {_either({*found})}: "
+                     f"pass Teacher(..., normalize=(mean, std)) with {found[0]} numbers each, or tfms=")
 
 def _alike(t, s): return all(a.shape==b.shape and torch.allclose(a, b, atol=1e-3) for a,b in zip(t, s))
 

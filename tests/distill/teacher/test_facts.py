@@ -180,3 +180,26 @@ def test_tables_that_number_or_normalise_otherwise_are_refused():
     for o in other,moved:
         with pytest.raises(ValueError, match='same procs'): agree(o, a)
         assert agree(o, a, tfm=False).tfm is None
+
+
+@pytest.mark.parametrize('theirs,ours', [(([.2]*3, [.3]*3), ([.5], [.5])), (([.2], [.3]), ([.5]*3, [.5]*3)),
+                                         ((.2, .3), (.5, .5)), (([.2], [.3]), None)])
+def test_numbers_that_hold_for_any_channel(theirs, ours):
+    net,dls = model(3, 1),images(list('abc'))
+    if ours: dls = _normalised(ours)
+    for x,z in heard(Teacher(net, normalize=theirs), dls):
+        torch.testing.assert_close(z, net((x*(.5 if ours else 1)+(.5 if ours else 0)-.2)/.3))
+
+def _normalised(stats):
+    dls = images(list('abc'), mean=.5)
+    for dl in dls.loaders:
+        norm = next(f for f in dl.after_batch.fs if isinstance(f, Normalize))
+        norm.mean,norm.std = (torch.as_tensor(o).view(1, -1, 1, 1) for o in stats)
+    return dls
+
+def test_statistics_of_other_channels():
+    four = dict(normalize=([.5]*4, [.5]*4))
+    with pytest.raises(ValueError, match='normalize: mean and std are of 4 channels, .* images of 3.*3 numbers each'):
+        heard(Teacher(model(3, 1), **four), images(list('abc')))
+    with pytest.raises(ValueError, match="the teacher's mean and std are of 4 channels, the student's of 3"):
+        heard(Teacher(model(3, 1), **four), images(list('abc'), mean=.5))
