@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #0e3d7812
+# %% ../../../nbs/distill/study/advice.ipynb #b0daacc0
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,21 +22,25 @@ from fastcore.basics import tuplify
 from ...core.names import unknown_name
 from ...core.task import logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
+from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
+from ..teacher.facts import facts_of
 from ..teacher.forward import device_of, size_of
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 
-# %% ../../../nbs/distill/study/advice.ipynb #df6da26d
+# %% ../../../nbs/distill/study/advice.ipynb #146c425e
 @contextmanager
 def _as_in_training(model):
     "Training mode and a graph inside; modes and buffers as before afterwards"
     with as_found(model), torch.enable_grad(): yield model.train()
 
-def _batches(learn, ds_idx, n):
-    "The first `n` batches of a new shuffled pass, as (inputs, targets), on the model's device"
-    dl = learn.dls[ds_idx]
-    dl = dl.new(shuffle=True) if hasattr(dl, 'new') else dl
+def _validation_data(learn):
+    dl = learn.dls[1]
+    return dl.new(shuffle=True) if hasattr(dl, 'new') else dl
+
+def _batches(learn, dl, n):
+    "The first `n` batches, as (inputs, targets), on the model's device"
     for b in islice(dl, n):
         xb,yb = split_batch(dl, tuplify(b))
         xb = to_model(learn.model, xb)
@@ -62,7 +66,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #9c88d0bb
+# %% ../../../nbs/distill/study/advice.ipynb #24e4955b
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -84,9 +88,13 @@ def _flat_logits(learn, kd, pred):
     if kd.teacher.average=='stack' and axis>=0: axis += 1
     return pred.as_subclass(torch.Tensor).movedim(axis, -1).flatten(0, -2).float()
 
+def _logits(kd, xb):
+    "The teacher's own, past the cache of a fit that may be running"
+    return getattr(kd.teacher, 'compute', kd.teacher.answer)(*xb)[0]
+
 def _one_answer(learn, kd, xb):
     "The teacher's logits; the average of several that it does not average itself"
-    z = kd.teacher(*xb)[0]
+    z = _logits(kd, xb)
     return ensemble_logits(list(z), axis=_class_axis(learn)) if kd.teacher.average=='stack' else z
 
 @contextmanager
@@ -111,13 +119,20 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #38e0fd43
+# %% ../../../nbs/distill/study/advice.ipynb #f0ff4085
+def _is_about_the_task(learn, kd):
+    "Are the teacher's classes the student's? Where a loss looks at logits, the teacher has seen to it"
+    if any('teacher_pred' in t.needs for t in kd.terms): return True
+    ours,theirs = facts_of(learn).classes,[o.classes for o in getattr(kd.teacher, 'facts', ())]
+    return not ours or all(o is None or {*ours}<={*o} for o in theirs)
+
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
-    None without labels"""
+    None without labels, or answers"""
+    if not (kd.teacher.anywhere and _is_about_the_task(learn, kd)): return None
     scores = []
     with as_found(learn.model):
-        for xb,yb in _batches(learn, 1, n):
+        for xb,yb in _batches(learn, _validation_data(learn), n):
             if not yb: return None
             pred = learn.model(*seen_by_student(learn, xb))
             pair = logits_of(pred, kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
@@ -171,14 +186,14 @@ def _kwargs(kd, weights):
     for t in kd.recipe.replace().terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
     return {**kd.recipe.arguments(), 'loss': loss, 'weight': 1., 'task_weight': 1.}
 
-# %% ../../../nbs/distill/study/advice.ipynb #2f56368c
+# %% ../../../nbs/distill/study/advice.ipynb #641b0b3a
 def _probe(learn, kd, params, n_batches):
     "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
     pulls,logits = [],[]
-    with _as_in_training(learn.model):
-        for xb,yb in _batches(learn, 0, n_batches):
+    with _as_in_training(learn.model), training_data(learn, kd.teacher, shuffle=True) as dl:
+        for xb,yb in _batches(learn, dl, n_batches):
             pulls.append(_pull(learn, kd, xb, yb, params))
-            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(kd.teacher(*xb)[0])
+            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(_logits(kd, xb))
     if not pulls: raise ValueError("the training data has not a single full batch")
     return pulls,torch.cat([_flat_logits(learn, kd, z) for z in logits]) if logits and logits[0].ndim>1 else None
 

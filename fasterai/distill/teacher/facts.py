@@ -82,23 +82,28 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #d73b73dc
+# %% ../../../nbs/distill/teacher/facts.ipynb #00c96bd2
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
     pick:list=None      # For each of the student's classes its place among the teacher's; None: as they are
     tfm:Callable=None   # What the inputs go through; None: nothing
     lines:tuple=()      # What is different, in words
+    n:int=None          # So many logits the teacher should have to pick from; None: not known
 
     def of_logits(self, z:Tensor, axis:int=1)->Tensor:
-        "The teacher's logits `(B, C, ...)` for the student's classes"
-        return z if self.pick is None else z.index_select(axis, torch.tensor(self.pick, device=z.device))
+        "The teacher's logits `(B, C, ...)` for the student's classes. ValueError if there are not as many as classes"
+        if self.pick is None: return z
+        if self.n in (None, z.shape[axis]): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
+        raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
+                         f"{axis}; name each of them, in their order: Teacher(..., classes=[...])")
 
 def agree(
     teacher:Facts,  # Of the teacher
     student:Facts,  # Of the student
     pick:bool=True, # May classes be picked? Not where a `select` of the user's answers for them
     tfm:bool=True,  # May inputs be transformed? Not where `tfms` of the user's do it
+    logits:bool=True, # Does any loss look at logits? Else the teacher's classes may be any
 )->Agreement:
     "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher lacks"
     if teacher.words and student.words and teacher.words!=student.words:
@@ -107,15 +112,17 @@ def agree(
     if tfm and teacher.columns and student.columns and teacher.columns!=student.columns:
         raise ValueError("the teacher's table numbers its categories, or normalises its columns, otherwise than the "
                          "student's: make both with the same procs (`to.new`), or say tfms=")
-    places,said_classes = _pick_classes(teacher, student) if pick else (None, [])
+    places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size))
+    n = None if places is None else len(teacher.classes)
+    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n)
 
-def _pick_classes(teacher, student):
+def _pick_classes(teacher, student, logits):
     t,s = teacher.classes,student.classes
     if not t or not s or t==s: return None,[]
     unknown = [c for c in s if c not in t]
+    if unknown and not logits: return None,[]
     if unknown:
         raise ValueError(f"classes: the teacher does not know the student's {', '.join(map(repr, unknown[:5]))} "
                          f"(it knows {', '.join(map(repr, t[:10]))}); train it on them, or say what its outputs are: "
@@ -130,11 +137,31 @@ def _renormalize(teacher, student):
         return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
                      "tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or s is not None and _alike(t, s): return None,[]
-    renormalize,channels = Renormalize(s, t),{o.shape[1] for o in (s or t)[:1]}
-    def tfm(*xb): return tuple(renormalize(x) if _is_image(x, channels) else x for x in xb)
+    n,renormalize = _channels(t, s),Renormalize(s, t)
+    def tfm(*xb):
+        _refuse_other_channels([x.shape[1] for x in xb if _is_image(x)], n)
+        return tuple(renormalize(x) if _is_image(x) and _fits(x, n) else x for x in xb)
     return tfm,["its images were normalised otherwise: the batch is normalised anew for it"]
 
-def _is_image(x, channels): return isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in channels
+def _is_image(x): return isinstance(x, Tensor) and x.ndim==4
+
+def _fits(x, n): return x.shape[1]==n or n==1 and x.is_floating_point()
+
+def _channels(t, s):
+    "Of the images that the statistics are of; 1 for numbers that hold for any channel"
+    theirs,ours = ({v.numel() for v in o or ()}-{1} for o in (t, s))
+    both = theirs|ours
+    if len(both)<2: return max(both, default=1)
+    raise ValueError(f"normalize: the teacher's mean and std are of {_either(theirs)} channels, the student's of "
+                     f"{_either(ours)}; say how the teacher's images were normalised, in the student's channels: "
+                     "Teacher(..., normalize=(mean, std)), or tfms=")
+
+def _either(counts): return ' and '.join(map(str, sorted(counts))) or '1'
+
+def _refuse_other_channels(found, n):
+    if n==1 or not found or n in found: return
+    raise ValueError(f"normalize: mean and std are of {n} channels, and the batch has images of {_either({*found})}: "
+                     f"pass Teacher(..., normalize=(mean, std)) with {found[0]} numbers each, or tfms=")
 
 def _alike(t, s): return all(a.shape==b.shape and torch.allclose(a, b, atol=1e-3) for a,b in zip(t, s))
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['as_list', 'as_module', 'as_modules', 'with_said', 'as_weights', 'refuse_recorded_stack']
 
-# %% ../../../nbs/distill/teacher/given.ipynb #80865790
+# %% ../../../nbs/distill/teacher/given.ipynb #45350f5c
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,15 +39,17 @@ def as_modules(
     if not models: raise ValueError("models is empty: a teacher needs at least one network")
     return models
 
-# %% ../../../nbs/distill/teacher/given.ipynb #b819106e
+# %% ../../../nbs/distill/teacher/given.ipynb #6e37a29c
 def with_said(
     facts,     # From `facts_of`
     classes,   # As in `Teacher`; None: nothing is said
     normalize, # As in `Teacher`
     size,      # As in `Teacher`
 ):
-    "`facts` with what the caller says"
+    "`facts` with what the caller says. ValueError for a class that is named twice"
     said = {} if classes is None else dict(classes=tuple(map(str, classes)))
+    twice = [c for c,n in Counter(said.get('classes')).items() if n>1]
+    if twice: raise ValueError(f"classes: each is another one, and {', '.join(map(repr, twice[:5]))} is named twice")
     if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
     if size is not None: said['size'] = None # nothing to say of it
     return replace(facts, **said)

@@ -262,13 +262,13 @@ def _start_again(self:Network):
     self.watch = watch
     self.to(device)
 
-# %% ../../../nbs/distill/teacher/network.ipynb #cbbf8f6a
+# %% ../../../nbs/distill/teacher/network.ipynb #dbc86018
 @patch
 def version(self:Network)->int:
     "A number that rises when the weights are found to have changed; 0 for a network that accelerate has placed"
     if self.watch is None and is_placed(self.source): return 0
     if self.watch is None: self._watch()
-    if not self.watch.values:
-        self.watch.values = True
-        self.watch.seen = None
-    return self.watch.look()
+    if self.watch.values: return self.watch.look()
+    self.watch.values = True
+    self.watch.seen = None
+    return self.watch.look(full=True) # for the next beginning of a fit to compare with

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ...core.task import logits_of
 from ..layers.names import unwrap
 
-# %% ../../../nbs/distill/teacher/protocol.ipynb #a334843f
+# %% ../../../nbs/distill/teacher/protocol.ipynb #ea8f22e5
 class BaseTeacher:
     "A teacher by its calls. Subclasses give `answer`; the others do nothing here"
     models:list = []   # The networks behind the answers
@@ -28,6 +28,7 @@ class BaseTeacher:
     average:str = None # What an ensemble averages; None: as the task says
     learns:nn.Module = None # What changes in a fit; its parameters train along where they require a gradient
     always:bool = False     # Asked in the training also while the distillation has the weight 0?
+    anywhere:bool = True    # Asked about any batch? Else only about the training's own, as it is drawn in a fit
     ahead:Callable = None   # Takes the question before the student's forward, for who can think meanwhile
 
     def answer(self,

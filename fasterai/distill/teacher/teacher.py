@@ -175,7 +175,7 @@ def _check_first(self:Teacher, xb, pred, maps):
     raise ValueError(f"the teacher {' + '.join(map(name_of, self.models))} gives NaN or inf on its first batch, "
                      f"in its {', '.join(bad)}: {remedy}")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #5ab39906
+# %% ../../../nbs/distill/teacher/teacher.ipynb #c447cc97
 @patch
 def begin(self:Teacher,
     learn,       # The student's Learner, at the start of a fit
@@ -190,7 +190,7 @@ def begin(self:Teacher,
     layers = _as_layers(layers)
     self.fits.append(_Fit(learn, self.axis, self.average, [net.agreement for net in self.nets]))
     self._learn_task(task_of(learn.loss_func), logits)
-    self._agree_with(facts_of(learn))
+    self._agree_with(facts_of(learn), logits)
     for net in self.nets: net.begin(learn)
     self.last_device = None
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
@@ -225,13 +225,13 @@ def _learn_task(self:Teacher, task, logits):
                          f"{len(self.models)} teachers are; pass Teacher([...], average='softmax') for classes, "
                          "'sigmoid' for labels that each are there or not, 'none' for plain numbers")
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #ae60c510
+# %% ../../../nbs/distill/teacher/teacher.ipynb #889842d9
 @patch
-def _agree_with(self:Teacher, student):
+def _agree_with(self:Teacher, student, logits):
     "Find out for each network how to ask it so that its answers are about the student's data"
     for net,facts in zip(self.nets, self.facts):
         said = net.agreement.lines
-        net.agreement = agree(facts, student, pick=self.select is None, tfm=not_said(net.tfm))
+        net.agreement = agree(facts, student, self.select is None, not_said(net.tfm), logits)
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
 

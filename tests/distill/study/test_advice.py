@@ -2,6 +2,7 @@
 from copy import deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import Attention, FitNet, Logits, SoftTarget
+from fasterai.distill.teacher.recorded.record import record
+from fasterai.distill.teacher.recorded.recorded import RecordedTeacher
 
 def _dls(x, y, bs=None):
     return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs or len(x), shuffle=s, num_workers=0) for s in (True, False)),
@@ -178,3 +181,19 @@ def test_it_prints_as_a_table(small):
     text,html = repr(a),a._repr_html_()
     assert 'tiny' in text and '- tiny: asleep' in text
     assert '<li>tiny: asleep' in html and '<table' in html
+
+
+@pytest.mark.parametrize('views', [None, 2])
+def test_a_recorded_teacher_is_asked_as_in_a_training(small, tmp_path, views):
+    learn,teacher,*_ = small
+    learn = Learner(_dls(*small[2:], bs=8), learn.model, learn.loss_func)
+    record(teacher, learn, tmp_path, views=views, dtype=torch.float32)
+    recorded = RecordedTeacher(tmp_path)
+    order = learn.dls.train.rng.getstate()
+    a,b = (suggest_weights(learn, KD(o, [SoftTarget, Logits]), n_batches=4) for o in (recorded, teacher))
+    found = [o.table.drop('task')[['value', 'gradient']].to_numpy() for o in (a, b)]
+    assert np.allclose(*found, rtol=.3)
+    assert (recorded.cache.hits, recorded.cache.passes, recorded.fits, learn.training)==(0, 0, 0, False)
+    assert learn.dls.train.rng.getstate()==order and 'create_batches' not in vars(learn.dls.train)
+    learn.fit(1, cbs=KD(recorded, SoftTarget))
+    assert recorded.cache.hits==32

@@ -19,7 +19,8 @@ from fasterai.distill.losses import SoftTarget
 from fasterai.distill.study.one_run import measure, quiet
 from fasterai.distill.study.teacher_numbers import measure_teacher, sureness
 from fasterai.distill.study.which_teacher import which_teacher
-from fasterai.distill.teacher.recorded.recorded import TeacherCache
+from fasterai.distill.teacher.recorded.record import record
+from fasterai.distill.teacher.recorded.recorded import RecordedTeacher, TeacherCache
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.views import StudentSees
 from helpers import Boom, data, flags, n_hooks, net, same, state
@@ -144,3 +145,15 @@ def test_no_teachers(nets):
     with pytest.raises(TypeError, match='expected a Module'): run({'a':'net.pth', 'b':nets['net 1']})
     with pytest.raises(ValueError, match='unknown metric'): run(nets, metric='acuracy')
     with pytest.raises(TypeError, match='wieght'): run(nets, wieght=1)
+
+
+def test_a_recorded_teacher_has_no_numbers_of_its_own_but_is_as_sure(nets, tmp_path):
+    learn,live = make(),nets['net 0'].eval()
+    record(live, learn, tmp_path, dtype=torch.float32)
+    recorded = RecordedTeacher(tmp_path)
+    assert sureness(learn, recorded)==pytest.approx(sureness(learn, live), rel=1e-5)
+    own = measure_teacher(learn, recorded)
+    assert list(own)==['valid_loss', 'accuracy'] and np.isnan([*own.values()]).all()
+    t = run({'recorded':recorded, 'live':live}, seeds=1).table.set_index('teacher')
+    assert t.accuracy.recorded==t.accuracy.live and t.confidence.recorded==pytest.approx(t.confidence.live)
+    assert np.isnan(t.own.recorded) and t.own.live>0

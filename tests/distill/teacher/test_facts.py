@@ -9,7 +9,8 @@ from fastai.vision.core import TensorImage
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
-from fasterai.distill.losses import Logits
+from fasterai.distill.losses import FitNet, Logits
+from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.facts import facts_of
 from fasterai.distill.teacher.teacher import Teacher
 from helpers import learner
@@ -33,13 +34,13 @@ def model(c, seed=0):
         return nn.Sequential(nn.Flatten(), nn.Linear(48, c))
 
 
-def heard(teacher, dls, c=3, **kw):
+def heard(teacher, dls, c=3, also=(), **kw):
     "What the loss hears of `teacher`, and the batches that the student saw"
     seen = []
     def loss(pred, teacher_pred):
         seen.append((learn.xb[0].as_subclass(torch.Tensor), teacher_pred)); return F.mse_loss(pred, teacher_pred)
     learn = learner(model(c), dls)
-    learn.fit(1, cbs=KD(teacher, loss, **kw))
+    learn.fit(1, cbs=[KD(teacher, loss, **kw), *also])
     return seen
 
 
@@ -68,6 +69,31 @@ def test_the_same_classes_are_left_alone_and_nothing_is_said(capsys):
     net = model(3, 1)
     for x,z in heard(learner(net, images(list('abc'))), images(list('abc'))): torch.testing.assert_close(z, net(x))
     assert capsys.readouterr().out==''
+
+
+def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
+    net,xyz,abc = model(3, 1),list('xyz'),images(list('abc'))
+    teacher,learn = Teacher(learner(net, images(xyz))),learner(model(3), abc)
+    def feature(teacher): return KD(teacher, FitNet, activations_student='1', activations_teacher='1')
+    kd = feature(teacher)
+    learn.fit(1, cbs=kd)
+    assert len(kd.log.history)==3
+    for kd in (KD(teacher, Logits), KD(teacher, [FitNet, Logits], activations_student='1', activations_teacher='1')):
+        with pytest.raises(ValueError, match="classes: the teacher does not know the student's 'a', 'b', 'c'"):
+            learn.fit(1, cbs=kd)
+    notes = suggest_weights(learn, feature(teacher)).notes # its logits are about other things
+    assert not [o for o in notes if 'no better' in o]
+    cab = Teacher(learner(net, images(list('cab'), names='abc')))
+    for x,z in heard(cab, abc, also=[feature(cab)]): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
+
+
+@pytest.mark.parametrize('n,names', [(3, 'cabd'), (5, 'cab')])
+def test_a_name_for_each_logit(n, names, recwarn):
+    with pytest.raises(ValueError, match=f"classes: the teacher's are {len(names)} by name, and it gives {n} logits"):
+        heard(Teacher(model(n, 1), classes=names), images(list('abc')))
+    with pytest.raises(ValueError, match="and 'a' is named twice"): Teacher(model(n), classes=[*names, 'a'])
+    with pytest.raises(ValueError, match='classes: .*3 by name, and it gives 5'):
+        heard(learner(model(5, 1), images(list('cab'), names='abc')), images(list('abc')))
 
 
 def test_a_select_or_facts_by_hand_decide():
@@ -154,3 +180,26 @@ def test_tables_that_number_or_normalise_otherwise_are_refused():
     for o in other,moved:
         with pytest.raises(ValueError, match='same procs'): agree(o, a)
         assert agree(o, a, tfm=False).tfm is None
+
+
+@pytest.mark.parametrize('theirs,ours', [(([.2]*3, [.3]*3), ([.5], [.5])), (([.2], [.3]), ([.5]*3, [.5]*3)),
+                                         ((.2, .3), (.5, .5)), (([.2], [.3]), None)])
+def test_numbers_that_hold_for_any_channel(theirs, ours):
+    net,dls = model(3, 1),images(list('abc'))
+    if ours: dls = _normalised(ours)
+    for x,z in heard(Teacher(net, normalize=theirs), dls):
+        torch.testing.assert_close(z, net((x*(.5 if ours else 1)+(.5 if ours else 0)-.2)/.3))
+
+def _normalised(stats):
+    dls = images(list('abc'), mean=.5)
+    for dl in dls.loaders:
+        norm = next(f for f in dl.after_batch.fs if isinstance(f, Normalize))
+        norm.mean,norm.std = (torch.as_tensor(o).view(1, -1, 1, 1) for o in stats)
+    return dls
+
+def test_statistics_of_other_channels():
+    four = dict(normalize=([.5]*4, [.5]*4))
+    with pytest.raises(ValueError, match='normalize: mean and std are of 4 channels, .* images of 3.*3 numbers each'):
+        heard(Teacher(model(3, 1), **four), images(list('abc')))
+    with pytest.raises(ValueError, match="the teacher's mean and std are of 4 channels, the student's of 3"):
+        heard(Teacher(model(3, 1), **four), images(list('abc'), mean=.5))

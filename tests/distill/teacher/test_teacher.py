@@ -17,7 +17,9 @@ from torch import nn
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import FitNet, SoftTarget
-from fasterai.distill.teacher.recorded.recorded import TeacherCache
+from fasterai.distill.study.advice import suggest_weights
+from fasterai.distill.teacher.recorded.record import record
+from fasterai.distill.teacher.recorded.recorded import Recording, TeacherCache
 from fasterai.distill.teacher.teacher import Teacher, as_teacher
 from helpers import data, learner
 from teacher_nets import assert_same_state, count_calls, each_mode, make_net, net, plain, rel_err, seed, state, x
@@ -235,6 +237,23 @@ def test_a_recorded_teacher_in_a_fit():
     asks.after = train_the_teacher
     with pytest.warns(UserWarning, match='weights have changed'): learn.fit(2)
     assert asks.worst<1e-6
+
+@pytest.mark.parametrize('how', ['', 'fp16', 'path'])
+def test_a_recorded_teacher_of_two_callbacks_and_of_a_question_between(how, tmp_path, recwarn):
+    net,KD = make_net(3),KnowledgeDistillationCallback
+    def another(): return learner(make_net(3), data(32, 8))
+    if how=='path': record(net, another(), tmp_path)
+    cache = Recording(tmp_path) if how=='path' else TeacherCache()
+    teacher = Teacher(net, dtype='fp16' if how=='fp16' else None, cache=cache)
+    class Between(Callback):
+        def after_batch(self):
+            if not self.training or self.train_iter!=5: return
+            suggest_weights(another(), KD(teacher, SoftTarget), n_batches=1)
+            another().fit(1, cbs=KD(teacher, SoftTarget))
+    another().fit(3, cbs=[KD(teacher, SoftTarget), KD(teacher, SoftTarget, weight=.1), Between()])
+    asked = 0 if how=='path' else 32
+    assert (cache.asked, cache.hits, cache.off)==(asked, 2*3*32-asked, None)
+    assert not [o for o in recwarn if 'weights have changed' in str(o.message)]
 
 def test_begin_without_a_cache_and_after_step_and_end_change_no_answer(net, x):
     teacher,before = Teacher(net),state(net)

@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['Reader']
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #9a7c1bce
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #82f2b0fd
+import numpy as np
 import torch
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 
 from ...layers.capture import tensors_in
+from ..facts import Agreement
 from .codec import Codec, soft_target_error
 from .keys import Stream
 from .logs import KeyedShards, logs_of
-from .probe import hex_of
+from .probe import Probe, hex_of
 from .recorder import Recorder
 from .shards import Shards, differences, manifest_name, pieces_of
 from .signature import signature, weights_digest
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #b2faf439
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #08680dff
 class Reader(Recorder):
     "One attachment of a `Recording` to a Learner's training DataLoader"
     def __init__(self,
@@ -29,14 +31,18 @@ class Reader(Recorder):
         teacher,     # Asked about what is missing; None: nobody is
         layers=(),   # Names of the layers whose maps will be wanted, of those that were recorded
         logits=True, # Will logits be wanted?
+        agreement=Agreement(), # How recorded logits become the student's
     ):
+        self.agreement = agreement
         header = cache.manifest.header
         super().__init__(cache, learn, teacher, header['layers'], header['logits'])
         self.wanted = list(layers),logits
+        self.asked_axis,self.codec.axis = self.codec.axis,header.get('axis') or 1
 
     def serves(self, learn, dl, teacher, layers, logits):
-        return (self.learn is learn and self.trace.dl is dl and self.teacher is teacher
-                and self.wanted==(list(layers), logits))
+        "With nobody to ask, it is all the same whose data they are"
+        same = self.trace.dl is dl and self.teacher is teacher and self.wanted==(list(layers), logits)
+        return same and (teacher is None or self.learn is learn)
 
     def _dry_run(self):
         views = self.cache.views
@@ -45,7 +51,7 @@ class Reader(Recorder):
     @property
     def file(self): return self.cache.path/manifest_name
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #a16fa494
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #452665b4
 @patch
 def _find_file(self:Reader, xb):
     "Open the shards; ValueError if they hold answers to other samples, or of another teacher"
@@ -57,8 +63,8 @@ def _find_file(self:Reader, xb):
     if not why and stream: self.store = KeyedShards(manifest, logs_of(manifest))
     elif not why: self.store = Shards(manifest, pieces_of(manifest))
     if self.store is not None: self.undo.callback(self.store.close)
-    if not why and self.teacher is not None: why = (self._other_in_rows(xb, keys) if stream else
-                                                    self._other_teacher(xb))
+    if not why and self.teacher is not None: why = self._fewer_classes() or (self._other_in_rows(xb, keys) if stream
+                                                                             else self._other_teacher(xb))
     if why: raise ValueError(f"recording: {self.file} does not fit: {why}")
 
 @patch
@@ -66,6 +72,7 @@ def _other_data(self:Reader, xb):
     "Why the samples are not those that were recorded; empty if they seem to be"
     if any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
         return "its samples were not mixed by MixUp or CutMix, here they are; take it out, or use cache=Replay(k=8)"
+    if why := self._other_axis(): return why
     if self.header['kind']=='keys': return ''
     dl = self.trace.dl
     here = dict(samples=self.trace.n)
@@ -73,8 +80,36 @@ def _other_data(self:Reader, xb):
     probe = {**self.header['probe'], 'inputs': hex_of(signature(xb))}
     return differences(self.header, {**self.header, **here, 'probe':probe}, here)
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #0dc10731
+@patch
+def _other_axis(self:Reader):
+    if not (self.codec.topk and self.codec.logits): return ''
+    n = 1+len(next(shape for name,_,shape in self.header['fields'] if name=='pred'))
+    kept,here = self.codec.axis%n,self.asked_axis%n
+    if kept==here: return ''
+    return (f"topk={self.codec.topk} kept the likeliest of classes on axis {kept}, and here they are on axis {here}; "
+            "record with the training's Learner, whose loss function says where they are")
+
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #55e94b75
 _tolerated = {torch.float16: 5e-3, torch.float32: 1e-4} # of the probability
+
+@patch
+def _fewer_classes(self:Reader):
+    pick,names = self.agreement.pick,self.header.get('names')
+    if pick is None or len(pick)==len(names): return ''
+    return (f"it has {len(names)} classes, of which the student knows {len(pick)}, so the teacher cannot be compared "
+            "with it; train with the answers alone, RecordedTeacher(path)")
+
+@patch
+def _probe(self:Reader, xb):
+    "The teacher's answer is in the student's order: a probe is in that of the recording"
+    probe,pred,fm = super(Reader, self)._probe(xb)
+    if pred is None or self.agreement.pick is None: return probe,pred,fm
+    back = Agreement(np.argsort(self.agreement.pick).tolist())
+    return Probe.of(xb, back.of_logits(pred, self.asked_axis), fm),pred,fm
+
+@patch
+def _in_students_order(self:Reader, pred):
+    return pred if pred is None else self.agreement.of_logits(pred, self.asked_axis)
 
 @patch
 def _other_teacher(self:Reader, xb):
@@ -90,18 +125,25 @@ def _other_in_rows(self:Reader, xb, keys):
         return '' if same else 'another teacher, or other weights of it'
     said = self.ask_teacher(*xb)[0]
     there = torch.from_numpy(there).to(said.device)
-    far,lost = (soft_target_error(said, o, 1.)[there].max().item() for o in (self._decoded(rec), self._kept(said)))
+    far,lost = (soft_target_error(said, o, 1., self.codec.axis)[there].max().item()
+                for o in (self._decoded(rec), self._kept(said)))
     if far<=lost+_tolerated[self.cache.dtype]: return ''
     return f'another teacher, or other weights of it: {far:.1%} of the probability lies elsewhere'
 
 @patch
-def _decoded(self:Reader, rec): return self.codec.decode(rec, self.header['classes'], self.trace.dl.device)[0]
+def _decoded(self:Reader, rec): return self._decode(rec, self.trace.dl.device)[0]
+
+@patch
+def _decode(self:Reader, rec, device):
+    pred,fm = self.codec.decode(rec, self.header['classes'], device)
+    return self._in_students_order(pred),fm
 
 @patch
 def _kept(self:Reader, pred):
     "What a recording would keep of these logits"
-    codec = Codec(self.codec.topk, self.codec.dtype)
-    return self._decoded({name: t.numpy() for name,t in codec.encode(pred, {}).items()})
+    codec = Codec(self.codec.topk, self.codec.dtype, axis=self.codec.axis)
+    rec = {name: t.numpy() for name,t in codec.encode(pred, {}).items()}
+    return self.codec.decode(rec, self.header['classes'], self.trace.dl.device)[0]
 
 # %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #512374d7
 @patch
@@ -129,7 +171,7 @@ def _named(self:Reader, rows):
 @patch
 def _read_rows(self:Reader, rows, tag): return self.store.read(self.store.rows_of(rows), tag)
 
-# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #dcb95d5f
+# %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #63b11636
 @patch
 def answer(self:Reader,
     xb,         # The inputs of a batch, as the student sees them
@@ -140,8 +182,7 @@ def answer(self:Reader,
     rec,there = self._read(self.trace.rows, self.trace.tag, signature(xb))
     if there.all():
         self.cache.hits += len(rec)
-        device = next(tensors_in(xb)).device
-        return self._only_wanted(*self.codec.decode(rec, self.header['classes'], device))
+        return self._only_wanted(*self._decode(rec, next(tensors_in(xb)).device))
     self.cache.asked += len(rec)
     return self._only_wanted(*self.ask_teacher(*xb))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record', 'use_own_gpu']
 
-# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #0b8fb202
+# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #c9c69835
 import os
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,12 +21,12 @@ from .job import Job, Report, WantedRows, WantedViews, this_part
 from .keys import KeyTrace, Stream
 from .recorded import TeacherCache
 from .recorder import Recorder
-from .replay import Once, Views, dry_run
+from .replay import Once, Views, dry_run, refuse_company
 from .stream_job import StreamJob
 from .trace import check_dl, innermost
 from ..teacher import as_teacher
 
-# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #d8bc67c0
+# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #2bede0b0
 def record(
     teacher,        # A `Teacher`, a Module or Learner, several of them, or anything that answers a batch
     dl,             # The training's DataLoader (or its Learner, or DataLoaders), with its transforms, `bs` and order
@@ -53,14 +53,16 @@ def record(
     cache = _settings(path, topk, maps, dtype, _as_views(views, stream, key))
     with _own_words(): cache.views.check_types(dl, [])
     teacher = _as_answering(teacher)
-    recorder = Recorder(cache, learn, teacher, maps, logits)
-    job = StreamJob(recorder, path, part, T=T, every=every, split=split) if stream else Job(
-        recorder, path, part, processes, T, every)
     with ExitStack() as stack:
         if hasattr(teacher, 'begin'): _begin(teacher, stack, learn, maps, logits)
+        recorder = Recorder(cache, learn, teacher, maps, logits)
+        job = StreamJob(recorder, path, part, T=T, every=every, split=split) if stream else Job(
+            recorder, path, part, processes, T, every)
         recorder.trace = _trace(dl, cache.views)
         stack.callback(recorder.trace.close)
-        with _own_words(): xb = _first_look(recorder)
+        with _own_words():
+            refuse_company(cache.views, teacher)
+            xb = _first_look(recorder)
         return job.run(xb)
 
 # %% ../../../../nbs/distill/teacher/recorded/record.ipynb #a59f4a91

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['TeacherCache', 'Replay', 'Recording', 'RecordedTeacher', 'as_cache']
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #e0e7b8b5
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #dac326e7
 import tempfile
 import warnings
+from copy import copy
 from pathlib import Path
 
 import torch
-from fastai.torch_core import num_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 
+from ..facts import Agreement, Facts, agree, facts_of
 from ..protocol import BaseTeacher
 from .keys import Stream
 from .reader import Reader
@@ -165,13 +167,15 @@ class Replay(TeacherCache):
         super().__init__(path, topk, maps, dtype, eager)
         self.views = Views(k, seed)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #8eed2f0c
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #fe7c629a
 class Recording(TeacherCache):
     "The answers that `record` has written into a folder; ValueError where there are none"
     def __init__(self,
         path:str|Path, # The folder
         key=None,      # Of a stream: from what the data set yields to the sample's key, as it was recorded
+        axis:int=None, # Where a student without a teacher is said to have its classes; None: as its task says
     ):
+        self.axis = axis
         self.manifest = Manifest.at(path)
         header = self.manifest.header
         topk,dtype = header['keeps']
@@ -179,46 +183,81 @@ class Recording(TeacherCache):
         k,seed = header['views']
         self.views = Stream(key) if header['kind']=='keys' else Views(k, seed) if k else Once()
 
-    def __getstate__(self): return {**super().__getstate__(), 'manifest': self.manifest}
+    def __getstate__(self): return {**super().__getstate__(), 'manifest': self.manifest, 'axis': self.axis}
 
 @patch
 def _check(self:Recording, dl, layers, logits):
+    self.refuse_missing(layers, logits)
+    check_dl(dl, 'recording', stream=self.manifest.header['kind']=='keys')
+
+@patch
+def refuse_missing(self:Recording, layers, logits):
+    "ValueError for what was not recorded"
     header = self.manifest.header
     missing = [o for o in layers if o not in header['layers']] + ['logits']*(logits and not header['logits'])
     if missing:
         kept = [*header['layers'], *['logits']*header['logits']]
         raise ValueError(f"recording: the losses need {', '.join(missing)}, and {self.path} holds {', '.join(kept)}; "
                          "record them, or train with losses that need no more")
-    check_dl(dl, 'recording', stream=header['kind']=='keys')
 
 @patch
-def _new_recorder(self:Recording, *args): return Reader(self, *args)
+def agreement(self:Recording,
+    learn,            # The student's Learner
+    logits:bool=True, # Will logits be wanted?
+)->Agreement:
+    "How recorded logits become the student's. ValueError for classes that were not recorded"
+    names = self.manifest.header.get('names')
+    return agree(Facts(names and tuple(names)), Facts(facts_of(learn).classes), logits=logits)
 
-# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #c110ab75
+@patch
+def _new_recorder(self:Recording, learn, *args):
+    agreement = self.agreement(learn, logits=False)
+    for line in () if rank_distrib() else agreement.lines: print(f'recording {self.path}: {line}')
+    return Reader(self, learn, *args, agreement=agreement)
+
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #3ec7e3ee
 class RecordedTeacher(BaseTeacher):
     "A teacher that is not there: only what it said. The training stops where it would have to be asked"
+    anywhere = False
     def __init__(self,
         path:str|Path, # The folder that `record` has written into
         key=None,      # As in `Recording`
         axis:int=None, # The class axis of the logits; None: the task's
     ):
-        self.cache = Recording(path, key)
+        self.cache = Recording(path, key, axis)
         self.axis = axis
-        self.fits = 0  # that are running
+        self.running = []  # the attached cache of each fit, the last one on top; None: it could not begin
 
-    def begin(self, learn, layers=(), logits=True):
+    @property
+    def fits(self)->int: return len(self.running)
+    def __getstate__(self): return {**self.__dict__, 'running': []}
+
+    def begin(self, learn, layers=(), logits=True, record=True):
         "ValueError or TypeError where the answers are not to this Learner's data"
-        self.cache.attach(learn, None, layers, logits)
-        self.fits += 1
+        self.running.append(None)
+        self.cache.refuse_missing(layers, logits)
+        self.cache.agreement(learn, logits)
+        self.running[-1] = self._cache_for(learn, record)
 
-    def answer(self, *xb, layers=(), logits=True): return self.cache.ask(*xb)
+    def answer(self, *xb, layers=(), logits=True):
+        pred,fm = (self.running[-1] if self.running else self.cache).ask(*xb)
+        layers = (layers,) if isinstance(layers, str) else layers
+        return pred if logits else None,{o:fm[o] for o in layers}
 
     def end(self):
-        if not self.fits: return
-        self.fits -= 1
-        self.cache.detach()
+        if not self.running: return
+        cache = self.running.pop()
+        if cache is not None: cache.detach()
 
     def __repr__(self): return f'RecordedTeacher({self.cache!r})'
+
+@patch
+def _cache_for(self:RecordedTeacher, learn, record):
+    "That of a fit around this one with the same data; else its own, or beside other fits, or for a probe, a copy"
+    dl,header = innermost(learn.dls.train),self.cache.manifest.header
+    cache = next((o for o in self.running if o and o.trace.dl is dl), None)
+    if cache is None: cache = copy(self.cache) if not record or any(self.running) else self.cache
+    return cache.attach(learn, None, header['layers'], header['logits'])
 
 # %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #372ad30b
 def as_cache(

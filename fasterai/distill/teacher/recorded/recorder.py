@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recorder']
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #28f98e61
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #35abc21f
 import json
 import time
 from contextlib import ExitStack
@@ -19,17 +19,17 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
-from ....core.task import split_batch
+from ....core.task import split_batch, task_of
 from ...layers.capture import tensors_in
-from .codec import Codec, fields_of
+from .codec import Codec, class_axis, fields_of
 from .probe import Probe, version_of
-from .replay import dry_run, replayed_mix, seeded
+from .replay import dry_run, refuse_company, replayed_mix, seeded
 from .signature import batch_size, signature
 from .store import (Store, create, read_block, read_header, row_type,
                                                        size_text, whole_pages)
 from .trace import Trace
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #586f86ff
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #1d74537b
 class Recorder:
     "One attachment of a `TeacherCache` to a Learner's training DataLoader"
     def __init__(self,
@@ -42,7 +42,9 @@ class Recorder:
         self.cache = cache
         self.learn = learn
         self.teacher = teacher
-        self.codec = Codec(cache.topk, cache.dtype, layers, logits)
+        says_axis = cache if teacher is None else teacher
+        axis = class_axis(cache.topk if logits else None, says_axis, task_of(learn.loss_func))
+        self.codec = Codec(cache.topk, cache.dtype, layers, logits, axis=axis)
         self.trace = None
         self.store = None
         self.header = None
@@ -64,7 +66,7 @@ class Recorder:
 
     def inputs(self, b): return split_batch(self.learn.dls, b)[0]
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #fb346d20
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #9c4ac5eb
 @patch
 def open(self:Recorder,
     dl, # What draws the samples
@@ -73,6 +75,7 @@ def open(self:Recorder,
     cache = self.cache
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     cache.views.check_types(dl, mixers)
+    refuse_company(cache.views, self.teacher)
     if cache.eager and mixers:
         raise ValueError("cache: eager=True asks before training, when nothing has been mixed yet; "
                          "with MixUp or CutMix use eager=False")
@@ -100,7 +103,7 @@ def _watch_weights(self:Recorder):
     before = version()
     self.changed = lambda: version()!=before
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #312743e8
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #e18170a3
 def _filled(xb, n):
     "The samples of `xb` over and over, `n` of them"
     m = batch_size(xb)
@@ -118,15 +121,17 @@ def _header(self:Recorder, probe, pred, fm):
     cache,codec = self.cache,self.codec
     return dict(samples=self.trace.n, views=[cache.k, cache.seed], keeps=[cache.topk, str(cache.dtype)],
                 layers=codec.layers, logits=codec.logits, rows=(cache.k or 1)*self.trace.n,
-                classes=pred.shape[1] if codec.logits and cache.topk else None,
+                classes=codec.n_classes(pred) if codec.logits and cache.topk else None,
+                axis=codec.place(pred.ndim) if codec.logits else None,
                 fields=fields_of(codec.encode(pred, fm)), probe=probe.about())
 
-# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #8b5db46f
+# %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #c2a3898c
 _settings = dict(
     samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
     keeps="it keeps (topk, dtype) {}, here {}", layers="its feature maps are {}, here {}",
     logits="its having logits is {}, here {}", rows="it has {} rows, here {}",
-    classes="its classes are {}, here {}", fields="its rows are {}, here {}")
+    classes="its classes are {}, here {}",
+    axis="its class axis (None: 1) is {}, here {}", fields="its rows are {}, here {}")
 
 def _other_settings(was, ours):
     "How a header's settings differ from ours"

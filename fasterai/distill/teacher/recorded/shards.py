@@ -183,12 +183,13 @@ def refuse_others(
     why = differences(header.get('of') or {}, manifest.header) or 'the teacher answered otherwise'
     raise ValueError(f"recording: {file} is a shard of another recording than {manifest.path/manifest_name}: {why}")
 
-# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #6ada3600
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #7424ef39
 _settings = dict(
     kind="it is recorded by {}, here by {}",
     samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
     keeps="it keeps (topk, dtype) {}, here {}", layers="its feature maps are {}, here {}",
     logits="its having logits is {}, here {}", classes="its classes are {}, here {}",
+    axis="its class axis (None: 1) is {}, here {}", names="its classes, in the order of the logits, are {}, here {}",
     fields="its rows are {}, here {}", batches="its batches (size, last one dropped, processes) are {}, here {}",
     teacher="its teacher is {}, here {}", shards="it has {} shards, here {}")
 

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['StreamJob']
 
-# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #17b8fffb
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #4354ccad
 import time
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .job import Job
+from .job import Job, with_names_of
 from .logs import KeyedShards, Log, key_field, logs_of, make_log
 from .shards import differences, make_manifest
 from .store import size_text
 
-# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #f4e85e69
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #ee72e73d
 class StreamJob(Job):
     "A part of a recording of samples with keys"
     kind = 'keys'
@@ -38,7 +38,7 @@ def settle(self:StreamJob, xb):
     header = self._header(pred, fm)
     header['fields'] = [*header['fields'], key_field]
     self.manifest = make_manifest(self.path, header, b'')
-    self._refuse(differences(self.manifest.header, header))
+    self._refuse(differences(self.manifest.header, with_names_of(self.manifest.header, header)))
 
 @patch
 def claim(self:StreamJob):

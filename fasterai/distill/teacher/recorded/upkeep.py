@@ -143,7 +143,7 @@ def info_text(
     width = max(map(len, said))
     return '\n'.join(f'{k:{width}}  {v}' for k,v in said.items() if v is not None)
 
-# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #5ac3ab30
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #ef3c82a9
 def merge_recordings(
     paths, # Folders of one recording, or a single one
     out,   # A new folder
@@ -160,7 +160,7 @@ def merge_recordings(
     (_merge_logs if header['kind']=='keys' else _merge_shards)(sources, target)
     return check_recording(out)
 
-_must_agree = 'kind','samples','views','keeps','layers','logits','classes','fields','batches'
+_must_agree = 'kind','samples','views','keeps','layers','logits','classes','axis','names','fields','batches'
 
 def _merge_shards(sources, target):
     file,n = target.path/f'{shard_name(0)}.part',target.header['total']

@@ -4,6 +4,8 @@ import json, os, random, signal, time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import lr_find  # patches Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -106,12 +108,89 @@ class TestTraining:
         learn = learner(net(2), data(n=80), cbs=KnowledgeDistillationCallback(recorded, 'SoftTarget', valid=True))
         with pytest.raises(ValueError, match='no answer to a batch of the validation'): learn.fit(1)
 
+    @pytest.mark.parametrize('same_data', [True, False])
+    def test_in_a_fit_within_a_fit(self, path, same_data):
+        from helpers import data, learner, net
+        teacher,dls,sums = net(8, seed=3).eval(),data(),[]
+        record(teacher, dls.train, path, maps=['3'], **fp32)
+        recorded = RecordedTeacher(path)
+        def maps(fm_t): return (fm_t['3'].sum()-sums[-1]).abs()
+        def logits(pred, teacher_pred): return F.mse_loss(pred, teacher_pred)
+        class Within(Callback):
+            def before_batch(self): sums.append(teacher[:4](self.x).sum().detach())
+            def after_batch(self):
+                if not self.training or self.train_iter!=3: return
+                inner = learner(net(2), dls if same_data else data())
+                with pytest.raises(ValueError, match='the losses need 4'): inner.fit(1, cbs=kd('4'))
+                inner.fit(1, cbs=KnowledgeDistillationCallback(recorded, logits))
+        def kd(layer): return KnowledgeDistillationCallback(recorded, maps, activations_student='3',
+                                                            activations_teacher=layer)
+        cbs = [KnowledgeDistillationCallback(recorded, logits), kd('3'), Within()]
+        learner(net(2), dls).fit(2, cbs=cbs)
+        assert cbs[1].log.history.distill_loss.abs().max()<1e-4 and recorded.fits==0
+        assert recorded.cache.trace is None and recorded.cache.hits==(2*64 if not same_data else 2*64+32)
+
     def test_some_of_the_maps(self, path):
         record(Teacher(), loaders().train, path, maps=['0', '2'], **fp32)
         plain = train(loaders(), Teacher(), layers=['2'])
         assert torch.equal(train(loaders(), None, Recording(path), layers=['2']), plain)
         with pytest.raises(ValueError, match='the losses need 4, and .* holds 0, 2, logits'):
             train(loaders(), None, Recording(path), layers=['4'])
+
+
+class TestClasses:
+    def heard(self, teacher, classes, **kw):
+        "What a loss hears, and what `net` says; the student's classes are `classes`"
+        from helpers import data, learner, net
+        dls,pairs = data(c=len(classes)),[]
+        dls.vocab = list(classes)
+        def loss(pred, teacher_pred):
+            pairs.append((teacher_pred, self.net(learn.xb[0]).detach()))
+            return F.mse_loss(pred, teacher_pred)
+        learn = learner(net(2, len(classes)), dls)
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, loss, **kw))
+        return map(torch.cat, zip(*pairs))
+
+    @pytest.fixture
+    def source(self):
+        "A Learner whose classes are c, a, b"
+        from helpers import data, learner, net
+        self.net,dls = net(8, seed=3).eval(),data()
+        dls.vocab = list('cab')
+        return learner(self.net, dls)
+
+    @pytest.mark.parametrize('topk', [None, 2])
+    def test_in_another_order(self, path, source, topk, capsys):
+        record(source, source, path, topk=topk, **fp32)
+        assert Manifest.at(path).header['names']==list('cab')
+        for teacher in RecordedTeacher(path),Frozen(source, cache=path):
+            heard,said = self.heard(teacher, 'abc')
+            assert "put in the student's order" in capsys.readouterr().out and teacher.cache.hits==32
+            if topk: assert torch.equal(heard.argmax(1), said[:, [1, 2, 0]].argmax(1))
+            else: assert torch.equal(heard, said[:, [1, 2, 0]])
+        heard,said = self.heard(RecordedTeacher(path), 'ba')
+        assert topk or torch.equal(heard, said[:, [2, 1]])
+        with pytest.raises(ValueError, match='of which the student knows 2, so the teacher cannot be compared'):
+            self.heard(Frozen(source, cache=path), 'ba')
+        with pytest.raises(ValueError, match="does not know the student's 'x'"):
+            self.heard(RecordedTeacher(path), 'abx')
+
+    def test_of_no_matter_or_unknown(self, path, source):
+        from helpers import learner, net
+        record(source, source, path, maps=['3'])
+        source.dls.vocab = list('xyz')
+        def feature(fm_t): return fm_t['3'].mean()
+        kd = KnowledgeDistillationCallback(RecordedTeacher(path), feature, activations_student='3',
+                                           activations_teacher='3')
+        learner(net(2), source.dls).fit(1, cbs=kd)
+        with pytest.raises(ValueError, match='in the order of the logits, are .*c.* here .*x'):
+            record(self.net, source, path, maps=['3'])
+        record(self.net, source.dls.train, path, maps=['3']) # of a DataLoader alone the classes are not known
+        record(self.net, source.dls.train, path.with_name('other'), **fp32)
+        assert Manifest.at(path.with_name('other')).header['names'] is None
+        heard,said = self.heard(RecordedTeacher(path.with_name('other')), 'abc')
+        assert torch.equal(heard, said)
+        record(self.net, source, path.with_name('other'), **fp32)
 
 
 class Slow(Teacher):

@@ -9,11 +9,18 @@ from fastai.callback.core import Callback
 from fastai.callback.data import WeightedDL
 from fastai.callback.mixup import CutMix
 from fastai.callback.schedule import lr_find  # patches Learner
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage
+from torch import nn
 
-from fasterai.distill.teacher.recorded.recorded import Replay, TeacherCache
+from fasterai.distill.teacher.recorded.record import record
+from fasterai.distill.teacher.recorded.recorded import Recording, Replay, TeacherCache
+from fasterai.distill.teacher.teacher import Teacher as Frozen
 from recording import BS, N, PROBE, Blobs, Teacher, learner, loaders, state, train
 
+def tokens(x, **_):
+    "Three positions of eight classes"
+    return 3*x.as_subclass(torch.Tensor).flatten(1)[:, :24].view(-1, 3, 8),{}
 
 class TestTraining:
     def test_same_weights_as_without_it(self):
@@ -66,6 +73,38 @@ class TestTraining:
             for i in range(len(p)):
                 rest = [c for c in range(50) if c not in top[i].tolist()]
                 assert torch.allclose(q[i, rest], p[i, rest].mean().expand(45), rtol=1e-2)
+
+    def test_top_k_of_classes_that_stand_last(self, tmp_path):
+        cache,learn,dls = TeacherCache(topk=3),learner(loaders(), Teacher()),loaders()
+        learn.training = True
+        def check(p, q):
+            top = p.topk(3, 2).indices
+            assert torch.allclose(q.gather(2, top), p.gather(2, top), rtol=2e-3) and p.shape==q.shape
+        with cache.attach(learn, tokens):
+            for _ in range(2):
+                for x,_ in learn.dls.train: pred,_ = cache.ask(x)
+            assert cache.hits==N
+            check(tokens(x)[0].softmax(2), pred.softmax(2))
+        assert record(tokens, learn, tmp_path/'whole', topk=3, T=1.).errors[0][0]<.5
+        with Recording(tmp_path/'whole').attach(learn, None) as cache:
+            for x,_ in learn.dls.train: check(tokens(x)[0].softmax(2), cache.ask(x)[0].softmax(2))
+        record(tokens, dls.train, tmp_path/'unknown', topk=2) # who knows where the classes are?
+        with pytest.raises(ValueError, match='classes on axis 1, and here they are on axis 2.*with the training'):
+            Recording(tmp_path/'unknown').attach(learner(dls, Teacher()), None)
+        assert Recording(tmp_path/'unknown', axis=1).attach(learner(dls, Teacher()), None).detach() is None
+
+    @pytest.mark.parametrize('loss', [BCEWithLogitsLossFlat(), MSELossFlat()])
+    def test_top_k_of_what_is_no_softmax(self, loss, tmp_path):
+        learn,teacher = learner(loaders(), Teacher(classes=6)),Teacher(classes=6)
+        learn.loss_func = loss
+        with pytest.raises(ValueError, match="topk=3 .*average='(sigmoid|none)'.*say topk=None"):
+            TeacherCache(topk=3).attach(learn, teacher)
+        with pytest.raises(ValueError, match='topk=3'): record(teacher, learn, tmp_path/'a', topk=3)
+        record(teacher, learn.dls.train, tmp_path/'b', topk=3)
+        with pytest.raises(ValueError, match='topk=3'): Recording(tmp_path/'b').attach(learn, None)
+        assert TeacherCache().attach(learn, teacher).detach() is None
+        teacher.average = 'softmax' # as it is, whatever the task
+        assert TeacherCache(topk=3).attach(learn, teacher).detach() is None
 
     def test_validation_asks_the_teacher(self):
         dls,cache = loaders(),TeacherCache()
@@ -177,6 +216,22 @@ class TestTraining:
             for x,_ in learn.dls.train: cache.ask(x)
         assert cache.asked==N and sum(teacher.seen)==N+PROBE
 
+
+def test_an_answer_that_depends_on_its_batch(tmp_path):
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(64, 4))
+    learn,teacher = learner(loaders(), None),Frozen(net)
+    for dtype in torch.float32,torch.float16:
+        with pytest.raises(ValueError, match='cache: 1 of the teacher Sequential keeps no running.*cache=Replay'):
+            TeacherCache(dtype=dtype).attach(learn, teacher)
+    with pytest.raises(ValueError, match='recording: 1 of the teacher .* views=8, which keeps'):
+        record(net, learn, tmp_path)
+    learn.training = True
+    with Replay(k=1, dtype=torch.float32).attach(learn, teacher) as cache: # the batches are kept together
+        for _ in range(2):
+            for x,_ in learn.dls.train: assert torch.allclose(cache.ask(x)[0], net.eval()(x), atol=1e-6)
+        assert cache.hits==N
+    assert TeacherCache().attach(learn, Frozen(nn.Sequential(net[0], nn.BatchNorm2d(4), *net[2:]))).detach() is None
 
 class TestWeightsThatChange:
     def change(self, teacher, how):

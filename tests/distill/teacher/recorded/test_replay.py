@@ -62,7 +62,7 @@ class TestReplay:
         dls = mix_unlabelled(self.dls(), Blobs(), ratio=0.25)
         with pytest.warns(UserWarning, match=r'Replay\(k=2\): the 2 epochs .* never be seen') as said:
             train(dls, Teacher(), Replay(k=2))
-        n,of = map(int, re.search(r'hold (\d+) of (\d+)', str(said[0].message)).groups())
+        n,of = map(int, re.search(r'hold (\d+) of (\d+)', ' '.join(str(o.message) for o in said)).groups())
         assert N+12<=n<=N+24 and of==2*N
         with warnings.catch_warnings():
             warnings.simplefilter('error', UserWarning)
