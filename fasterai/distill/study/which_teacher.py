@@ -157,7 +157,7 @@ def _repr_html_(self:TeacherChoice): return self.readable().to_html(border=0)
 @patch
 def __repr__(self:TeacherChoice): return f'{self.readable().to_string()}\n{self.verdict()}'
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #6350b21a
+# %% ../../../nbs/distill/study/which_teacher.ipynb #554f72c3
 @patch
 def verdict(self:TeacherChoice,
     alpha:float=0.05, # Level of the tests
@@ -181,8 +181,8 @@ def _say(self:TeacherChoice, v, signed=False):
 
 @patch
 def _on_strongest(self:TeacherChoice):
-    own = {name: f[self.metric] for name,f in self.facts.items() if self.metric in f}
-    if not own: return []
+    own = {name: f[self.metric] for name,f in self.facts.items() if np.isfinite(f.get(self.metric, np.nan))}
+    if self.best not in own: return [] # one that was only recorded cannot be measured
     strongest = (min if self.lowest else max)(own, key=own.get)
     if own[strongest]==own.get(self.best): return []
     return [f"By its own {self.metric} {strongest} would have been chosen, with {self._say(own[strongest])}; "

@@ -82,7 +82,7 @@ def _image_size(dls):
     s = sizes[-1]
     return (s, s) if isinstance(s, int) else tuple(s)
 
-# %% ../../../nbs/distill/teacher/facts.ipynb #00c96bd2
+# %% ../../../nbs/distill/teacher/facts.ipynb #e9871c4c
 @dataclass(frozen=True)
 class Agreement:
     "How a teacher is to be asked so that its answers are about the student's data"
@@ -118,6 +118,7 @@ def agree(
     n = None if places is None else len(teacher.classes)
     return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n)
 
+# %% ../../../nbs/distill/teacher/facts.ipynb #37f651a4
 def _pick_classes(teacher, student, logits):
     t,s = teacher.classes,student.classes
     if not t or not s or t==s: return None,[]
@@ -130,6 +131,7 @@ def _pick_classes(teacher, student, logits):
     what = 'are in another order' if len(s)==len(t) else f'are {len(t)}, of which the student knows {len(s)}'
     return [t.index(c) for c in s],[f"its classes {what}: its logits are put in the student's order"]
 
+# %% ../../../nbs/distill/teacher/facts.ipynb #b0ac504d
 def _renormalize(teacher, student):
     t,s = teacher.normalize,student.normalize
     if t is None and s is not None:

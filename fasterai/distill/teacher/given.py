@@ -54,13 +54,14 @@ def with_said(
     if size is not None: said['size'] = None # nothing to say of it
     return replace(facts, **said)
 
-# %% ../../../nbs/distill/teacher/given.ipynb #6c1e2437
+# %% ../../../nbs/distill/teacher/given.ipynb #ab857e54
 def as_weights(
     weights, # Positive numbers, or None
     n:int,   # Of networks
 )->list|None:
-    "The weights as numbers. ValueError unless there is a positive one for each network"
+    "The weights as numbers. TypeError or ValueError unless there is a positive one for each network"
     if weights is None: return
+    if not hasattr(weights, '__len__'): raise TypeError(f"weights must be a number for each network, got {weights!r}")
     w = [float(o) for o in weights]
     if len(w)!=n or min(w)<=0: raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
     return w
