@@ -140,4 +140,5 @@ def test_no_notebook_stores_warnings_or_paths_of_a_machine():
     for f in (root/'nbs').rglob('*.ipynb'):
         outputs = [o for c in json.loads(f.read_text())['cells'] for o in c.get('outputs', ())]
         assert not [o for o in outputs if o.get('name')=='stderr'], f
-        assert 'site-packages' not in json.dumps(outputs), f
+        for o in outputs: o.get('data', {}).pop('image/png', None)  # whose letters may spell anything
+        assert not re.search(r'site-packages|/tmp/|/root/|/home/', json.dumps(outputs)), f
