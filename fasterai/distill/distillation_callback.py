@@ -129,7 +129,7 @@ def after_cancel_step(self:KnowledgeDistillationCallback):
     "A step that is left out is none"
     if s := self.teaching: s.fit.notes['skipped'] = self.learn.train_iter
 
-# %% ../../nbs/distill/distillation_callback.ipynb #a9bd2259
+# %% ../../nbs/distill/distillation_callback.ipynb #0215d258
 def _learn_of(cb): return vars(cb).get('_learn')
 
 def _times_in(learn, cb): return sum(o is cb for o in learn.cbs)
@@ -137,7 +137,8 @@ def _times_in(learn, cb): return sum(o is cb for o in learn.cbs)
 def _go_over(cb, learn):
     "To another Learner, or to none"
     old = cb.learn
-    if learn is old or learn is None and _times_in(old, cb)>1: return
+    if learn is old: return
+    if learn is None and _times_in(old, cb)>1: return # it was there twice, and once it stays
     if learn is not None and cb.session:
         raise ValueError("this callback is in the middle of a fit of another Learner: make one for each Learner")
     if learn is None:

@@ -15,7 +15,7 @@ from torch import nn
 from .predictor import description_of, open_session
 from ..study.measure import latency_ms
 
-# %% ../../../nbs/distill/ship/onnx_file.ipynb #4cc61cea
+# %% ../../../nbs/distill/ship/onnx_file.ipynb #19ede935
 class OnnxFile(nn.Module):
     """A network in an ONNX file, on the CPU. Raises ImportError without onnxruntime, FileNotFoundError without the
     file, ValueError for what is no ONNX file"""
@@ -28,6 +28,7 @@ class OnnxFile(nn.Module):
         self.threads = threads or torch.get_num_threads()
         self.session = open_session(path, self.threads)
         self.description = description_of(self.session, path)
+        self.batch = _batch_of(self.session) # samples that the file was made for; None: any
         self.place = nn.Parameter(torch.empty(0), requires_grad=False) # where fastai puts the batches
 
     def forward(self, *xb):
@@ -39,14 +40,12 @@ class OnnxFile(nn.Module):
         arrays = {i.name: _as_array(x) for i,x in zip(self.session.get_inputs(), xb)}
         return torch.from_numpy(self.session.run(None, arrays)[0]).to(xb[0].device)
 
-    @property
-    def batch(self)->int|None:
-        "The number of samples that the file was made for; None: any"
-        first = {o.shape[0] if o.shape else None for o in (*self.session.get_inputs(), self.session.get_outputs()[0])}
-        return n if len(first)==1 and isinstance(n:=first.pop(), int) else None
-
     def __reduce__(self): return OnnxFile,(self.path, self.threads)
     def extra_repr(self): return str(self.path)
+
+def _batch_of(session):
+    first = {o.shape[0] if o.shape else None for o in (*session.get_inputs(), session.get_outputs()[0])}
+    return n if len(first)==1 and isinstance(n:=first.pop(), int) else None
 
 def _in_parts(xb, n):
     "Batches of `n`, the last one filled up with its last sample, and how many of each are samples"
