@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGAINST', 'pgd', 'in_use', 'pixel_space', 'Attack', 'differentiable']
 
-# %% ../../../nbs/distill/methods/attack.ipynb #09ff685a
+# %% ../../../nbs/distill/methods/attack.ipynb #39658aed
 from contextlib import contextmanager
 from typing import Callable
 
@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr, tuplify
 from torch import Tensor, nn
 
 from ...core.names import unknown_name
-from ...core.task import logits_of, seen_by_student, task_of
+from ...core.task import copied, logits_of, seen_by_student, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
 from ..layers.names import unwrap
@@ -182,7 +182,7 @@ def _by_both(self:Attack, xb):
     ask = differentiable(self._taught.teacher)
     return lambda xb: kl_div(self._logits(xb).float(), ask(*xb).float(), self._axis).sum()
 
-# %% ../../../nbs/distill/methods/attack.ipynb #dbd75b30
+# %% ../../../nbs/distill/methods/attack.ipynb #8d5d7e4b
 @patch(as_prop=True)
 def _axis(self:Attack):
     axis = task_of(self.learn.loss_func).axis
@@ -210,6 +210,7 @@ def differentiable(
                          "is: give the network itself as the teacher, or attack against='teacher'")
     net,axis = nets[0],1 if teacher.axis is None else teacher.axis
     def ask(*xb):
+        xb = copied(xb)
         for tfm in (net.agreement.tfm, net.tfm):
             if tfm is not None: xb = tuplify(tfm(*xb))
         return net.agreement.of_logits(logits_of(net.source(*xb), teacher.select), axis)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CES', 'head_of', 'classes_of', 'same_beginning', 'grow_head', 'NewClasses', 'OneHotBCE', 'Remember', 'align_head']
 
-# %% ../../../nbs/distill/methods/continual.ipynb #bf2bf030
+# %% ../../../nbs/distill/methods/continual.ipynb #3963974a
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 from typing import Callable
@@ -94,14 +95,14 @@ def grow_head(
     if not isinstance(new, int): learn.dls = new
     return old
 
-# %% ../../../nbs/distill/methods/continual.ipynb #c0ae0c46
+# %% ../../../nbs/distill/methods/continual.ipynb #bc1e7b58
 class NewClasses:
     "The loss function `func` over the classes from `first` on, as if there were no others"
     def __init__(self,
         func:Callable, # Of logits and class indices
         first:int,     # Number of old classes
     ):
-        self.func,self.first = func,first
+        self.func,self.first = _of_later_classes(func, first),first
         task = task_of(func)
         self.axis = 1 if task.axis is None else task.axis
         self.ignore = -100 if task.ignore_index is None else task.ignore_index
@@ -112,6 +113,19 @@ class NewClasses:
         new = (target>=self.first) & (target!=self.ignore)
         if not new.any(): return 0*pred.sum()
         return self.func(pred, (target-self.first).masked_fill(~new, self.ignore), **kwargs)
+
+def _of_later_classes(func, first):
+    "`func`, with the weights of the classes from `first` on if it has some"
+    if isinstance(func, partial):
+        rest = {k:v[first:] if k=='weight' and isinstance(v, Tensor) else v for k,v in func.keywords.items()}
+        return partial(_of_later_classes(func.func, first), *func.args, **rest)
+    if not any(map(_has_weights, (func, getattr(func, 'func', None)))): return func
+    func = deepcopy(func)
+    inner = func if _has_weights(func) else func.func # one of fastai's wrappers
+    inner.weight = inner.weight[first:]
+    return func
+
+def _has_weights(f): return isinstance(getattr(f, 'weight', None), Tensor)
 
 # %% ../../../nbs/distill/methods/continual.ipynb #55e404be
 class OneHotBCE(nn.Module):
@@ -140,15 +154,13 @@ class OneHotBCE(nn.Module):
     def decodes(self, x): return x.argmax(1)
     def extra_repr(self): return f'first={self.first}'
 
-# %% ../../../nbs/distill/methods/continual.ipynb #e55c5639
+# %% ../../../nbs/distill/methods/continual.ipynb #3aa73cba
 CES = 'new','all','binary'
 
 class Remember(KnowledgeDistillationCallback):
     """Learn new classes with the old model as the teacher: `task + weight*LwF` (Li and Hoiem, ECCV 2016, arXiv
     1606.09282), or with `ce='binary'` iCaRL's. ValueError for an unknown `ce`, and at the fit for a head that has not
     grown, or labels that are mixed"""
-    _stateattrs = (*KnowledgeDistillationCallback._stateattrs, 'task')
-
     def __init__(self,
         old,                # What `grow_head` returned, or another network of the first classes
         ce:str='new',       # Columns that labels speak about: 'new', 'all', or 'binary': the new, each by itself
@@ -194,27 +206,32 @@ def _refuse_other_labels(self:Remember):
     mixers = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixers: raise ValueError(f"{mixers[0]} mixes labels, and ce={self.ce!r} takes them apart: leave it out")
 
-# %% ../../../nbs/distill/methods/continual.ipynb #1201a3fc
+# %% ../../../nbs/distill/methods/continual.ipynb #8047e717
 @patch
 def before_train(self:Remember):
-    "From here on labels speak about the columns of `ce`"
+    "Have the loss function of this training"
     super(Remember, self).before_train()
-    s,learn = self.teaching,self.learn
-    if not s or self.ce=='all' or self.task is not None: return
-    self.task = s,learn.loss_func
-    learn.loss_func = OneHotBCE(self.n_old) if self.ce=='binary' else NewClasses(learn.loss_func, self.n_old)
+    s,own = self.teaching,self.learn.loss_func
+    if not s or self.ce=='all': return
+    s.fit.notes['own, of ce'] = own,(OneHotBCE(self.n_old) if self.ce=='binary' else NewClasses(own, self.n_old))
 
 @patch
-def after_train(self:Remember):
-    "The Learner's own loss function again"
-    super(Remember, self).after_train()
+def after_pred(self:Remember):
+    "For this one loss the labels speak about the columns of `ce`"
+    super(Remember, self).after_pred()
+    s,learn = self.teaching,self.learn
+    if s and learn.training and self.ce!='all': learn.loss_func = s.fit.notes['own, of ce'][1]
+
+@patch
+def after_loss(self:Remember):
+    "The Learner's own loss function again, for all who validate or export it within the training"
+    super(Remember, self).after_loss()
     if s := self.teaching: self._give_back(s)
 
 @patch
 def _give_back(self:Remember, session):
-    if self.task is None or self.task[0] is not session: return
-    self.learn.loss_func = self.task[1]
-    self.task = None
+    own,of_ce = session.fit.notes.get('own, of ce', (None, None))
+    if of_ce is not None and self.learn.loss_func is of_ce: self.learn.loss_func = own
 
 # %% ../../../nbs/distill/methods/continual.ipynb #eb61dc20
 @torch.no_grad()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PseudoLabels', 'pseudo_labels']
 
-# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #76e12d9a
+# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #ea37b32e
 from math import ceil
 from typing import Sequence
 
@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastcore.basics import noop, patch, store_attr, tuplify
 from torch import Tensor
 
-from ...core.task import logits_of
+from ...core.task import logits_of, task_of
 from ...data.unlabelled import Extended, inputs_of, labelled_part, with_train
 
 # %% ../../../nbs/distill/methods/pseudo_labels.ipynb #7d1115c8
@@ -93,15 +93,19 @@ def pseudo_labels(
     if balance: keep = keep[_balanced(probs[keep])]
     return PseudoLabels([items[i] for i in keep.tolist()], probs[keep], learn.dls, soft, len(items))
 
-# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #c5c14d04
+# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #ad440ffc
 def _probabilities(learn, items):
     "Of each class, for each item `(N, C)`"
     rows = inputs_of(learn.dls.train_ds, items) # refuses what is no list of items
     own = isinstance(learn.dls.valid_ds, Datasets)
     dl = learn.dls.test_dl(items) if own else learn.dls.valid.new([tuplify(o)[:learn.dls.n_inp] for o in rows])
     z = logits_of(learn.get_preds(dl=dl, act=noop)[0])
-    if z.ndim==2 and z.shape[1]>1: return z.as_subclass(Tensor).float().softmax(1)
-    raise ValueError(f"pseudo labels are classes, and the Learner's predictions have the shape {tuple(z.shape)}")
+    if z.ndim!=2 or z.shape[1]<2:
+        raise ValueError(f"pseudo labels are classes, and the Learner's predictions have the shape {tuple(z.shape)}")
+    if task_of(learn.loss_func).average in ('sigmoid', 'none'):
+        raise ValueError("pseudo labels are classes, one for each row, and the Learner's task has none by its loss "
+                         f"function {learn.loss_func}")
+    return z.as_subclass(Tensor).float().softmax(1)
 
 def _balanced(probs):
     "Which rows, so that each class that there is has as many: the surest ones, again and again"

@@ -6,7 +6,7 @@
 __all__ = ['evaluating', 'same_rng', 'Plan', 'device_of', 'size_of', 'prepared', 'run_once', 'modules_of', 'last_to_run',
            'Sheltered', 'Engine']
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #b1cd0d75
+# %% ../../../nbs/distill/teacher/forward.ipynb #a9a0cff2
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fastcore.basics import patch
 
+from ...core.task import copied
 from ..layers.capture import Capture, first_tensor, tensors_in
 from ..layers.names import get_module_by_name, unwrap
 from ..layers.places import place_of
@@ -214,14 +215,14 @@ class _Watched(nn.Module):
         out = self.net(*xb)
         return out, {k:self.maps[k] for k in self.places}
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #503c640a
+# %% ../../../nbs/distill/teacher/forward.ipynb #6297b66f
 class Sheltered:
     "A function of a batch that may write into it: it gets a copy, unless its first call has written nothing"
     def __init__(self, f): self.f,self.copying = f,True
 
     def __call__(self, xb):
         if not self.copying: return self.f(xb)
-        xb = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, xb)
+        xb = copied(xb)
         found = self.f(xb)
         self.copying = any(not t.is_inference() and t._version for t in tensors_in(xb))
         return found

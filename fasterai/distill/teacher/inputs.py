@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['resize_batch', 'Renormalize', 'statistics_of', 'OwnInputs', 'own_inputs', 'not_said']
 
-# %% ../../../nbs/distill/teacher/inputs.ipynb #8d293741
+# %% ../../../nbs/distill/teacher/inputs.ipynb #f1c08a28
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,7 @@ def resize_batch(
     if tuple(x.shape[-2:])==size: return x
     return F.interpolate(x, size, mode=mode, antialias=mode in ('bilinear', 'bicubic'))
 
-# %% ../../../nbs/distill/teacher/inputs.ipynb #9505a111
+# %% ../../../nbs/distill/teacher/inputs.ipynb #d4650722
 class Renormalize:
     "A batch transform that undoes one normalisation and applies another"
     def __init__(self,
@@ -43,26 +45,37 @@ class Renormalize:
         return x*self.scale + self.shift
 
 def statistics_of(o):
-    "Mean and std as `(1, C, 1, 1)`, read from wherever they are"
+    "Mean and std as `(1, C, 1, 1)`, read from wherever they are. TypeError if there are none"
     o = getattr(o, 'dls', o)
     if hasattr(o, 'after_batch'): o = next((f for f in o.after_batch.fs if isinstance(f, Normalize)), None)
-    mean,std = (0., 1.) if o is None else (o.mean, o.std) if isinstance(o, Normalize) else o
+    if isinstance(o, Normalize): o = o.mean,o.std
+    if o is None: o = 0.,1.
+    if not isinstance(o, (tuple, list)) or len(o)!=2:
+        raise TypeError(f"normalize: expected (mean, std), a `Normalize`, DataLoaders or a Learner, got {o!r}")
+    mean,std = o
     return [torch.as_tensor(v, dtype=torch.float32).cpu().view(1, -1, 1, 1) for v in (mean, std)]
 
-# %% ../../../nbs/distill/teacher/inputs.ipynb #37f24f30
+# %% ../../../nbs/distill/teacher/inputs.ipynb #2702cc3c
 class OwnInputs:
     "Images in a size, then the views that a Learner has learned to see"
     def __init__(self,
         size=None, # Side, or (height, width); None: as they are
         views=(),  # From inputs to inputs, one after the other
     ):
-        self.size = (size, size) if isinstance(size, int) else size
+        self.size = None if size is None else _height_width(size)
         self.views = views
 
     def __call__(self, *xb):
         if self.size is not None: xb = tuple(resize_batch(x, self.size) if _is_image(x) else x for x in xb)
         for f in self.views: xb = f(*xb)
         return xb
+
+def _height_width(size):
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair)!=2 or not all(isinstance(o, Integral) and not isinstance(o, bool) for o in pair):
+        raise TypeError(f"size: expected a side in pixels, or (height, width), got {size!r}")
+    if min(pair)<1: raise ValueError(f"size: expected pixels, 1 or more, got {size!r}")
+    return tuple(map(int, pair))
 
 def _is_image(x): return isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_placed', 'devices_of', 'moved', 'name_of', 'Network']
 
-# %% ../../../nbs/distill/teacher/network.ipynb #2361724e
+# %% ../../../nbs/distill/teacher/network.ipynb #7fef1e0e
 import warnings
 from itertools import chain
 
@@ -15,6 +15,7 @@ from torch import nn
 from fastai.torch_core import rank_distrib, to_device
 from fastcore.basics import patch
 
+from ...core.task import copied
 from ..layers.names import unwrap
 from .facts import Agreement
 from .auto import fastest_plan
@@ -98,7 +99,7 @@ def opts(self:Network)->dict:
     "What was asked for that may change an answer"
     return {k:getattr(self.asked, k) for k in ('dtype', 'channels_last', 'fuse')}
 
-# %% ../../../nbs/distill/teacher/network.ipynb #a747685a
+# %% ../../../nbs/distill/teacher/network.ipynb #4be6b8f2
 @patch
 def __call__(self:Network,
     xb:tuple,         # A batch of the student's inputs
@@ -118,6 +119,7 @@ def inputs(self:Network,
     xb:tuple, # A batch of the student's inputs
 )->tuple:
     "What the network is asked about"
+    if self.tfm is not None: xb = copied(xb)            # it is the student's batch, and the next teacher's
     for tfm in (self.agreement.tfm, self.tfm):
         if tfm is not None: xb = _as_tuple(tfm(*xb))
     return xb

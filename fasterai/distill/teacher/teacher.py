@@ -6,7 +6,7 @@
 __all__ = ['Teacher', 'as_teacher', 'BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 'resize_batch',
            'Renormalize', 'shared_with']
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #005e56ba
+# %% ../../../nbs/distill/teacher/teacher.ipynb #3e1d3e91
 import re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -28,7 +28,8 @@ from .ensemble import ensemble_logits
 from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
-from .given import as_list, as_module, as_modules, as_weights, refuse_recorded_stack, with_said
+from .given import as_list, as_module, as_modules, as_weights, refuse_axis
+from .given import refuse_recorded_stack, with_said
 from .inputs import Renormalize, not_said, own_inputs, resize_batch
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
@@ -110,7 +111,7 @@ def compute(self:Teacher,
 
 def _as_layers(layers): return (layers,) if isinstance(layers, str) else tuple(layers)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #e77f63ee
+# %% ../../../nbs/distill/teacher/teacher.ipynb #a3d9589f
 @patch
 def _ask_networks(self:Teacher, xb, layers, logits):
     "The logits of each network (of none, if they are not wanted), and the maps of the first"
@@ -119,6 +120,7 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     if not logits: return [], maps
     outs = [out] + [ask(net, xb, (), True)[0] for net in self.nets[1:]]
     preds = [logits_of(o, self.select).detach() for o in outs]
+    if not self.checked: refuse_axis(self.given[0], preds[0])
     return [net.agreement.of_logits(z, self._class_axis) for net,z in zip(self.nets, preds)], maps
 
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #49220f31
+# %% ../../../nbs/distill/training/session.ipynb #84d31ec1
 from contextlib import ExitStack
 from functools import partial
 
@@ -24,6 +24,7 @@ from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first, warn_of_softmax
+from .keep_batch import keep_batch
 from .learned import remember
 from .lesson import (
     detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, target_of)
@@ -58,7 +59,7 @@ class Session:
         "Context of a forward in which the student's layers are listened to"
         return self.kd.eyes.open()
 
-# %% ../../../nbs/distill/training/session.ipynb #6fd7defb
+# %% ../../../nbs/distill/training/session.ipynb #37e1f885
 @patch
 def open(self:Session):
     "Begin: columns in the table, and everything undone when the fit that is running ends"
@@ -68,6 +69,7 @@ def open(self:Session):
     self.fit.passing.append(kd)
     self.stack.callback(partial(setattr, kd, 'session', self.outer))
     self._open_log()
+    if not self.outer: keep_batch(self)
     self.stack.push(leaving_autocast(learn))
     return self
 

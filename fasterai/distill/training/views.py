@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['part_of', 'StudentSees', 'seen_by_student']
 
-# %% ../../../nbs/distill/training/views.ipynb #fe812626
+# %% ../../../nbs/distill/training/views.ipynb #59508357
 from functools import partial
 from typing import Callable
 
@@ -15,7 +15,7 @@ from fastai.vision.augment import RandTransform, Resize, ResizeMethod
 from fastcore.basics import patch
 from torch import Tensor
 
-from ...core.task import seen_by_student
+from ...core.task import copied, seen_by_student
 
 # %% ../../../nbs/distill/training/views.ipynb #965c4c65
 _all_ = ['seen_by_student']
@@ -44,7 +44,7 @@ def _inputs(n): return f"{n} input{'s'*(n!=1)}"
 
 def _name(f): return getattr(f, '__name__', f)
 
-# %% ../../../nbs/distill/training/views.ipynb #3b7d136e
+# %% ../../../nbs/distill/training/views.ipynb #43e6c1fe
 class StudentSees(Callback):
     """The student sees `f(*xb)`; a teacher is asked about the whole batch.
 
@@ -65,7 +65,7 @@ class StudentSees(Callback):
     def before_batch(self):
         "Keep the whole batch, and show the student its part"
         self.full_xb = tuple(self.learn.xb)
-        self.learn.xb = self.view(*self.full_xb)
+        self.learn.xb = self.view(*copied(self.full_xb))
 
     def after_batch(self):
         "The whole batch is not needed any longer"

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders, TfmdDL
 from torch import nn
@@ -17,6 +18,8 @@ from fasterai.distill.layers.matching import match_feature_layers
 from fasterai.distill.losses import BinaryKD, FitNet, Logits, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
+from fasterai.distill.training.keep_batch import KeepBatch
+from fasterai.distill.training.views import StudentSees
 from helpers import data, learner, net, same, state
 from kd_helpers import KD, layers, teacher
 
@@ -325,3 +328,58 @@ def test_a_teacher_that_begins_with_a_relu_in_place_leaves_the_student_its_gradi
         learn.fit(1, cbs=KD(t))
         found.append(state(learn.model))
     assert same(*found)
+
+
+class Seen(nn.Module):
+    "Keeps what its network was shown"
+    def __init__(self): super().__init__(); self.net,self.xs = teacher(),[]
+    def forward(self, x):
+        self.xs.append(x.clone())
+        return self.net(x)
+
+
+class Keep(Callback):
+    "Keeps the batches as they come"
+    order = -20
+    def before_fit(self): self.xs = []
+    def before_batch(self): self.xs.append(self.x.clone())
+
+
+def writing():
+    "A student that writes into its batch"
+    n = WritesIntoIts()
+    n.net = net()
+    return n
+
+
+def shown(student, *cbs, epochs=2, **kwargs):
+    "The training batches, and what a teacher was asked about"
+    t,keep = Seen(),Keep()
+    learner(student).fit(epochs, cbs=[keep, KD(t, **kwargs), *cbs])
+    return keep.xs,t.xs
+
+
+@pytest.mark.parametrize('start_pct', [0., .5])
+def test_a_student_that_writes_into_its_batch_changes_not_what_the_teacher_is_asked(start_pct):
+    xs,asked = shown(writing(), start_pct=start_pct)
+    xs = [x for i in range(2) for x in xs[8*i:8*i+4]][-len(asked):] # four to train, four to validate
+    assert len(asked)==(8 if start_pct==0 else 4)
+    for x,got in zip(xs, asked): assert x.equal(got)
+
+
+def test_a_student_that_writes_learns_as_one_that_does_not():
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, x): return self.net((x-.5)/2.)
+    found = []
+    for student in writing(), Reads():
+        learn = learner(student)
+        learn.fit(2, cbs=[KD(teacher()), KD(Seen(), Logits, valid=True)])
+        found.append(state(learn.model))
+        assert not any(isinstance(o, KeepBatch) for o in learn.cbs)
+    assert same(*found)
+
+
+def test_a_view_that_writes_shows_the_teacher_the_whole_batch():
+    xs,asked = shown(net(), StudentSees(lambda x: x.zero_()), epochs=1)
+    for x,got in zip(xs[:4], asked): assert x.equal(got)

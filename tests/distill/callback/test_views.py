@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter, Normalize
@@ -328,3 +328,19 @@ def test_a_table_whose_privileged_columns_the_student_will_not_have():
     own = table(df[['kind', 'size', 'label']], ['kind'], ['size']) # where the student is to work
     preds = [learner(student, o, cbs).get_preds()[0] for o,cbs in ((dls, StudentSees(at_hand)), (own, None))]
     torch.testing.assert_close(*preds)
+
+
+def test_after_a_cancelled_batch_the_validation_asks_about_its_own():
+    class Cancel(Callback):
+        order = 60
+        def after_loss(self):
+            if self.training and self.train_iter==1: raise CancelTrainException()
+    found = []
+    for boom in [], [Cancel()]:
+        t = Spy(teacher())
+        t.xs = []
+        t.register_forward_pre_hook(lambda m, xb: m.xs.append(xb[0].clone()))
+        learn = learner(cbs=StudentSees(smaller, training=True))
+        learn.fit(1, cbs=[KD(t, valid=True), *boom])
+        found.append(t.xs[-4:])
+    for a,b in zip(*found): assert a.equal(b)

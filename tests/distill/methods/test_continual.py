@@ -1,13 +1,17 @@
 "New classes in turn: heads, columns, examples, and loops written by hand"
+import pickle
 import random
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
+from fastai.losses import CrossEntropyLossFlat
+from fastcore.basics import noop
 from torch import nn
 
 from fasterai.core.task import task_of
@@ -162,7 +166,7 @@ def test_the_loss_function_is_given_back(event, exc):
     boom = Boom(event, exc, at=0 if event.startswith('before') else 1, order=20)
     try: learn.fit(2, cbs=[kd, boom])
     except (KeyboardInterrupt, RuntimeError): pass
-    assert boom.n and learn.loss_func is func and kd.task is None and kd.session is None
+    assert boom.n and learn.loss_func is func and kd.session is None
     assert same(state(old), before[0]) and flags(old)==before[1] and not n_hooks(learn.model, old)
     assert not learn.metrics and len(learn.cbs)==len({type(c) for c in learn.cbs})
 
@@ -173,7 +177,7 @@ def test_lr_find_and_copies():
     before = state(learn.model)
     learn.add_cb(kd)
     learn.lr_find(num_it=5, show_plot=False)
-    assert learn.loss_func is func and same(before, state(learn.model)) and kd.task is None
+    assert learn.loss_func is func and same(before, state(learn.model))
     other = kd.replace(weight=1.)
     assert (other.ce, other.recipe.weight, other.terms[0].hypers['T'])==('new', 1., 3) and deepcopy(kd).ce=='new'
     assert other.teacher.models[0] is old
@@ -193,3 +197,53 @@ def test_the_loss_works_in_the_plain_callback_too():
     learn,old = two_tasks()
     learn.fit(1, cbs=KnowledgeDistillationCallback(old, LwF, T=2, weight=.5))
     assert learn.model[-1].out_features==5
+
+
+class Midway(Callback):
+    "Calls `f(learn)` after each event of the training but the loss itself"
+    order = 99
+    def __init__(self, f): self.f,self.found = f,[]
+    def _note(self):
+        if self.training: self.found.append(self.f(self.learn))
+    before_batch = after_pred = after_loss = after_step = after_batch = _note
+
+
+@pytest.mark.parametrize('ce', ['new', 'binary'])
+def test_a_validation_within_the_training_is_over_all_classes(ce):
+    def own(learn):
+        model = deepcopy(learn.model).eval()
+        with torch.no_grad(): pairs = [(model(x), y) for x,y in learn.dls.valid]
+        return F.cross_entropy(*map(torch.cat, zip(*pairs))).item()
+    def both(learn):
+        found = learn.validate()[0],own(learn)
+        learn.training = learn.model.train().training # which fastai's `validate` leaves as it needs it
+        return found
+    learn,old = two_tasks()
+    midway = Midway(both)
+    midway.before_batch = midway.after_pred = midway.after_loss = noop
+    learn.fit(1, cbs=[Remember(old, ce), midway])
+    assert len(midway.found)==8 and all(a==pytest.approx(b, rel=1e-5) for a,b in midway.found)
+
+
+@pytest.mark.parametrize('ce', ['new', 'binary'])
+def test_a_student_exported_within_the_training_has_its_own_loss_function(ce):
+    learn,old = two_tasks()
+    func = learn.loss_func
+    midway = Midway(lambda l: pickle.loads(pickle.dumps(l.loss_func)))
+    midway.after_pred = noop
+    learn.fit(1, cbs=[Remember(old, ce), midway])
+    assert len(midway.found)==16 and {type(o) for o in midway.found}=={type(func)}
+
+
+@pytest.mark.parametrize('weighted', [lambda w: CrossEntropyLossFlat(weight=w), lambda w: nn.CrossEntropyLoss(weight=w),
+                                      lambda w: partial(F.cross_entropy, weight=w)])
+def test_weights_of_all_classes(weighted):
+    z,y,w = torch.randn(6, 5),torch.tensor([3, 4, 1, 3, 4, 0]),torch.arange(1., 6)
+    func = weighted(w)
+    new = y>=3
+    torch.testing.assert_close(NewClasses(func, 3)(z, y), F.cross_entropy(z[new, 3:], y[new]-3, w[3:]))
+    torch.testing.assert_close(func(z, y), F.cross_entropy(z, y, w)) # itself as before
+    learn,old = two_tasks()
+    learn.loss_func = func
+    learn.fit(1, cbs=Remember(old))
+    assert learn.loss_func is func

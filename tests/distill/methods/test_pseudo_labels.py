@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
@@ -186,3 +186,10 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match='epochs must be one number, or 3'): noisy(make(4), rounds=2, epochs=[1, 1])
     with pytest.raises(ValueError, match='flatten=False'): noisy(make(4), rounds=1, epochs=1, soft=True)
     with pytest.raises(TypeError, match='must return a Learner'): noisy(lambda dls: digits_net(4), rounds=1)
+
+
+@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), MSELossFlat()])
+def test_a_task_without_classes_is_refused(loss_func):
+    learn = learner(net(), data(y=torch.rand(32, 3)), loss_func=loss_func)
+    with pytest.raises(ValueError, match='pseudo labels are classes, one for each row'):
+        pseudo_labels(learn, [(torch.randn(3, 8, 8),)]*4)

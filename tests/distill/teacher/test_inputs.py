@@ -1,6 +1,7 @@
 "Batches of another size and normalisation"
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
@@ -28,3 +29,21 @@ def test_renormalize_reads_the_dataloaders(x):
     for c in range(3): assert torch.allclose(got[:,c], ((x[:,c]*ss[c]+ms[c])-mt[c])/st[c], atol=1e-5)
     assert torch.allclose(Renormalize(None, (mt, st))(x)[:,0], (x[:,0]-.4)/.2, atol=1e-5)
     assert torch.equal(Renormalize((ms, ss), (ms, ss))(x), x)
+
+
+def test_a_transform_that_writes_into_its_batch_changes_nobody_else_s(net, x):
+    was,double = x.clone(),lambda x: x.mul_(2)
+    two = Teacher([net, net], tfms=[double, None], average='none')
+    for _ in range(3):
+        torch.testing.assert_close(two(x)[0], (plain(net, 2*was)+plain(net, was))/2)
+        assert x.equal(was)
+
+
+@pytest.mark.parametrize('args, error, words', [
+    (dict(normalize=.5), TypeError, r'normalize: expected \(mean, std\)'),
+    (dict(size='big'), TypeError, r"size: expected a side in pixels, or \(height, width\), got 'big'"),
+    (dict(size=(32,)), TypeError, r'got \(32,\)'), (dict(size=True), TypeError, 'got True'),
+    (dict(size=0), ValueError, 'size: expected pixels, 1 or more'),
+    (dict(axis=5), ValueError, 'with axes 0 to 1, got 5'), (dict(axis='c'), TypeError, "axis: .*got 'c'")])
+def test_arguments_that_cannot_be(net, x, args, error, words):
+    with pytest.raises(error, match=words): Teacher(net, **args)(x)
