@@ -11,6 +11,8 @@ from PIL import Image
 from fastai.learner import load_learner
 from fasterai.data.archs import load_weights, make_model
 from fasterai.distill.cli import distill
+from fasterai.distill.command.folder import Folder
+from fasterai.distill.command.work import set_up
 
 command = Path(sys.executable).parent/'fasterai_distill'
 
@@ -85,6 +87,30 @@ def test_what_is_wrong_is_said_before_training(images, tmp_path, args, what, cap
                    workers=0), **args}
     with pytest.raises((ValueError, OSError), match=what): distill(**args)
     assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('name', ['teacher.pth', 'student.pkl', 'table.csv', 'log.csv', 'report.html', 'seeds.png'])
+def test_files_of_somebody_else_are_neither_taken_nor_replaced(images, tmp_path, name):
+    torch.save(make_model('resnet18', 2).state_dict(), tmp_path/name)
+    was = (tmp_path/name).read_bytes()
+    with pytest.raises(ValueError, match=f'{name}, which no run of this command has left'):
+        distill(images, out=tmp_path, **{**small, 'teacher': 'resnet18', 'student': 'resnet18'})
+    assert (tmp_path/name).read_bytes()==was and [o.name for o in tmp_path.iterdir()]==[name]
+
+
+@pytest.mark.parametrize('raw', [b'{"path', b'\xff\xfe{}', b'[1, 2]', b''])
+def test_a_plan_that_was_cut_is_named(tmp_path, raw):
+    (tmp_path/'plan.json').write_bytes(raw)
+    with pytest.raises(ValueError, match="plan.json'"): Folder(tmp_path, dict(epochs=1))
+    assert (tmp_path/'plan.json').read_bytes()==raw
+
+
+def test_a_log_of_something_else_is_refused_before_the_teacher_is_trained(images, tmp_path):
+    args = {**small, 'teacher': 'resnet18', 'student': 'resnet18', 'out': tmp_path/'out'}
+    set_up(images, **args)
+    (tmp_path/'out'/'log.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match='belongs to other runs'): set_up(images, **args)
+    assert not (tmp_path/'out'/'teacher.pth').exists()
 
 
 def test_weights_of_another_number_of_classes(images, tmp_path):

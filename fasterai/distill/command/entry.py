@@ -19,7 +19,7 @@ from fastcore.script import CliError, call_parse, parse_cli
 
 from ...core.names import unknown_name
 
-# %% ../../../nbs/distill/command/entry.ipynb #2b13bfee
+# %% ../../../nbs/distill/command/entry.ipynb #0bcdd744
 @call_parse
 def fasterai_distill(
     path:str=None,             # Folder of class folders, or of train and valid with such; none: handwritten digits
@@ -52,7 +52,8 @@ def fasterai_distill(
     from fasterai.distill.command.work import carry_out, set_up
     try: job = set_up(**kwargs)
     except (ValueError, TypeError, OSError, ImportError, re.error) as e: raise CliError(f"fasterai_distill: {e}") from e
-    carry_out(*job)
+    try: carry_out(*job)
+    except (ValueError, OSError) as e: raise CliError(f"fasterai_distill: {e}") from e
 
 # %% ../../../nbs/distill/command/entry.ipynb #d159e7c9
 def loss_names()->list[str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Folder', 'export']
 
-# %% ../../../nbs/distill/command/folder.ipynb #f3345921
+# %% ../../../nbs/distill/command/folder.ipynb #45c5229e
 import json
 from pathlib import Path
 from pickle import PicklingError
@@ -13,10 +13,10 @@ from pickle import PicklingError
 from fastai.learner import Learner
 from fastcore.basics import patch
 
-from ...core.files import save_weights, whole_file
+from ...core.files import read_json, save_weights, whole_file
 from ...data.archs import load_weights
 
-# %% ../../../nbs/distill/command/folder.ipynb #19d9074f
+# %% ../../../nbs/distill/command/folder.ipynb #8718f413
 class Folder:
     "Where the results of one plan are kept. Raises ValueError for one that holds others, OSError where it cannot write"
     def __init__(self,
@@ -31,14 +31,22 @@ class Folder:
 
     def _refuse_others(self):
         file = self.path/'plan.json'
-        if not file.exists():
-            if not (self.path/'report.html').exists(): return
-            raise ValueError(f"out: {str(self.path)!r} has a report of other runs")
-        there,here = json.loads(file.read_text()),json.loads(json.dumps(self.identity))
+        if not file.exists(): return self._refuse_strangers()
+        there,here = read_json(file),json.loads(json.dumps(self.identity))
         differs = [f"{k} {there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k)!=v]
         if not differs: return
         raise ValueError(f"out: {str(self.path)!r} holds the results of another plan ({'; '.join(differs[:3])}): give "
                          "another folder, --out")
+
+    def _refuse_strangers(self):
+        "What is there without a plan is somebody's own: neither read nor replaced"
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        taken = [o.name for o in there if o.stem in _written or o.suffix=='.png']
+        if not taken: return
+        raise ValueError(f"out: {str(self.path)!r} has {', '.join(taken[:5])}, which no run of this command has left "
+                         "(there is no plan.json): give another folder, --out")
+
+_written = 'teacher','student','student_int8','students','report','log','table','runs'
 
 # %% ../../../nbs/distill/command/folder.ipynb #a3b4b899
 @patch

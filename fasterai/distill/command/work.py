@@ -23,7 +23,7 @@ from ..study.advice import suggest_weights
 from ..study.experiment import Experiment
 from ..study.one_run import fresh_callback, streams_kept
 
-# %% ../../../nbs/distill/command/work.ipynb #ab4bd508
+# %% ../../../nbs/distill/command/work.ipynb #435d86c4
 def set_up(path=None, **kwargs)->tuple:
     """The `Experiment` that the arguments of `fasterai_distill` describe, its `Plan` and its `Folder`. Raises
     ValueError or OSError for what cannot work"""
@@ -36,7 +36,8 @@ def set_up(path=None, **kwargs)->tuple:
     def arms(): return plan.ways.arms(teacher, make_student(), dls.one_batch()[0].cpu())
     try: exp = Experiment(dls, teacher, make_student, lr=plan.training.rate, arms=arms(), folder=plan.out)
     except (ValueError, RuntimeError, AssertionError) as e: raise _with_size(e) from e
-    return exp,plan,Folder(plan.out, plan.identity(dls))
+    folder = Folder(plan.out, plan.identity(dls))
+    return exp.open(),plan,folder
 
 def _check_costs(plan, teacher, make_student, dls):
     "ValueError for a student that is over the budget"

@@ -47,7 +47,7 @@ class FileCheck:
     def _metric(self): return self.table.attrs['metrics'][0]
     def _row(self): return self.table.loc[self.name]
 
-# %% ../../../nbs/distill/ship/check.ipynb #16fb9f29
+# %% ../../../nbs/distill/ship/check.ipynb #d6816032
 @patch
 def lines(self:FileCheck)->list:
     "The verdict, what it rests on, and the costs, in words"
@@ -60,7 +60,9 @@ def verdict(self:FileCheck)->str:
     if self.same==self.n:
         return f"{self.name} answers as the student does{', with other probabilities' if self.max_diff>1e-3 else ''}."
     if self.differs: return f"{self.name} is not as the student: its {m} differs by {r[f'{m}_diff']:+.4f}."
-    most = max(abs(r[f'{m}_diff_lo']), abs(r[f'{m}_diff_hi'])) or 3/self.n # the rule of three, where none differs
+    most = max(abs(r[f'{m}_diff_lo']), abs(r[f'{m}_diff_hi']))
+    if self.same is None and most<1e-6*abs(r[m]): return f"{self.name} answers as the student does."
+    if not most: most = 3/self.n # the rule of three for shares, where none differs
     return (f"{self.name}: no difference in {m} to the student could be shown; with {self.n} samples, one of more than "
             f"{most:.4f} is unlikely.")
 

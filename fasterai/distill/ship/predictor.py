@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['prepare', 'open_session', 'description_of', 'Predictor']
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #067d014b
+# %% ../../../nbs/distill/ship/predictor.ipynb #99eec272
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -65,15 +65,21 @@ def _in_batch(x, size, corners):
         return _between(fewer, m, corners) @ _averages(n, fewer) if shrinks else _between(n, m, corners)
     return along(x.shape[1], size[0]) @ x @ along(x.shape[2], size[1]).T
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #836691da
+# %% ../../../nbs/distill/ship/predictor.ipynb #efd72534
 def _opened(image, how):
     "A picture of the right mode, from a file, a picture or an array of bytes"
-    if isinstance(image, np.ndarray): image = Image.fromarray(image)
+    if isinstance(image, np.ndarray): image = _from_array(image)
     if isinstance(image, Image.Image): return image.convert(how['mode'])
     with Image.open(image) as im:
         im.load()
         if how.get('sixteen_bits')=='scaled' and im.mode.startswith('I'): im = _in_8_bits(np.asarray(im))
         return im.convert(how['mode'])
+
+def _from_array(a):
+    try: return Image.fromarray(a)
+    except TypeError as e:
+        raise ValueError("expected an array of bytes (H, W) or (H, W, 3), or of floats from 0 to 1, got "
+                         f"{a.dtype} {a.shape}") from e
 
 def _in_8_bits(a):
     "Whole numbers up to 65535 as such up to 255; those that need no more are left"
@@ -85,6 +91,7 @@ def prepare(
 )->np.ndarray:
     """What the network is to see of one picture, `(C, H, W)`. An array of floats is `(C, H, W)`, or `(H, W)` where
     there is one channel, and is not resized. ValueError for one of another shape, or for no picture at all"""
+    _refuse_other_things(image)
     floats = isinstance(image, np.ndarray) and image.dtype.kind=='f'
     x = _floats(image, how) if floats else _pixels(image, how)
     shape = tuple(how[k] for k in ('channels', 'height', 'width'))
@@ -95,7 +102,16 @@ def prepare(
     mean,std = (np.array(how[k], np.float32)[:,None,None] for k in ('mean', 'std'))
     return (x-mean)/std
 
-def _floats(x, how): return np.asarray(x[None] if x.ndim==2 else x, np.float32)
+def _refuse_other_things(image):
+    if not isinstance(image, (str, PurePath, Image.Image, np.ndarray)):
+        raise ValueError("expected a file's name, a picture of Pillow or an array of NumPy, got "
+                         f"{type(image).__name__}")
+
+def _floats(x, how):
+    if how.get('mode') and x.size and not (x.min()>=-.01 and x.max()<=1.01):
+        raise ValueError(f"expected floats from 0 to 1, got {x.min():.4g} to {x.max():.4g}; pictures of 0 to 255 are "
+                         "arrays of bytes (uint8)")
+    return np.asarray(x[None] if x.ndim==2 else x, np.float32)
 
 def _pixels(image, how):
     if how.get('mode') is None:
@@ -107,7 +123,7 @@ def _pixels(image, how):
     x = x[None] if x.ndim==2 else x.transpose(2, 0, 1)
     return _in_batch(x, **how['in_batch']) if how.get('in_batch') else x
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #54b6f288
+# %% ../../../nbs/distill/ship/predictor.ipynb #83fecdeb
 def open_session(
     model,             # The file's name, or its bytes
     threads:int=None,  # That compute one answer; None: onnxruntime's choice
@@ -139,7 +155,9 @@ def description_of(
     said = session.get_modelmeta().custom_metadata_map.get('description')
     if said: return json.loads(said)
     beside = model and Path(model).with_suffix('.json')
-    return json.loads(beside.read_text(encoding='utf-8')) if beside and beside.is_file() else {}
+    if not (beside and beside.is_file()): return {}
+    try: return json.loads(beside.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f"{str(beside)!r} is cut, or no description of {model!r}: {e}") from e
 
 # %% ../../../nbs/distill/ship/predictor.ipynb #ddd3bfd0
 class Predictor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Observing', 'FreezeQuantizers', 'QuantizedLearner', 'calibration_batches', 'quantize_aware', 'validate_int8']
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #c26f3da6
+# %% ../../../nbs/distill/ship/quantize.ipynb #6812eea2
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -18,7 +18,7 @@ from ...core.leaving import watch
 from ...core.task import seen_by_student, split_batch, views_of
 from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quantizers,
                                           freeze_statistics, observe, quantized_layers)
-from ..layers.names import unwrap
+from ..layers.names import as_names, unwrap
 from .describe import refuse_other_than_learner
 from .lsq import QuantizedLayer, chosen_layers, lsq_quantized
 from ..study.one_run import measure, streams_kept
@@ -103,13 +103,14 @@ class QuantizedLearner(Learner):
         simulated = [n for n,m in model.named_modules() if isinstance(m, QuantizedLayer)]
         return simulated or quantized_layers(model)
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #2961ca72
+# %% ../../../nbs/distill/ship/quantize.ipynb #efeed0d8
 def calibration_batches(
     learn:Learner,   # Whose data
     n:int=10,        # How many batches
     least:int=32,    # Samples that there must be
 )->list[tuple]:
-    "Inputs as the model of `learn` sees them. ValueError for too few samples"
+    "Inputs as the model of `learn` sees them. ValueError for too few samples, or no batch"
+    if n<1: raise ValueError(f"n_batches must be 1 or more to calibrate on, got {n}")
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     with streams_kept():
@@ -120,7 +121,7 @@ def calibration_batches(
     if seen>=least: return found
     raise ValueError(f"calibration needs at least {least} samples to find the ranges of the activations, got {seen}")
 
-# %% ../../../nbs/distill/ship/quantize.ipynb #06463bc3
+# %% ../../../nbs/distill/ship/quantize.ipynb #e544d464
 def quantize_aware(
     learn:Learner,     # Trained; not touched
     bits:int=8,        # Of weights and activations; fewer than 8 are simulated
@@ -145,7 +146,7 @@ def _refuse_quantized(model):
 
 def _quantized(learn, bits, backend, layers, n_batches):
     model,batches = bare_copy(learn.model),calibration_batches(learn, n_batches)
-    if layers is not None: chosen_layers(model, layers)
+    if layers is not None: layers = chosen_layers(model, as_names(layers))
     if bits<8: return lsq_quantized(model, batches, bits, layers)
     model = fake_quantized(model, batches[0], backend, layers)
     calibrate(model, batches)

@@ -110,7 +110,7 @@ def train_teacher(self:Experiment,
     with quiet(learn): fit_one_cycle(learn, epochs, ticks)
     ticks.close()
 
-# %% ../../../nbs/distill/study/experiment.ipynb #1594bd66
+# %% ../../../nbs/distill/study/experiment.ipynb #1f2f7eb7
 @patch
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
@@ -118,8 +118,13 @@ def run(self:Experiment,
     progress=True,               # Show a bar? 'lines': a line per epoch
 )->Experiment:
     "Train all students that have not been trained yet, with a progress bar; returns self"
+    self.open().study.run(epochs, seeds, progress=progress)
+    return self
+
+@patch
+def open(self:Experiment)->Experiment:
+    "Open the log of the folder, if there is one; returns self. ValueError for the log of something else"
     if self.study is None: self.study = self._new_study()
-    self.study.run(epochs, seeds, progress=progress)
     return self
 
 @patch

@@ -79,6 +79,7 @@ def test_several_labels_and_numbers(tmp_path):
     learn = learner(dls=data(y=y), loss_func=MSELossFlat(), metrics=mse)
     check = check_file(tmp_path/'s.onnx', learn, min_time=.01)
     assert check.same is None and 'The outputs differ by' in str(check)
+    assert check.verdict()=='s.onnx answers as the student does.'
 
 
 def test_files_of_something_else_are_refused(digits, tmp_path):

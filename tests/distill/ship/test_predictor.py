@@ -1,9 +1,11 @@
 "What runs on the device gives what `learn.predict` gives, and needs neither PyTorch nor fastai nor this library"
 import shutil, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fastai.vision.augment import CropPad, RandomResizedCrop, Resize, aug_transforms
 from fastai.vision.core import PILImageBW
 from fastai.data.block import CategoryBlock, DataBlock
@@ -16,7 +18,7 @@ pytest.importorskip('onnxscript')
 from fasterai.data.images import image_dls
 from fasterai.distill.ship.describe import describe
 from fasterai.distill.ship.export import export_student
-from fasterai.distill.ship.predictor import Predictor, prepare
+from fasterai.distill.ship.predictor import Predictor, description_of, prepare
 from ship_helpers import quiet_learner, save_digits, small_net
 
 
@@ -125,3 +127,16 @@ def test_a_file_that_is_not_whole(device, tmp_path):
     data = (device[0]/'student.onnx').read_bytes()
     (tmp_path/'half.onnx').write_bytes(data[:len(data)//2])
     with pytest.raises(ValueError, match='half.onnx.*is it a whole ONNX file'): Predictor(tmp_path/'half.onnx')
+
+
+@pytest.mark.parametrize('image, words', [
+    (None, 'got NoneType'), (torch.zeros(3, 16, 16), 'got Tensor'), (np.zeros((16, 16), np.int64), 'got int64'),
+    (np.full((3, 16, 16), 200.), 'expected floats from 0 to 1, got 200 to 200')])
+def test_what_is_no_picture(device, image, words):
+    with pytest.raises(ValueError, match=words): Predictor(device[0]/'student.onnx')(image)
+
+
+def test_a_description_that_was_cut(tmp_path):
+    (tmp_path/'s.json').write_text('{"inp')
+    session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={}))
+    with pytest.raises(ValueError, match="s.json' is cut"): description_of(session, tmp_path/'s.onnx')

@@ -219,6 +219,7 @@ def test_some_layers(learn):
     q = quantize_aware(learn, layers=['1.0'])
     assert q.quantized==['1.0'] and q.to_int8().quantized==['1.0']
     assert quantize_aware(learn, 3, layers=['1.0']).quantized==['1.0']
+    assert quantize_aware(learn, layers='1.0').quantized==quantize_aware(learn, 3, layers='1.0').quantized==['1.0']
     for bits in (8, 3):
         with pytest.raises(ValueError, match="unknown layer to quantize '1.1'"):
             quantize_aware(learn, bits, layers=['1.1'])
@@ -248,6 +249,7 @@ def test_refused(learn):
     with pytest.raises(ValueError, match='simulated'): quantize_aware(learn, 4).to_int8()
     with pytest.raises(ValueError, match='has no quantizers'): learn.fit(1, cbs=FreezeQuantizers())
     with pytest.raises(ValueError, match='observe is a share'): FreezeQuantizers(observe=2)
+    with pytest.raises(ValueError, match='n_batches must be 1 or more'): quantize_aware(learn, n_batches=0)
     few = learner(dls=data(n=16))
     with pytest.raises(ValueError, match='at least 32 samples .* got 16'): quantize_aware(few)
     odd = learner(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(Branches()), *net()))

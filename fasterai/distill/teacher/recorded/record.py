@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record', 'use_own_gpu']
 
-# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #c9c69835
+# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #2af69fda
 import os
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
+from ...loss.base import check_T
 from ..protocol import accepted
 from .job import Job, Report, WantedRows, WantedViews, this_part
 from .keys import KeyTrace, Stream
@@ -26,7 +27,7 @@ from .stream_job import StreamJob
 from .trace import check_dl, innermost
 from ..teacher import as_teacher
 
-# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #2bede0b0
+# %% ../../../../nbs/distill/teacher/recorded/record.ipynb #4f7213c2
 def record(
     teacher,        # A `Teacher`, a Module or Learner, several of them, or anything that answers a batch
     dl,             # The training's DataLoader (or its Learner, or DataLoaders), with its transforms, `bs` and order
@@ -46,6 +47,8 @@ def record(
     """Ask the teacher about a part of the samples and keep its answers; what is there already is not asked for again.
 
     TypeError or ValueError where the answers would be wrong, or where the folder holds others; OSError if it is full"""
+    check_T(T)
+    if processes<1: raise ValueError(f"processes: expected 1 or more, got {processes}")
     learn,part = _as_learner(dl),this_part(part)
     dl = innermost(learn.dls.train)
     stream = not dl.indexed

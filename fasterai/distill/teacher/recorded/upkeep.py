@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Check', 'check_recording', 'describe_recording', 'info_text', 'merge_recordings']
 
-# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #f0ebdff2
-import json
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #0e9b973e
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from ....core.files import read_json
 from .layout import Layout
 from .logs import KeyedShards, Log, logs_of, make_log, open_log
 from .shards import (DAMAGED, HOLE, SKIPPED, WHOLE, Manifest, Shards, differences,
@@ -100,7 +100,7 @@ def _check_logs(manifest, check):
     check.doubles = store.doubles
     store.close()
 
-# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #58594972
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #aba5f55f
 def describe_recording(
     path, # A folder that `record` has written into
 )->dict:
@@ -130,7 +130,7 @@ def _files(files):
 
 def _reports(path):
     "What the jobs had to say"
-    said = [json.loads(o.read_text()) for o in sorted(path.glob('part-*.json'))]
+    said = [read_json(o) for o in sorted(path.glob('part-*.json'))]
     errors = [e for o in said for e in o['errors']]
     if not errors: return {}
     mean,most = np.mean([e[0] for e in errors]),max(e[1] for e in errors)
