@@ -92,7 +92,7 @@ def _in_8_bits(a):
     "Whole numbers up to 65535 as such up to 255; those that need no more are left"
     return (a if a.max()<256 else a.astype(np.int64).clip(0, 65535)//257).astype(np.uint8)
 
-# %% ../../nbs/data/images.ipynb #a12242a6
+# %% ../../nbs/data/images.ipynb #0683d571
 def image_dls(
     path:str|Path,         # Folder of images
     size:int=64,           # Height and width to which images are resized, by cropping
@@ -122,4 +122,7 @@ def image_dls(
     dls = block.dataloaders(path, bs=bs, device=device, **kwargs)
     if not len(dls.train):
         raise ValueError(f"bs={bs} is more than the {len(dls.train_ds)} training images: no full batch")
+    if not len(dls.valid_ds):
+        raise ValueError(f"valid_pct={valid_pct:g} of {len(files)} images leaves none for the validation: give more of "
+                         "either, or folders train and valid")
     return dls

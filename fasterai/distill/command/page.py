@@ -30,7 +30,7 @@ from ..study.pictures import plot_attention, sample_images
 from ..study.report import save_report
 from ..study.summary import at_equal_time, by_arm
 
-# %% ../../../nbs/distill/command/page.ipynb #34667314
+# %% ../../../nbs/distill/command/page.ipynb #cf0349af
 def headline(
     exp:Experiment, # After its `run`
 )->str:
@@ -38,6 +38,7 @@ def headline(
     teacher,student = (exp.costs[k] for k in ('teacher', 'student'))
     smaller = _times(teacher['params']/student['params'], 'smaller', 'larger')
     faster = _times(teacher['latency_ms']/student['latency_ms'], 'faster', 'slower')
+    if exp.diverged: return f"{smaller}, {faster} than its teacher; every distilled student diverged"
     runs = exp.runs[exp.runs.epochs==exp.runs.epochs.max()]
     gain = f"{100*(runs[exp.best_arm]-runs.alone).mean():+.1f} points"
     test = exp.tests().get(runs.epochs.max())
@@ -139,7 +140,7 @@ def _counts(exp):
 _of_seed = ("The table and all below it are of the seed with the median difference, its test over images; "
             "what is said above is over seeds.")
 
-# %% ../../../nbs/distill/command/page.ipynb #dbd345e9
+# %% ../../../nbs/distill/command/page.ipynb #c99e64a7
 def write_report(
     exp:Experiment,      # After its `run`
     out:Path,            # Folder, made if missing
@@ -147,12 +148,12 @@ def write_report(
     notes=(),            # Warnings that are to stand on it
     files:Files=Files(), # Which files for a device to write and check
 ):
-    """Write to `out` the best student (`student.pth`; `student.pkl` for `load_learner`; `student.json`, how an image
-    has to come to it; its files for a device), `table.csv` and `runs.csv`, and then `report.html` with its plots and
-    `report.csv`"""
+    """Write to `out` the best student, unless all diverged (`student.pth`; `student.pkl` for `load_learner`;
+    `student.json`, how an image has to come to it; its files for a device), `table.csv` and `runs.csv`, and then
+    `report.html` with its plots and `report.csv`"""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    checks,failed = checked_files(_save_student(exp, out), out, files)
+    checks,failed = ([], []) if exp.diverged else checked_files(_save_student(exp, out), out, files)
     for name,table in dict(table=exp.table(), runs=exp.runs).items():
         with whole_file(out/f'{name}.csv') as f: f.write(table.to_csv(index=False).encode())
     with tempfile.TemporaryDirectory(dir=out, prefix='.') as tmp:

@@ -100,7 +100,7 @@ def _tell_end(exp):
     yield ("The teacher is no better than the student alone: it has little to teach. "
            "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
 
-# %% ../../../nbs/distill/command/work.ipynb #8763a5df
+# %% ../../../nbs/distill/command/work.ipynb #6ce0a9d9
 def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     progress = True if sys.stdout.isatty() or 'ipykernel' in sys.modules else 'lines'
@@ -113,6 +113,9 @@ def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
         if not plan.training.quick: exp.run_as_long(plan.training.n_seeds, progress)
         _say(notes, _tell_end(exp))
         write_report(exp, folder.path, _settings(exp, plan), notes, plan.files)
+    if exp.diverged:
+        print(f"\nIn {folder.path}: report.html, its plots and tables; no student, since every distilled one diverged")
+        return exp
     student = folder.path/'student.pkl'
     print(f"\nIn {folder.path}: report.html, its plots and tables, and the distilled student that scored best "
           f"({exp.best[0]:.1%}): load_learner('{student}').predict(item); its weights are student.pth")

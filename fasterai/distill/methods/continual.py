@@ -127,20 +127,21 @@ def _of_later_classes(func, first):
 
 def _has_weights(f): return isinstance(getattr(f, 'weight', None), Tensor)
 
-# %% ../../../nbs/distill/methods/continual.ipynb #55e404be
+# %% ../../../nbs/distill/methods/continual.ipynb #75f180f5
 class OneHotBCE(nn.Module):
     """Binary cross-entropy of each column from `first` on, for class indices: summed over these, divided by the number
     of all columns, mean over rows with a label. Of Rebuffi et al. (iCaRL), CVPR 2017, arXiv 1611.07725"""
-    func,axis,ignore_index = nn.BCEWithLogitsLoss(),1,-100
+    func,axis = nn.BCEWithLogitsLoss(),1
     def __init__(self,
         first:int=0, # Number of old classes, about which it says nothing
+        ignore_index:int=-100, # Of rows without a label
     ):
         super().__init__()
-        self.first = first
+        self.first,self.ignore_index = first,ignore_index
 
     def forward(self,
         pred:Tensor,   # Logits `(B, C)`
-        target:Tensor, # Class indices `(B,)`; -100 for none
+        target:Tensor, # Class indices `(B,)`; `ignore_index` for none
     )->Tensor: # Scalar
         "The loss; 0 where no row has a label"
         pred = pred.as_subclass(Tensor)
@@ -206,14 +207,20 @@ def _refuse_other_labels(self:Remember):
     mixers = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixers: raise ValueError(f"{mixers[0]} mixes labels, and ce={self.ce!r} takes them apart: leave it out")
 
-# %% ../../../nbs/distill/methods/continual.ipynb #8047e717
+# %% ../../../nbs/distill/methods/continual.ipynb #4a00cc33
 @patch
 def before_train(self:Remember):
     "Have the loss function of this training"
     super(Remember, self).before_train()
     s,own = self.teaching,self.learn.loss_func
     if not s or self.ce=='all': return
-    s.fit.notes['own, of ce'] = own,(OneHotBCE(self.n_old) if self.ce=='binary' else NewClasses(own, self.n_old))
+    s.fit.notes['own, of ce'] = own,_of_columns(self.ce, own, self.n_old)
+
+def _of_columns(ce, own, n_old):
+    "The loss function over the columns that `ce` says, for a task whose own is `own`"
+    if ce=='new': return NewClasses(own, n_old)
+    ignore = task_of(own).ignore_index
+    return OneHotBCE(n_old, -100 if ignore is None else ignore)
 
 @patch
 def after_pred(self:Remember):

@@ -150,7 +150,7 @@ def run_as_long(self:Experiment,
     longer = math.ceil(self.runs.epochs.max()*seconds.max()/seconds['alone'] - 0.1)
     self.study.run([longer], seeds, ['alone'], progress, keep=False)
 
-# %% ../../../nbs/distill/study/experiment.ipynb #f8e1f484
+# %% ../../../nbs/distill/study/experiment.ipynb #0429f39e
 @patch(as_prop=True)
 def runs(self:Experiment)->pd.DataFrame:
     "A row for each length and seed: the metric of the student alone, and in a column for each arm distilled"
@@ -170,6 +170,12 @@ def best_arm(self:Experiment)->str:
     return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
 
 @patch(as_prop=True)
+def diverged(self:Experiment)->bool:
+    "Has every distilled student of the greatest length diverged?"
+    longest = self._longest()
+    return len(self.study.diverged().get((self.best_arm, longest.epochs.max()), ()))==len(longest)
+
+@patch(as_prop=True)
 def pairs(self:Experiment)->dict:
     "(epochs, seed) -> the students alone and distilled, of the longest training and the best arm"
     models = self.study.models if self.study and self.study.finished() else {}
@@ -179,12 +185,13 @@ def pairs(self:Experiment)->dict:
 @patch
 def _longest(self:Experiment): return self.runs[self.runs.epochs==self.runs.epochs.max()]
 
-# %% ../../../nbs/distill/study/experiment.ipynb #68279bbf
+# %% ../../../nbs/distill/study/experiment.ipynb #58a52b8a
 @patch(as_prop=True)
 def best(self:Experiment)->tuple:
     "Metric of the distilled student that scored best at the greatest length, and that student"
     name = self.best_arm
-    runs = self._longest()
+    runs,diverged = self._longest(),self.study.diverged()
+    runs = runs if self.diverged else runs[~runs.seed.isin(diverged.get((name, runs.epochs.max()), []))]
     r = runs.sort_values(name, ascending=not lower_is_better(self._metric())).iloc[-1]
     return r[name],self.study.models[name, int(r.epochs), int(r.seed)]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study', 'is_diverged']
 
-# %% ../../../nbs/distill/study/study.ipynb #485b34a0
+# %% ../../../nbs/distill/study/study.ipynb #7039ebda
 import time
 from collections.abc import Iterable
 from numbers import Integral
@@ -19,14 +19,15 @@ from fastcore.basics import patch
 from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
-from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet, streams_kept
+from .one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
+                                            refuse_no_validation, streams_kept)
 from .run_log import RunLog
 from .setting import data_text, learner_text, setting_text, teacher_text, weights_of
 from .students import Students
 from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
                                             lower_is_better, plot_gains, summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #5bf6cf4b
+# %% ../../../nbs/distill/study/study.ipynb #4e317b12
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
     and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
@@ -77,6 +78,7 @@ class Study:
         with streams_kept():
             set_seed(0)
             learn = self.make_learner()
+            if self.measure is measure: refuse_no_validation(learn)
             self.metrics = measured(learn)
             self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls))
 

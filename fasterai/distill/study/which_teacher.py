@@ -84,7 +84,7 @@ def which_teacher(
     study.run(epochs, seeds, progress=progress)
     return found
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #c62eea05
+# %% ../../../nbs/distill/study/which_teacher.ipynb #9a9b1d4d
 @patch
 def values(self:TeacherChoice)->dict:
     "The students' metric by teacher, a series over the seeds; the student alone under `alone`"
@@ -92,10 +92,20 @@ def values(self:TeacherChoice)->dict:
     runs = runs[runs.epochs.eq(self.epochs)].set_index('seed')
     return {name: runs[runs.arm.eq(name)][self.metric] for name in self.study.arms if runs.arm.eq(name).any()}
 
+@patch
+def diverged(self:TeacherChoice)->dict:
+    "Name -> the seeds whose student diverged, or has no number for the metric"
+    runs = {name: seeds for (name,n),seeds in self.study.diverged().items() if n==self.epochs}
+    lost = {name: list(v.index[~np.isfinite(v)]) for name,v in self.values().items()}
+    both = {name: sorted({*runs.get(name, ()), *seeds}) for name,seeds in lost.items()}
+    return {name: seeds for name,seeds in both.items() if seeds}
+
 @patch(as_prop=True)
 def best(self:TeacherChoice)->str:
-    "Name of the teacher whose students did best, in the mean over the seeds"
-    means = {name: v.mean() for name,v in self.values().items() if name!=_alone}
+    "Name of the teacher whose students did best, in the mean over the seeds. ValueError where all of them diverged"
+    diverged = self.diverged()
+    means = {name: v.mean() for name,v in self.values().items() if name!=_alone and name not in diverged}
+    if not means: raise ValueError(f"no teacher's students can be judged, of all some diverged: {diverged}")
     return (min if self.lowest else max)(means, key=means.get)
 
 @patch(as_prop=True)
@@ -103,23 +113,27 @@ def teacher(self:TeacherChoice):
     "That teacher, to be given to a callback"
     return self.teachers[self.best]
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #7200c5ba
+# %% ../../../nbs/distill/study/which_teacher.ipynb #35496005
 @patch
 def to_best(self:TeacherChoice)->dict:
     "Name -> the paired test against the best's students, p adjusted; nothing with fewer than two seeds"
-    vals = self.values()
-    found = {name: differences(v, vals[self.best]) for name,v in vals.items() if name!=self.best}
+    vals,aside = self.values(),{self.best, *self.diverged()}
+    found = {name: differences(v, vals[self.best]) for name,v in vals.items() if name not in aside}
     found = {name: t for name,t in found.items() if t}
     ps = adjusted([t.p for t in found.values()])
     return {name: t._replace(p=float(p)) for (name,t),p in zip(found.items(), ps)}
 
 @patch(as_prop=True)
 def table(self:TeacherChoice)->pd.DataFrame:
-    """A row for each teacher and the student alone, the best first: its `own` metric, `entropy` and `confidence` on
-    the student's training images, the students' mean metric, half `ci` of its interval, the difference `to_best`"""
-    tests = self.to_best()
-    return pd.DataFrame([self._row(name, v, tests.get(name)) for name,v in self.values().items()]).sort_values(
-        self.metric, ascending=self.lowest, ignore_index=True, kind='stable')
+    """A row for each teacher and the student alone, the best first, those that `diverged` last: its `own` metric,
+    `entropy` and `confidence` on the student's training images, the students' mean metric, half `ci` of its interval,
+    the difference `to_best`"""
+    tests,diverged = self.to_best(),self.diverged()
+    table = pd.DataFrame([self._row(name, v, tests.get(name)) for name,v in self.values().items()])
+    table = table.sort_values(self.metric, ascending=self.lowest, ignore_index=True, kind='stable')
+    if not diverged: return table
+    table['diverged'] = [len(diverged.get(name, ())) for name in table.teacher]
+    return table.sort_values('diverged', key=lambda n: n>0, ignore_index=True, kind='stable')
 
 @patch
 def _row(self:TeacherChoice, name, vals, test):
@@ -157,7 +171,7 @@ def _repr_html_(self:TeacherChoice): return self.readable().to_html(border=0)
 @patch
 def __repr__(self:TeacherChoice): return f'{self.readable().to_string()}\n{self.verdict()}'
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #554f72c3
+# %% ../../../nbs/distill/study/which_teacher.ipynb #8dd120ef
 @patch
 def verdict(self:TeacherChoice,
     alpha:float=0.05, # Level of the tests
@@ -172,6 +186,8 @@ def verdict(self:TeacherChoice,
     alike = [name for name in tests if name not in worse]
     for names,what in (worse, "Worse"), (alike, "Cannot be told from it"):
         if names: lines.append(f"{what}: {', '.join(f'{o} ({self._say(tests[o].diff, True)})' for o in names)}.")
+    diverged = self.diverged().items()
+    lines += [f"{name} diverged, for {len(seeds)} of {len(vals[name])} seeds." for name,seeds in diverged]
     return '\n'.join(lines + self._on_strongest())
 
 @patch

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'same_rng', 'Plan', 'device_of', 'size_of', 'prepared', 'run_once', 'modules_of', 'last_to_run',
-           'Sheltered', 'Engine']
+           'Engine']
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #a9a0cff2
+# %% ../../../nbs/distill/teacher/forward.ipynb #b1cd0d75
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map
 
 from fastcore.basics import patch
 
-from ...core.task import copied
 from ..layers.capture import Capture, first_tensor, tensors_in
 from ..layers.names import get_module_by_name, unwrap
 from ..layers.places import place_of
@@ -110,18 +109,19 @@ def size_of(
     "The number of samples, by the first tensor in the batch"
     return next((len(t) for t in tensors_in(xb) if t.ndim), 1)
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #95a7bab9
+# %% ../../../nbs/distill/teacher/forward.ipynb #4c2d3c4b
 def prepared(
     xb:tuple,                 # A batch of inputs
     dtype=None,               # For tensors of floats; None leaves them
     channels_last:bool=False, # 4-d tensors in channels_last?
 )->tuple:
-    "The batch as plain tensors, in the precision and layout that the network wants"
+    "The batch as plain tensors of its own, in the precision and layout that the network wants"
     def one(x):
         if not isinstance(x, Tensor): return x
-        x = x.as_subclass(Tensor)
+        x = given = x.as_subclass(Tensor)
         if dtype is not None and x.is_floating_point(): x = x.to(dtype)
-        return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim==4 else x
+        if channels_last and x.ndim==4: x = x.contiguous(memory_format=torch.channels_last)
+        return x.clone() if x is given else x
     return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in xb)
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #0bb6f657
@@ -215,19 +215,7 @@ class _Watched(nn.Module):
         out = self.net(*xb)
         return out, {k:self.maps[k] for k in self.places}
 
-# %% ../../../nbs/distill/teacher/forward.ipynb #6297b66f
-class Sheltered:
-    "A function of a batch that may write into it: it gets a copy, unless its first call has written nothing"
-    def __init__(self, f): self.f,self.copying = f,True
-
-    def __call__(self, xb):
-        if not self.copying: return self.f(xb)
-        xb = copied(xb)
-        found = self.f(xb)
-        self.copying = any(not t.is_inference() and t._version for t in tensors_in(xb))
-        return found
-
-# %% ../../../nbs/distill/teacher/forward.ipynb #6eaec0a8
+# %% ../../../nbs/distill/teacher/forward.ipynb #d594ddd1
 class Engine:
     "A network made ready for one kind of question; nothing in it changes any more"
     def __init__(self,
@@ -239,7 +227,7 @@ class Engine:
         self.plan = plan
         self.modules = list(net.modules())
         self.input_dtype = _input_dtype(net, plan)
-        self.run = Sheltered(self._runner(net, tuple(layers), stop_for))
+        self.run = self._runner(net, tuple(layers), stop_for)
 
     def __call__(self,
         xb:tuple, # A batch of inputs

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['KeepBatch', 'keep_batch']
 
-# %% ../../../nbs/distill/training/keep_batch.ipynb #55c0b9ad
+# %% ../../../nbs/distill/training/keep_batch.ipynb #2f1b9a07
 from fastai.callback.core import Callback
 
 from ...core.task import copied
-from ..layers.capture import tensors_in
 from .ask_ahead import AskAhead
 
-# %% ../../../nbs/distill/training/keep_batch.ipynb #91dfb62f
+# %% ../../../nbs/distill/training/keep_batch.ipynb #4ce78ec0
 class KeepBatch(Callback):
-    "The student of `kd` runs on a copy of the batch, as long as it may write into it"
+    "The student of `kd` runs on a copy of the batch, and the teacher is asked about the batch"
     order,run_valid = AskAhead.order+1,True
     def __init__(self,
         kd, # The callback whose student it is
@@ -22,19 +21,15 @@ class KeepBatch(Callback):
         self.kd = kd
         self.view = _as_it_is # it keeps the whole batch, as what changes the student's view does
         self.full_xb = None
-        self.copying = True
 
     def before_batch(self):
         self.full_xb = None
         s = self.kd.teaching
-        if not (self.copying and s and s.asks(self.learn.training)): return
+        if not (s and s.asks(self.learn.training)): return
         self.full_xb = tuple(self.learn.xb)
         self.learn.xb = copied(self.full_xb)
 
-    def after_pred(self):
-        if self.full_xb is None: return
-        self.copying = any(not t.is_inference() and t._version for t in tensors_in(self.learn.xb))
-        if not self.copying: self.full_xb = None
+    def after_batch(self): self.full_xb = None
 
 def _as_it_is(*xb): return xb
 

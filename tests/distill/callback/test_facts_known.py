@@ -367,6 +367,19 @@ def test_a_student_that_writes_into_its_batch_changes_not_what_the_teacher_is_as
     for x,got in zip(xs, asked): assert x.equal(got)
 
 
+class WritesNowAndThen(nn.Module):
+    def __init__(self): super().__init__(); self.net = teacher()
+    def forward(self, x):
+        if x.max()>3: x.clamp_(-1, 1)
+        return self.net(x)
+
+
+def test_a_teacher_that_writes_now_and_then():
+    t,calm,wild = Teacher(WritesNowAndThen()),torch.zeros(2, 3, 8, 8),torch.full((2, 3, 8, 8), 4.)
+    for x in calm, wild: t(x)
+    assert wild.eq(4).all()
+
+
 def test_a_student_that_writes_learns_as_one_that_does_not():
     class Reads(nn.Module):
         def __init__(self): super().__init__(); self.net = net()

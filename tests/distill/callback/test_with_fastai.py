@@ -126,6 +126,7 @@ def _Floats():
 
 
 def test_unlabelled_inference_and_summary():
+    import fastai.callback.hook  # noqa: F401  `summary`
     learn = learner(cbs=KD(teacher(), Attention, **layers))
     dl = learn.dls.valid.new(torch.utils.data.TensorDataset(torch.randn(5, 3, 8, 8)))
     assert learn.get_preds(dl=dl)[0].shape==(5, 3)

@@ -247,3 +247,16 @@ def test_weights_of_all_classes(weighted):
     learn.loss_func = func
     learn.fit(1, cbs=Remember(old))
     assert learn.loss_func is func
+
+
+@pytest.mark.parametrize('ce', ['new', 'binary'])
+def test_rows_without_a_label_by_another_number(ce):
+    found = []
+    for ignore in -100, 255:
+        learn,old = two_tasks()
+        learn.dls = data(y=torch.where(torch.arange(32)%4==0, ignore, 3+torch.arange(32)%2), c=5)
+        for dl in learn.dls.loaders: dl.rng = random.Random(0)
+        learn.loss_func = CrossEntropyLossFlat(ignore_index=ignore)
+        learn.fit(1, cbs=Remember(old, ce))
+        found.append(state(learn.model))
+    assert same(*found)

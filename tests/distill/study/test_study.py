@@ -17,6 +17,7 @@ from fasttransform import Transform
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fasterai.distill.command.page import headline
 from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import FitNet, Logits, SoftTarget
 from fasterai.distill.study.experiment import Experiment
@@ -227,6 +228,20 @@ def test_an_experiment_has_no_best_arm_that_diverged(teacher):
     exp = Experiment(zeros(), teacher, net, lr=1e-6, metrics=[accuracy], loss_func=CrossEntropyLossFlat(),
                      arms=dict(bad=dict(loss=no_number), good=dict(loss=Logits))).run(1, 2, progress=False)
     assert exp.runs.bad.eq(1).all() and exp.best_arm=='good' and 'bad, 1 epochs: diverged' in exp.verdict()
+    assert not exp.diverged and exp.best[1] is exp.study.models['good', 1, int(exp.runs.good.idxmax())]
+
+def test_where_every_student_diverged_none_is_offered(teacher, tmp_path):
+    exp = Experiment(zeros(), teacher, _net, lr=1e-6, metrics=[accuracy], loss_func=CrossEntropyLossFlat(),
+                     loss=no_number).run(1, 2, progress=False)
+    assert exp.diverged and headline(exp).endswith('every distilled student diverged')
+
+def test_data_without_a_validation_are_refused_before_any_training(teacher):
+    dls = zeros()
+    dls.loaders[1] = dls.valid.new(TensorDataset(*(t[:0] for t in dls.valid_ds.tensors)))
+    with pytest.raises(ValueError, match='no validation samples'): Study(partial(make, dls), dict(alone=None))
+    with pytest.raises(ValueError, match='no validation samples'):
+        Study(partial(make, DataLoaders(dls.train)), dict(alone=None))
+    assert Study(partial(make, dls), dict(alone=None), measure=lambda learn: dict(n=1)).run(1, 1, progress=False)
 
 
 @pytest.mark.parametrize('path', [None, 'r.csv'])

@@ -15,7 +15,7 @@ from torch import nn
 
 from fasterai.core.seeds import same_start
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
-from fasterai.distill.losses import SoftTarget
+from fasterai.distill.losses import Logits, SoftTarget
 from fasterai.distill.study.one_run import measure, quiet
 from fasterai.distill.study.teacher_numbers import measure_teacher, sureness
 from fasterai.distill.study.which_teacher import which_teacher
@@ -157,3 +157,20 @@ def test_a_recorded_teacher_has_no_numbers_of_its_own_but_is_as_sure(nets, tmp_p
     t = run({'recorded':recorded, 'live':live}, seeds=1).table.set_index('teacher')
     assert t.accuracy.recorded==t.accuracy.live and t.confidence.recorded==pytest.approx(t.confidence.live)
     assert np.isnan(t.own.recorded) and t.own.live>0
+
+
+class Huge(nn.Module):
+    def __init__(self): super().__init__(); self.net = net(4)
+    def forward(self, x): return self.net(x)*1e25
+
+
+def test_a_teacher_whose_students_diverged_is_not_the_best():
+    def student(): return Learner(data(y=torch.zeros(32, dtype=torch.long)), net(), CrossEntropyLossFlat(),
+                                  metrics=accuracy, opt_func=SGD, lr=1e-3)
+    found = which_teacher(student, dict(bad=Huge(), good=net(4)), epochs=1, seeds=2, loss=Logits, progress=False)
+    assert found.values()['bad'].eq(1).all() and found.diverged()=={'bad': [0, 1]} # NaN is of class 0, which all are
+    assert found.best=='good' and found.table.teacher.iloc[-1]=='bad' and 'bad' not in found.to_best()
+    assert found.table.diverged.tolist()==[0, 0, 2] and 'bad diverged, for 2 of 2 seeds.' in found.verdict()
+    found.plot()
+    worse = which_teacher(student, dict(a=Huge(), b=Huge()), epochs=1, seeds=1, loss=Logits, progress=False)
+    with pytest.raises(ValueError, match="no teacher's students can be judged"): worse.best
