@@ -123,3 +123,53 @@ def test_other_data_are_no_past():
     learn.dls = data(n=40)
     learn.fit(1, cbs=KD(t, Mutual))
     assert len(t.learns.said)==40
+
+
+def shuffle(ds): ds.tensors = tuple(t[torch.arange(len(t)).roll(7)] for t in ds.tensors)
+def change(ds): ds.tensors = ds.tensors[0].flip(-1),ds.tensors[1]
+
+
+@pytest.mark.parametrize('edit', [shuffle, change])
+def test_data_that_were_edited_between_two_fits_are_no_past(edit):
+    t = PastEpoch()
+    learn = learner(dls=data(40))
+    learn.fit(1, cbs=KD(t, Mutual))
+    kept = t.learns.said.clone()
+    learn.fit(1, 0., cbs=KD(t, Mutual))
+    assert t.learns.said is not None and t.learns.seen.all()
+    edit(learn.dls.train_ds)
+    class First(Callback):
+        order = 60
+        def after_loss(self):
+            if self.training and self.train_iter==0: self.seen = t.learns.seen.sum().item()
+    first = First()
+    learn.fit(1, 0., cbs=[KD(t, Mutual), first])
+    assert first.seen==8 and not torch.equal(kept, t.learns.said)
+
+
+def test_what_was_saved_is_of_its_data_alone():
+    t = PastEpoch()
+    learn = learner(dls=data(40))
+    kd = KD(t, Mutual)
+    learn.fit(1, cbs=kd)
+    state = kd.learned.state_dict()
+    same = KD(PastEpoch(), Mutual)
+    same.load_learned(state)
+    learn.fit(1, 0., cbs=same)
+    shuffle(learn.dls.train_ds)
+    other = KD(PastEpoch(), Mutual)
+    other.load_learned(state)
+    with pytest.raises(ValueError, match='other pictures, or in another order'): learn.fit(1, 0., cbs=other)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_a_loader_that_is_replaced_within_the_fit_is_refused(whole):
+    other = data(40, seed=1)
+    class Replace(Callback):
+        order = -10
+        def before_epoch(self):
+            if self.epoch!=1: return
+            if whole: self.learn.dls = other
+            else: self.learn.dls.loaders[0] = other.train
+    with pytest.raises(ValueError, match='was replaced within the fit'):
+        learner(dls=data(40)).fit(2, cbs=[KD(PastEpoch(), Mutual), Replace()])
