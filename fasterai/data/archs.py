@@ -116,7 +116,7 @@ def _state_dict(o, own, name):
         if wrapped: o = {k.removeprefix(p): v for k,v in o.items()}
     return o
 
-# %% ../../nbs/data/archs.ipynb #81d9488a
+# %% ../../nbs/data/archs.ipynb #008cb556
 def load_weights(
     model:nn.Module,  # Gets the weights
     file:str|Path,    # `.safetensors`, or what `torch.save` or `learn.save` wrote: a state dict, bare, or inside a dict
@@ -130,12 +130,18 @@ def load_weights(
     sd = _state_dict(_read(file), own, file.name)
     if by_order: sd = _renamed(sd, own, file.name)
     _refuse_others_weights(sd, own, file.name)
-    bad = [k for k,v in sd.items() if isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()]
+    bad = [k for k,v in sd.items() if _is_spoilt(v) and not _alike(v, own.get(k))]
     if bad: raise ValueError(f"the weights in {file.name} are NaN or infinite: {_some(bad)}")
     model.load_state_dict(sd)
     return model
 
-# %% ../../nbs/data/archs.ipynb #9ce5d1ae
+# %% ../../nbs/data/archs.ipynb #65bec64d
+def _is_spoilt(v): return isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all()
+
+def _alike(v, own):
+    "Has the model just these itself? As a mask of -inf, say"
+    return isinstance(own, Tensor) and v.shape==own.shape and torch.equal(v.to(own), own)
+
 def _refuse_others_weights(sd, own, name):
     "ValueError if the state dict `sd` is not one of a model whose state dict is `own`"
     no_tensor = [k for k,v in sd.items() if k in own and isinstance(own[k], Tensor) and not isinstance(v, Tensor)]

@@ -81,3 +81,15 @@ def test_other_files_are_refused_by_name_and_the_model_stays(tmp_path, what, cap
 def test_a_file_of_noise(tmp_path):
     (tmp_path/'noise.pth').write_bytes(os.urandom(100))
     with pytest.raises(ValueError, match='noise.pth is no state dict'): load_weights(model(), tmp_path/'noise.pth')
+
+
+def test_a_mask_that_the_model_has_itself_is_no_spoilt_weight(tmp_path):
+    class Causal(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer('mask', torch.full((4, 4), -torch.inf).triu(1))
+    torch.save(Causal().state_dict(), tmp_path/'m.pth')
+    load_weights(Causal(), tmp_path/'m.pth')
+    spoilt = Causal().state_dict() | {'weight': torch.full((4, 4), torch.nan)}
+    torch.save(spoilt, tmp_path/'m.pth')
+    with pytest.raises(ValueError, match='NaN or infinite: weight'): load_weights(Causal(), tmp_path/'m.pth')

@@ -113,6 +113,18 @@ def test_a_log_of_something_else_is_refused_before_the_teacher_is_trained(images
     assert not (tmp_path/'out'/'teacher.pth').exists()
 
 
+def test_pictures_that_were_changed_are_another_plan(tmp_path):
+    rng = np.random.default_rng(1)
+    for i in range(16):
+        to = tmp_path/'pics'/'ab'[i%2]
+        to.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(to/f'{i//2}.png')
+    args = {**small, 'teacher': 'resnet18', 'student': 'resnet18', 'out': tmp_path/'out', 'bs': 4}
+    for _ in range(2): set_up(tmp_path/'pics', **args)
+    for a,b in ('a', 'c'), ('b', 'a'), ('c', 'b'): (tmp_path/'pics'/a).rename(tmp_path/'pics'/b)
+    with pytest.raises(ValueError, match='holds the results of another plan \\(data '): set_up(tmp_path/'pics', **args)
+
+
 def test_weights_of_another_number_of_classes(images, tmp_path):
     torch.save(make_model('resnet18', 10).state_dict(), tmp_path/'t.pth')
     with pytest.raises(ValueError, match=r'fc.weight \(10, 512\) for \(2, 512\)'):

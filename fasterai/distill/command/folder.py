@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ...core.files import read_json, save_weights, whole_file
 from ...data.archs import load_weights
 
-# %% ../../../nbs/distill/command/folder.ipynb #8718f413
+# %% ../../../nbs/distill/command/folder.ipynb #2a5b18e8
 class Folder:
     "Where the results of one plan are kept. Raises ValueError for one that holds others, OSError where it cannot write"
     def __init__(self,
@@ -33,7 +33,7 @@ class Folder:
         file = self.path/'plan.json'
         if not file.exists(): return self._refuse_strangers()
         there,here = read_json(file),json.loads(json.dumps(self.identity))
-        differs = [f"{k} {there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k)!=v]
+        differs = [f"{k} {there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k, v)!=v]
         if not differs: return
         raise ValueError(f"out: {str(self.path)!r} holds the results of another plan ({'; '.join(differs[:3])}): give "
                          "another folder, --out")

@@ -207,13 +207,15 @@ def _refuse_other_labels(self:Remember):
     mixers = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixers: raise ValueError(f"{mixers[0]} mixes labels, and ce={self.ce!r} takes them apart: leave it out")
 
-# %% ../../../nbs/distill/methods/continual.ipynb #4a00cc33
+# %% ../../../nbs/distill/methods/continual.ipynb #01ad08e6
 @patch
 def before_train(self:Remember):
     "Have the loss function of this training"
     super(Remember, self).before_train()
-    s,own = self.teaching,self.learn.loss_func
+    s = self.teaching
     if not s or self.ce=='all': return
+    self._give_back(s)
+    own = self.learn.loss_func
     s.fit.notes['own, of ce'] = own,_of_columns(self.ce, own, self.n_old)
 
 def _of_columns(ce, own, n_old):
@@ -233,6 +235,17 @@ def after_pred(self:Remember):
 def after_loss(self:Remember):
     "The Learner's own loss function again, for all who validate or export it within the training"
     super(Remember, self).after_loss()
+    if s := self.teaching: self._give_back(s)
+
+@patch
+def after_cancel_batch(self:Remember):
+    "The same for a step that was left out"
+    if s := self.teaching: self._give_back(s)
+
+@patch
+def after_train(self:Remember):
+    "And for one with which the epoch's training ended"
+    super(Remember, self).after_train()
     if s := self.teaching: self._give_back(s)
 
 @patch

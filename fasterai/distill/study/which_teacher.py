@@ -84,7 +84,7 @@ def which_teacher(
     study.run(epochs, seeds, progress=progress)
     return found
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #9a9b1d4d
+# %% ../../../nbs/distill/study/which_teacher.ipynb #7ecbaa5f
 @patch
 def values(self:TeacherChoice)->dict:
     "The students' metric by teacher, a series over the seeds; the student alone under `alone`"
@@ -100,12 +100,22 @@ def diverged(self:TeacherChoice)->dict:
     both = {name: sorted({*runs.get(name, ()), *seeds}) for name,seeds in lost.items()}
     return {name: seeds for name,seeds in both.items() if seeds}
 
+@patch
+def _sound(self:TeacherChoice):
+    "The students' mean by teacher, of those whose students have all stayed finite"
+    diverged = self.diverged()
+    return {name: v.mean() for name,v in self.values().items() if name!=_alone and name not in diverged}
+
+@patch
+def _in_words(self:TeacherChoice, diverged):
+    n = {name: len(v) for name,v in self.values().items()}
+    return ', '.join(f'{name} diverged for {len(seeds)} of {n[name]} seeds' for name,seeds in diverged.items())
+
 @patch(as_prop=True)
 def best(self:TeacherChoice)->str:
     "Name of the teacher whose students did best, in the mean over the seeds. ValueError where all of them diverged"
-    diverged = self.diverged()
-    means = {name: v.mean() for name,v in self.values().items() if name!=_alone and name not in diverged}
-    if not means: raise ValueError(f"no teacher's students can be judged, of all some diverged: {diverged}")
+    diverged,means = self.diverged(),self._sound()
+    if not means: raise ValueError(f"no teacher's students can be judged: {self._in_words(diverged)}")
     return (min if self.lowest else max)(means, key=means.get)
 
 @patch(as_prop=True)
@@ -113,11 +123,13 @@ def teacher(self:TeacherChoice):
     "That teacher, to be given to a callback"
     return self.teachers[self.best]
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #35496005
+# %% ../../../nbs/distill/study/which_teacher.ipynb #88fe18ad
 @patch
 def to_best(self:TeacherChoice)->dict:
     "Name -> the paired test against the best's students, p adjusted; nothing with fewer than two seeds"
-    vals,aside = self.values(),{self.best, *self.diverged()}
+    vals,aside = self.values(),{*self.diverged()}
+    if not self._sound(): return {}
+    aside.add(self.best)
     found = {name: differences(v, vals[self.best]) for name,v in vals.items() if name not in aside}
     found = {name: t for name,t in found.items() if t}
     ps = adjusted([t.p for t in found.values()])
@@ -171,13 +183,14 @@ def _repr_html_(self:TeacherChoice): return self.readable().to_html(border=0)
 @patch
 def __repr__(self:TeacherChoice): return f'{self.readable().to_string()}\n{self.verdict()}'
 
-# %% ../../../nbs/distill/study/which_teacher.ipynb #8dd120ef
+# %% ../../../nbs/distill/study/which_teacher.ipynb #919d3daa
 @patch
 def verdict(self:TeacherChoice,
     alpha:float=0.05, # Level of the tests
 )->str:
     "Who taught best, from whom that cannot be told apart, and whether the most accurate teacher is the best"
-    vals,tests = self.values(),self.to_best()
+    vals,tests,diverged = self.values(),self.to_best(),self.diverged()
+    if not self._sound(): return f"No teacher's students can be judged: {self._in_words(diverged)}."
     n = len(vals[self.best])
     lines = [f"{self.best} taught best: {self._say(vals[self.best].mean())} {self.metric}, "
              f"{n} seed{'s'*(n>1)} of {self.epochs} epochs."]
@@ -186,8 +199,7 @@ def verdict(self:TeacherChoice,
     alike = [name for name in tests if name not in worse]
     for names,what in (worse, "Worse"), (alike, "Cannot be told from it"):
         if names: lines.append(f"{what}: {', '.join(f'{o} ({self._say(tests[o].diff, True)})' for o in names)}.")
-    diverged = self.diverged().items()
-    lines += [f"{name} diverged, for {len(seeds)} of {len(vals[name])} seeds." for name,seeds in diverged]
+    if diverged: lines.append(f"{self._in_words(diverged)}.")
     return '\n'.join(lines + self._on_strongest())
 
 @patch

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import (
+    Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
 from fastai.losses import CrossEntropyLossFlat
@@ -154,6 +155,26 @@ def test_weight_0_is_the_task_alone():
     plain,_ = two_tasks()
     plain.fit(2)
     assert same(state(learn.model), state(plain.model))
+
+
+@pytest.mark.parametrize('exc', [CancelBatchException, CancelTrainException, CancelEpochException])
+@pytest.mark.parametrize('event, order', [('after_pred', 90), ('after_loss', -90)])
+@pytest.mark.parametrize('ce', ['new', 'binary'])
+def test_the_loss_function_is_given_back_after_a_cancel(ce, event, order, exc):
+    class Cancel(Callback):
+        def cancel(self):
+            if self.training and self.train_iter%4==1: raise exc()
+    cancel = Cancel()
+    cancel.order = order
+    setattr(cancel, event, cancel.cancel)
+    learn,old = two_tasks()
+    func,seen = learn.loss_func,[]
+    class Look(Callback):
+        order = 95
+        def before_validate(self): seen.append(self.learn.loss_func)
+        def after_batch(self): seen.append(self.learn.loss_func)
+    learn.fit(2, cbs=[Remember(old, ce), cancel, Look()])
+    assert learn.loss_func is func and seen and all(o is func for o in seen)
 
 
 @pytest.mark.parametrize('event', ['before_epoch', 'before_train', 'after_pred', 'after_loss', 'after_step',

@@ -170,7 +170,9 @@ def test_a_teacher_whose_students_diverged_is_not_the_best():
     found = which_teacher(student, dict(bad=Huge(), good=net(4)), epochs=1, seeds=2, loss=Logits, progress=False)
     assert found.values()['bad'].eq(1).all() and found.diverged()=={'bad': [0, 1]} # NaN is of class 0, which all are
     assert found.best=='good' and found.table.teacher.iloc[-1]=='bad' and 'bad' not in found.to_best()
-    assert found.table.diverged.tolist()==[0, 0, 2] and 'bad diverged, for 2 of 2 seeds.' in found.verdict()
+    assert found.table.diverged.tolist()==[0, 0, 2] and 'bad diverged for 2 of 2 seeds.' in found.verdict()
     found.plot()
     worse = which_teacher(student, dict(a=Huge(), b=Huge()), epochs=1, seeds=1, loss=Logits, progress=False)
-    with pytest.raises(ValueError, match="no teacher's students can be judged"): worse.best
+    with pytest.raises(ValueError, match="no teacher's students can be judged: a diverged for 1 of 1"): worse.best
+    assert worse.verdict().startswith("No teacher's students can be judged: a diverged")
+    assert worse.verdict() in repr(worse) and worse._repr_html_()
