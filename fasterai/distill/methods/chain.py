@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'OneByOne', 'teacher_of', 'alike_at_start', 'Chain', 'row_of', 'metric_of']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #6ec7ac7d
+# %% ../../../nbs/distill/methods/chain.ipynb #3be9e651
 import hashlib
 import os
 import time
@@ -26,6 +26,7 @@ from ...core.names import unknown_name
 from ...core.seeds import same_start
 from ...core.task import task_of, views_of
 from ..layers.names import unwrap
+from ..study.behind import behind, code_of_learner
 from ..study.one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
                                               streams_kept)
 from ..study.setting import data_text, describe, learner_text, setting_text, teacher_text
@@ -133,13 +134,15 @@ def _take(self:OneByOne, learn, found):
     for _ in range(self.epochs): self.ticks.after_epoch()
     return found['seconds']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #5de6753b
+# %% ../../../nbs/distill/methods/chain.ipynb #8132d3a0
 @patch
 def _file(self:OneByOne, name, learn, seed, teacher):
     if self.path is None: return None
-    taught = {} if teacher is None else dict(teacher=teacher_text(teacher), **self.kd)
+    taught = {} if teacher is None else dict(teacher=teacher, **self.kd)
+    told = {} if teacher is None else dict(teacher=teacher_text(teacher))
     own = dict(student=learner_text(learn), data=data_text(learn.dls), fit=self.fit, epochs=self.epochs, seed=seed)
-    mark = hashlib.blake2b(setting_text(**taught, **own).encode(), digest_size=5).hexdigest()
+    code = behind(taught, self.fit) + code_of_learner(learn)
+    mark = hashlib.blake2b((setting_text(**{**taught, **told}, **own) + code).encode(), digest_size=5).hexdigest()
     return self.path/f"{name.replace(' ', '-')}-{mark}.pth"
 
 # %% ../../../nbs/distill/methods/chain.ipynb #11933d03

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoisyStudent', 'noisy_student']
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #8659fe92
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #bd47ae97
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +23,7 @@ from ...core.files import whole_file
 from ...core.seeds import same_start
 from ...data.unlabelled import labelled_part
 from .pseudo_labels import pseudo_labels
+from ..study.behind import behind, code_of_learner
 from ..study.one_run import Ticks, fit_one_cycle, measure, quiet, streams_kept
 from ..study.setting import data_text, learner_text, setting_text
 
@@ -91,12 +92,13 @@ def _refuse_flat(loss_func):
     raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
                      "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #06986f91
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #79cf2c26
 @patch
 def _setting(self:_Rounds, i, learn):
     if self.path is None: return ''
+    code = behind(self.fit) + code_of_learner(learn)
     return setting_text(epochs=self.epochs[:i+1], items=list(map(str, self.items)), seed=self.seed, **self.labels,
-                        fit=self.fit, student=learner_text(learn), data=self.data)
+                        fit=self.fit, student=learner_text(learn), data=self.data, code=code)
 
 def _text_of(dls):
     "`data_text`, after which the shuffling goes on as before"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study', 'is_diverged']
 
-# %% ../../../nbs/distill/study/study.ipynb #7039ebda
+# %% ../../../nbs/distill/study/study.ipynb #225ff397
 import time
 from collections.abc import Iterable
 from numbers import Integral
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
+from .behind import behind, code_of_learner, judging, with_code
 from .one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
                                             refuse_no_validation, streams_kept)
 from .run_log import RunLog
@@ -27,7 +28,7 @@ from .students import Students
 from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
                                             lower_is_better, plot_gains, summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #4e317b12
+# %% ../../../nbs/distill/study/study.ipynb #93ddb40c
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
     and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
@@ -80,24 +81,31 @@ class Study:
             learn = self.make_learner()
             if self.measure is measure: refuse_no_validation(learn)
             self.metrics = measured(learn)
-            self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls))
+            code = code_of_learner(learn),behind(self.fit),judging(learn.metrics, self.measure)
+            self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls), code=code)
 
-# %% ../../../nbs/distill/study/study.ipynb #46a0eaff
+# %% ../../../nbs/distill/study/study.ipynb #6bd95993
 @patch
 def _setting(self:Study, arm):
     "What an arm's runs depend on, as text"
-    arm,own = self.arms[arm],self.own
+    arm,own = self.arms[arm],{k:v for k,v in self.own.items() if k!='code'} # which `with_code` adds
     if arm is None: return setting_text(**own)
     if not isinstance(arm, dict): return setting_text(arm=arm, **own)
     given = {k:v for k,v in arm.items() if k!='teacher'}
     return setting_text(**given, teacher=teacher_text(arm['teacher']), **own)
 
-# %% ../../../nbs/distill/study/study.ipynb #39b4a698
+# %% ../../../nbs/distill/study/study.ipynb #af8eb832
+@patch
+def _code(self:Study, arm):
+    "What stands behind an arm's runs; None where its row has a setting of the caller's"
+    return None if 'setting' in self.rows[arm] else ' '.join([*self.own['code'], behind(self.arms[arm])])
+
 @patch
 def _ask(self:Study, todo):
     "Note the runs of `todo`, and let go of those that a change has made others"
     rows = {a: {**self.rows[a], 'setting':self.rows[a].get('setting') or self._setting(a)} for a,_,_ in todo}
-    def key(a, n, s): return {**rows[a], 'seed':s, 'epochs':n}
+    codes = {a: self._code(a) for a in rows}
+    def key(a, n, s): return with_code(self.log, {**rows[a], 'seed':s, 'epochs':n}, codes[a])
     self.asked = {k:v for k,v in self.asked.items() if k[0] not in rows or v==key(*k)}
     new = {k:key(*k) for k in todo}
     self.asked.update(new)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'Sweep', 'sweep']
 
-# %% ../../../nbs/distill/study/sweep.ipynb #6ac9410b
+# %% ../../../nbs/distill/study/sweep.ipynb #fe40e71b
 import inspect
 from hashlib import blake2b
 from itertools import product
@@ -24,6 +24,7 @@ from ...core.task import views_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..loss.terms import as_terms, with_hypers
 from ..losses import SoftTarget
+from .behind import behind, with_code
 from .one_run import fit_one_cycle, measure, streams_kept
 from .run_log import cell
 from .setting import describe, setting_text, teacher_text
@@ -246,10 +247,12 @@ def sweep(
     runs = study.log.frame([*judged, *study.finished().values()], names, study.metrics)
     return Sweep(runs, params, study.metrics, values)
 
-# %% ../../../nbs/distill/study/sweep.ipynb #6f4717bf
+# %% ../../../nbs/distill/study/sweep.ipynb #f27ce1d9
 def _judge(study, teacher):
     "The row of the teacher, judged as the student is; none for several"
     row = dict(run='teacher', setting=setting_text(teacher=teacher_text(teacher), data=study.own['data']))
+    of_learner,_,of_judging = study.own['code']
+    row = with_code(study.log, row, ' '.join([of_learner, of_judging, behind(teacher)]))
     model = teacher.model if isinstance(teacher, Learner) else teacher
     if not study.log.find(**row) and isinstance(model, nn.Module):
         with streams_kept():
