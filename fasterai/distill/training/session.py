@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #84d31ec1
+# %% ../../../nbs/distill/training/session.ipynb #4a599c56
 from contextlib import ExitStack
 from functools import partial
 
@@ -24,7 +24,7 @@ from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first, warn_of_softmax
-from .keep_batch import keep_batch
+from .keep_batch import on_copies
 from .learned import remember
 from .lesson import (
     detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, target_of)
@@ -59,7 +59,7 @@ class Session:
         "Context of a forward in which the student's layers are listened to"
         return self.kd.eyes.open()
 
-# %% ../../../nbs/distill/training/session.ipynb #37e1f885
+# %% ../../../nbs/distill/training/session.ipynb #6fd7defb
 @patch
 def open(self:Session):
     "Begin: columns in the table, and everything undone when the fit that is running ends"
@@ -69,7 +69,6 @@ def open(self:Session):
     self.fit.passing.append(kd)
     self.stack.callback(partial(setattr, kd, 'session', self.outer))
     self._open_log()
-    if not self.outer: keep_batch(self)
     self.stack.push(leaving_autocast(learn))
     return self
 
@@ -182,7 +181,7 @@ def _leave_optimizer(self:Session):
     along.leave()
     self.learn.remove_cb(along)
 
-# %% ../../../nbs/distill/training/session.ipynb #77d93f11
+# %% ../../../nbs/distill/training/session.ipynb #cb589323
 @patch
 def begin_batch(self:Session):
     "Set the weight in force; where the teacher is to be asked, listen to the student's layers"
@@ -192,6 +191,7 @@ def begin_batch(self:Session):
     asks = self.asks(training)
     if asks and self.ask is None: self.meet()
     elif asks and self.kd.eyes.model is not self.learn.model: self._look_at(self.learn.model)
+    if asks: self.hooks.enter_context(on_copies(self.learn.model))
     eyes = self.kd.eyes
     if eyes is not None and (asks or training and eyes.compiled): # compiled code must see its hooks from the start
         self.hooks.enter_context(eyes.open())

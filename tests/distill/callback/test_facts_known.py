@@ -18,9 +18,9 @@ from fasterai.distill.layers.matching import match_feature_layers
 from fasterai.distill.losses import BinaryKD, FitNet, Logits, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
-from fasterai.distill.training.keep_batch import KeepBatch
+from fasterai.distill.training.keep_batch import on_copies
 from fasterai.distill.training.views import StudentSees
-from helpers import data, learner, net, same, state
+from helpers import data, learner, n_hooks, net, same, state
 from kd_helpers import KD, layers, teacher
 
 
@@ -389,10 +389,28 @@ def test_a_student_that_writes_learns_as_one_that_does_not():
         learn = learner(student)
         learn.fit(2, cbs=[KD(teacher()), KD(Seen(), Logits, valid=True)])
         found.append(state(learn.model))
-        assert not any(isinstance(o, KeepBatch) for o in learn.cbs)
+        assert not n_hooks(learn.model)
     assert same(*found)
 
 
 def test_a_view_that_writes_shows_the_teacher_the_whole_batch():
     xs,asked = shown(net(), StudentSees(lambda x: x.zero_()), epochs=1)
     for x,got in zip(xs[:4], asked): assert x.equal(got)
+
+
+def test_who_changes_the_batch_late_changes_it_for_both_and_gradients_reach_it():
+    grads,t = [],Seen()
+    class Late(Callback):
+        order = 1000
+        def before_batch(self): self.learn.xb = (2*self.x).requires_grad_(self.training),
+        def after_backward(self): grads.append(self.x.grad.abs().sum().item())
+    keep = Keep()
+    learner().fit(1, cbs=[keep, KD(t), Late()])
+    assert len(grads)==4 and min(grads)>0
+    for x,got in zip(keep.xs[:4], t.xs): assert got.equal(2*x)
+
+
+def test_torchscript_and_compiled_students_are_left_as_they_are():
+    x = torch.randn(2, 3, 8, 8)
+    for model in torch.jit.trace(net().eval(), x), torch.compile(net(), backend='eager'):
+        with on_copies(model): assert not n_hooks(model)
