@@ -4675,8 +4675,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fasterai/distill/teacher/teacher.py'),
                                                   'fasterai.distill.teacher.teacher._as_layers': ( 'distill/teacher/teacher.html#_as_layers',
                                                                                                    'fasterai/distill/teacher/teacher.py'),
-                                                  'fasterai.distill.teacher.teacher._millions': ( 'distill/teacher/teacher.html#_millions',
-                                                                                                  'fasterai/distill/teacher/teacher.py'),
                                                   'fasterai.distill.teacher.teacher._step': ( 'distill/teacher/teacher.html#_step',
                                                                                               'fasterai/distill/teacher/teacher.py'),
                                                   'fasterai.distill.teacher.teacher.as_teacher': ( 'distill/teacher/teacher.html#as_teacher',

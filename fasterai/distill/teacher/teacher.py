@@ -308,10 +308,10 @@ def as_teacher(
     if not a_network and callable(getattr(teacher, 'answer', None)): return AdaptedTeacher(teacher)
     return Teacher(teacher, **kwargs)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #39a2c4a6
+# %% ../../../nbs/distill/teacher/teacher.ipynb #44911784
 @patch
 def __repr__(self:Teacher):
-    nets = ' + '.join(f"{name_of(m)} of {_millions(m)} parameters" for m in self.models)
+    nets = ' + '.join(f"{name_of(m)} of {sum(map(torch.numel, m.parameters()))/1e6:.3g} M parameters" for m in self.models)
     weights = '' if self.weights is None else f", weighted {':'.join(f'{w:g}' for w in self.weights)}"
     lines = [f'  {line}' for net in self.nets for line in net.agreement.lines]
     return '\n'.join([f"Teacher({nets}{weights}; {self._how()})", *lines])
@@ -323,8 +323,6 @@ def _how(self:Teacher):
     elif net.asked.dtype=='auto': how = 'the fastest safe format, tried on the first batch'
     else: how = net.asked.in_words()
     return how if net.place is None else f'{how}, {net.place}'
-
-def _millions(net): return f"{sum(p.numel() for p in net.parameters())/1e6:.3g} M"
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #7f4ba802
 @patch
