@@ -308,10 +308,11 @@ def as_teacher(
     if not a_network and callable(getattr(teacher, 'answer', None)): return AdaptedTeacher(teacher)
     return Teacher(teacher, **kwargs)
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #44911784
+# %% ../../../nbs/distill/teacher/teacher.ipynb #c3f6c8d6
 @patch
 def __repr__(self:Teacher):
-    nets = ' + '.join(f"{name_of(m)} of {sum(map(torch.numel, m.parameters()))/1e6:.3g} M parameters" for m in self.models)
+    sizes = [sum(map(torch.numel, m.parameters()))/1e6 for m in self.models]
+    nets = ' + '.join(f"{name_of(m)} of {n:.3g} M parameters" for m,n in zip(self.models, sizes))
     weights = '' if self.weights is None else f", weighted {':'.join(f'{w:g}' for w in self.weights)}"
     lines = [f'  {line}' for net in self.nets for line in net.agreement.lines]
     return '\n'.join([f"Teacher({nets}{weights}; {self._how()})", *lines])
@@ -324,7 +325,7 @@ def _how(self:Teacher):
     else: how = net.asked.in_words()
     return how if net.place is None else f'{how}, {net.place}'
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #7f4ba802
+# %% ../../../nbs/distill/teacher/teacher.ipynb #891d704f
 @patch
 def summary(self:Teacher,
     *xb,          # A batch of inputs
@@ -333,11 +334,10 @@ def summary(self:Teacher,
     student=None, # A Module or Learner, to set the cost against its forward and backward
 )->PrettyString:
     "What the teacher does and what it costs on this batch, measured here and now"
-    question = dict(layers=layers, logits=logits)
-    ask = partial(self.compute, *xb, **question)
+    ask = partial(self.compute, *xb, layers=layers, logits=logits)
     ask()
     n,seconds = size_of(xb),best_time(ask, self.last_device)
-    gflops = flops(partial(self._uncompiled().compute, *xb, **question))/n/1e9
+    gflops = flops(partial(self._uncompiled().compute, *xb, layers=layers, logits=logits))/n/1e9
     lines = [repr(self), f"{gflops:.3g} GFLOPs a sample; {seconds*1e3:.1f} ms for a batch of {n} on {self.last_device}"]
     if student is not None:
         step = best_time(_step(as_module(student), xb, self.last_device), self.last_device)
