@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['prepare', 'open_session', 'description_of', 'Predictor']
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #99eec272
+# %% ../../../nbs/distill/ship/predictor.ipynb #067d014b
 import json
 import math
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -65,15 +65,21 @@ def _in_batch(x, size, corners):
         return _between(fewer, m, corners) @ _averages(n, fewer) if shrinks else _between(n, m, corners)
     return along(x.shape[1], size[0]) @ x @ along(x.shape[2], size[1]).T
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #efd72534
+# %% ../../../nbs/distill/ship/predictor.ipynb #698c033f
 def _opened(image, how):
     "A picture of the right mode, from a file, a picture or an array of bytes"
     if isinstance(image, np.ndarray): image = _from_array(image)
     if isinstance(image, Image.Image): return image.convert(how['mode'])
-    with Image.open(image) as im:
+    with _file(image) as im:
         im.load()
         if how.get('sixteen_bits')=='scaled' and im.mode.startswith('I'): im = _in_8_bits(np.asarray(im))
         return im.convert(how['mode'])
+
+def _file(image):
+    try: return Image.open(image)
+    except (AttributeError, TypeError) as e:
+        raise ValueError("expected a file or its name, a picture of Pillow or an array of NumPy, got "
+                         f"{type(image).__name__}") from e
 
 def _from_array(a):
     try: return Image.fromarray(a)
@@ -91,7 +97,6 @@ def prepare(
 )->np.ndarray:
     """What the network is to see of one picture, `(C, H, W)`. An array of floats is `(C, H, W)`, or `(H, W)` where
     there is one channel, and is not resized. ValueError for one of another shape, or for no picture at all"""
-    _refuse_other_things(image)
     floats = isinstance(image, np.ndarray) and image.dtype.kind=='f'
     x = _floats(image, how) if floats else _pixels(image, how)
     shape = tuple(how[k] for k in ('channels', 'height', 'width'))
@@ -102,13 +107,8 @@ def prepare(
     mean,std = (np.array(how[k], np.float32)[:,None,None] for k in ('mean', 'std'))
     return (x-mean)/std
 
-def _refuse_other_things(image):
-    if not isinstance(image, (str, PurePath, Image.Image, np.ndarray)):
-        raise ValueError("expected a file's name, a picture of Pillow or an array of NumPy, got "
-                         f"{type(image).__name__}")
-
 def _floats(x, how):
-    if how.get('mode') and x.size and not (x.min()>=-.01 and x.max()<=1.01):
+    if how.get('mode') and x.size and not (x.min()>=-1 and x.max()<=2): # what interpolates may overshoot
         raise ValueError(f"expected floats from 0 to 1, got {x.min():.4g} to {x.max():.4g}; pictures of 0 to 255 are "
                          "arrays of bytes (uint8)")
     return np.asarray(x[None] if x.ndim==2 else x, np.float32)

@@ -27,7 +27,7 @@ def resize_batch(
     if tuple(x.shape[-2:])==size: return x
     return F.interpolate(x, size, mode=mode, antialias=mode in ('bilinear', 'bicubic'))
 
-# %% ../../../nbs/distill/teacher/inputs.ipynb #d4650722
+# %% ../../../nbs/distill/teacher/inputs.ipynb #90ec323c
 class Renormalize:
     "A batch transform that undoes one normalisation and applies another"
     def __init__(self,
@@ -50,12 +50,13 @@ def statistics_of(o):
     if hasattr(o, 'after_batch'): o = next((f for f in o.after_batch.fs if isinstance(f, Normalize)), None)
     if isinstance(o, Normalize): o = o.mean,o.std
     if o is None: o = 0.,1.
-    if not isinstance(o, (tuple, list)) or len(o)!=2:
-        raise TypeError(f"normalize: expected (mean, std), a `Normalize`, DataLoaders or a Learner, got {o!r}")
-    mean,std = o
+    try: mean,std = o
+    except (TypeError, ValueError):
+        raise TypeError("normalize: expected (mean, std), a `Normalize`, DataLoaders or a Learner, "
+                        f"got {o!r}") from None
     return [torch.as_tensor(v, dtype=torch.float32).cpu().view(1, -1, 1, 1) for v in (mean, std)]
 
-# %% ../../../nbs/distill/teacher/inputs.ipynb #2702cc3c
+# %% ../../../nbs/distill/teacher/inputs.ipynb #936b6aba
 class OwnInputs:
     "Images in a size, then the views that a Learner has learned to see"
     def __init__(self,
@@ -71,7 +72,7 @@ class OwnInputs:
         return xb
 
 def _height_width(size):
-    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    pair = [size, size] if isinstance(size, Integral) else list(size) if hasattr(size, '__iter__') else []
     if len(pair)!=2 or not all(isinstance(o, Integral) and not isinstance(o, bool) for o in pair):
         raise TypeError(f"size: expected a side in pixels, or (height, width), got {size!r}")
     if min(pair)<1: raise ValueError(f"size: expected pixels, 1 or more, got {size!r}")

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['PastSelf', 'LastBatch', 'fingerprint', 'PastEpoch']
 
-# %% ../../../nbs/distill/teacher/past.ipynb #ebd068ca
+# %% ../../../nbs/distill/teacher/past.ipynb #c224bfc9
 import hashlib
 import weakref
 from pathlib import PurePath
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import apply, find_bs, to_concat, to_device
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor, distributed as dist, nn
+from torch.utils.data import TensorDataset
 
 from ...core.together import is_distributed
 from ..layers.capture import tensors_in
@@ -159,18 +162,25 @@ def _reduced(self:_Table, t, op=dist.ReduceOp.SUM):
     dist.all_reduce(there, op)
     return there.to(t.device)
 
-# %% ../../../nbs/distill/teacher/past.ipynb #6ab63f9f
+# %% ../../../nbs/distill/teacher/past.ipynb #15ecdc2e
 def fingerprint(
     ds, # A data set with indices
 )->Tensor: # Eight bytes
     "A digest of its length and of up to 64 of its `items` or rows of its `tensors`, evenly spread"
-    n,items = len(ds),getattr(ds, 'items', ())
+    n,(items,tensors) = len(ds),_plain_samples(ds)
     h = hashlib.blake2b(str(n).encode(), digest_size=8)
     for i in np.linspace(0, n-1, min(n, 64)).astype(int).tolist():
-        item = items.iloc[i] if hasattr(items, 'iloc') else items[i] if len(items)==n else None
+        item = items[i] if len(items)==n else None
         if isinstance(item, (str, PurePath, int, float, np.generic)): h.update(str(item).encode())
-        for t in [*tensors_in(item), *(t[i] for t in getattr(ds, 'tensors', ()))]: h.update(_bytes(t))
+        for t in [*tensors_in(item), *(t[i] for t in tensors)]: h.update(_bytes(t))
     return torch.tensor(list(h.digest()), dtype=torch.uint8)
+
+def _plain_samples(ds):
+    "A data set's items, and the tensors of a `TensorDataset`; where it has others by these names, none"
+    items = getattr(ds, 'items', ())
+    if isinstance(items, pd.DataFrame): items = items.astype(str).agg('|'.join, axis=1).tolist()
+    known = isinstance(items, (list, tuple, np.ndarray, L))
+    return items if known else (),ds.tensors if isinstance(ds, TensorDataset) else ()
 
 def _bytes(t): return t.detach().as_subclass(Tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 

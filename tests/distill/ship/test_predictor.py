@@ -1,5 +1,5 @@
 "What runs on the device gives what `learn.predict` gives, and needs neither PyTorch nor fastai nor this library"
-import shutil, subprocess, sys
+import io, shutil, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,3 +140,12 @@ def test_a_description_that_was_cut(tmp_path):
     (tmp_path/'s.json').write_text('{"inp')
     session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map={}))
     with pytest.raises(ValueError, match="s.json' is cut"): description_of(session, tmp_path/'s.onnx')
+
+
+def test_whatever_pillow_opens(device):
+    predictor,file = Predictor(device[0]/'student.onnx'),device[0]/'picture.png'
+    want = predictor(file)[2]
+    with open(file, 'rb') as f:
+        for image in str(file), f, io.BytesIO(file.read_bytes()):
+            np.testing.assert_array_equal(predictor(image)[2], want)
+    assert np.isfinite(predictor(np.full((3, 16, 16), 1.1))[2]).all() # what interpolates overshoots a little

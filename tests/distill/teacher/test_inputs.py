@@ -1,11 +1,13 @@
 "Batches of another size and normalisation"
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
+from fastcore.foundation import L
 
 from fasterai.distill.teacher.teacher import Renormalize, Teacher, resize_batch
 from teacher_nets import make_net, net, plain, seed, x
@@ -47,3 +49,10 @@ def test_a_transform_that_writes_into_its_batch_changes_nobody_else_s(net, x):
     (dict(axis=5), ValueError, 'with axes 0 to 1, got 5'), (dict(axis='c'), TypeError, "axis: .*got 'c'")])
 def test_arguments_that_cannot_be(net, x, args, error, words):
     with pytest.raises(error, match=words): Teacher(net, **args)(x)
+
+
+def test_pairs_of_any_kind(net, x):
+    for pair in np.array([[.5]*3, [.2]*3]), torch.tensor([[.5]*3, [.2]*3]), L([.5]*3, [.2]*3):
+        assert torch.equal(Renormalize(None, pair)(x), Renormalize(None, ([.5]*3, [.2]*3))(x))
+    for size in np.array([8, 8]), L(8, 8), np.int64(8), [8, 8]:
+        assert torch.equal(Teacher(net, size=size)(x)[0], Teacher(net, size=8)(x)[0])

@@ -1,11 +1,13 @@
 "Teachers that remember what the student said"
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 
 import fasterai.distill.teacher.past as past
@@ -173,3 +175,30 @@ def test_a_loader_that_is_replaced_within_the_fit_is_refused(whole):
             else: self.learn.dls.loaders[0] = other.train
     with pytest.raises(ValueError, match='was replaced within the fit'):
         learner(dls=data(40)).fit(2, cbs=[KD(PastEpoch(), Mutual), Replace()])
+
+
+@pytest.mark.parametrize('named', [
+    dict(items=lambda self: []), dict(items=None), dict(tensors=[torch.ones(3)]*40), dict(tensors=torch.ones(3)),
+    dict(tensors=dict(x=torch.ones(3))), dict(tensors=None), dict(items=pd.DataFrame(dict(a=[1]))),
+    dict(items=iter([1]))], ids=str)
+def test_data_sets_that_call_other_things_items_or_tensors(named):
+    x,y = data(40).train_ds.tensors
+    class Own:
+        def __len__(self): return 40
+        def __getitem__(self, i): return x[i],y[i]
+    ds = type('Named', (Own,), named)()
+    dls = DataLoaders(*(TfmdDL(ds, bs=8, shuffle=s, num_workers=0) for s in (True, False)), device='cpu')
+    t = PastEpoch()
+    for _ in range(2): learner(dls=dls).fit(1, cbs=KD(t, Mutual))
+    assert t.learns.seen.all()
+
+
+def test_rows_of_a_table_are_known():
+    frames = [pd.DataFrame(dict(a=[1, 2, 3], b=['x', 'y', z])) for z in 'zzw']
+    a,b,c = (past.fingerprint(Rows(o)) for o in frames)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+class Rows:
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
