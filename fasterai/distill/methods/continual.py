@@ -95,7 +95,7 @@ def grow_head(
     if not isinstance(new, int): learn.dls = new
     return old
 
-# %% ../../../nbs/distill/methods/continual.ipynb #bc1e7b58
+# %% ../../../nbs/distill/methods/continual.ipynb #39a6c6d5
 class NewClasses:
     "The loss function `func` over the classes from `first` on, as if there were no others"
     def __init__(self,
@@ -117,15 +117,18 @@ class NewClasses:
 def _of_later_classes(func, first):
     "`func`, with the weights of the classes from `first` on if it has some"
     if isinstance(func, partial):
-        rest = {k:v[first:] if k=='weight' and isinstance(v, Tensor) else v for k,v in func.keywords.items()}
+        rest = {k:v[first:] if k=='weight' and _is_of_classes(v, first) else v for k,v in func.keywords.items()}
         return partial(_of_later_classes(func.func, first), *func.args, **rest)
-    if not any(map(_has_weights, (func, getattr(func, 'func', None)))): return func
+    def weighted(f): return _is_of_classes(getattr(f, 'weight', None), first)
+    if not any(map(weighted, (func, getattr(func, 'func', None)))): return func
     func = deepcopy(func)
-    inner = func if _has_weights(func) else func.func # one of fastai's wrappers
+    inner = func if weighted(func) else func.func # one of fastai's wrappers
     inner.weight = inner.weight[first:]
     return func
 
-def _has_weights(f): return isinstance(getattr(f, 'weight', None), Tensor)
+def _is_of_classes(w, first):
+    "Does `w` look like a number for each class, the later ones too?"
+    return isinstance(w, Tensor) and not isinstance(w, nn.Parameter) and w.ndim==1 and len(w)>first
 
 # %% ../../../nbs/distill/methods/continual.ipynb #75f180f5
 class OneHotBCE(nn.Module):

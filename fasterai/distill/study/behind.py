@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['is_own', 'code_text', 'behind', 'judging', 'code_of_learner', 'with_code']
 
-# %% ../../../nbs/distill/study/behind.ipynb #d7f1988f
+# %% ../../../nbs/distill/study/behind.ipynb #28b7e868
 import dis
 import hashlib
 import sys
 from functools import partial
 from pathlib import PurePath
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import pandas as pd
@@ -24,17 +24,19 @@ from torch import nn
 
 from .setting import NOTHING, codes_in, describe, names_read, plain_part
 
-# %% ../../../nbs/distill/study/behind.ipynb #a3126ea7
+# %% ../../../nbs/distill/study/behind.ipynb #4129aae7
 _installed = 'fasterai','fastai','torch'
+
+def _is_own_module(name, module):
+    root = (name or '').partition('.')[0]
+    if root in sys.stdlib_module_names or root in _installed: return False
+    return 'site-packages' not in PurePath(getattr(module, '__file__', None) or '').parts
 
 def is_own(
     o, # A class or a function
 )->bool:
     "Is it the user's: neither Python's nor of an installed package?"
-    root = (o.__module__ or '').partition('.')[0]
-    if root in sys.stdlib_module_names or root in _installed or root=='builtins': return False
-    file = getattr(sys.modules.get(o.__module__), '__file__', None) or ''
-    return 'site-packages' not in PurePath(file).parts
+    return _is_own_module(o.__module__, sys.modules.get(o.__module__))
 
 # %% ../../../nbs/distill/study/behind.ipynb #47d465ee
 def code_text(
@@ -47,90 +49,123 @@ def _parts_of(code, doc=None):
     consts = [_parts_of(c) if isinstance(c, CodeType) else c for c in code.co_consts if doc is None or c!=doc]
     return [code.co_code, code.co_names, consts]
 
-# %% ../../../nbs/distill/study/behind.ipynb #3b819c30
+# %% ../../../nbs/distill/study/behind.ipynb #74824fd6
 _numbers = bool,int,float,complex,str,bytes,type(None)
-_leaves = *_numbers,torch.Tensor,np.ndarray,pd.DataFrame,Learner,DataLoaders,DataLoader
-_links = FunctionType,MethodType,partial,type,nn.Module
+_leaves = *_numbers,np.ndarray,pd.DataFrame,Learner,DataLoaders,DataLoader
+_groups = list,tuple,set,frozenset,dict
+_links = FunctionType,MethodType,partial,type,nn.Module,ModuleType,*_groups
 
 class _Walk:
-    "Collects the code of one's own that can be reached from an object"
-    def __init__(self): self.seen,self.found = {},[]
+    "Collects the code of one's own that can be reached from objects"
+    def __init__(self, objects): self.todo,self.seen,self.found = list(objects),{},[]
+
+    def run(self):
+        "All of it, one after the other"
+        while self.todo: self.visit(self.todo.pop())
+        return sorted(self.found)
 
     def visit(self, o):
-        if isinstance(o, _leaves) or id(o) in self.seen: return
+        if isinstance(o, (*_leaves, torch.Tensor)) or id(o) in self.seen: return
         self.seen[id(o)] = o
         if isinstance(o, type): self.visit_class(o)
         elif isinstance(o, FunctionType): self.visit_function(o)
-        else:
-            self.visit(type(o))
-            if isinstance(o, partial): self.note(partial, _plain([o.args, o.keywords]))
-            for p in _held_by(o): self.visit(p)
+        else: self.visit_object(o)
 
-    def visit_class(self, c):
-        for base in c.__mro__[1:]: self.visit(base)
-        if not is_own(c): return
-        parts = {k: getattr(f, 'fget', None) or getattr(f, '__func__', f) for k,f in sorted(vars(c).items())}
-        functions = [f for f in parts.values() if isinstance(f, FunctionType)] # of properties and static methods, too
-        counted = {k for f in functions for k in _set_by(f.__code__)}
-        numbers = {k:v for k,v in parts.items() if isinstance(v, _numbers) and not k.startswith('__')}
-        self.note(c, {k:v for k,v in numbers.items() if k not in counted})
-        for f in functions: self.visit_function(f, values=False)
+    def visit_object(self, o):
+        if isinstance(o, partial): self.note(partial, _plain([o.args, o.keywords]))
+        self.todo += [type(o), *_held_by(o)]
 
     def note(self, o, *what): self.found.append(describe([o.__qualname__, *what]))
 
-# %% ../../../nbs/distill/study/behind.ipynb #60e28c06
+# %% ../../../nbs/distill/study/behind.ipynb #9b4cb7e5
 @patch
-def visit_function(self:_Walk, f, values=True):
-    "With the plain values that it reads; not those of a method, which may count with them"
-    if not is_own(f): return
-    names = sorted(names_read(f.__code__))
-    cells = zip(f.__code__.co_freevars, f.__closure__ or ())
-    around = f.__globals__ | {k:c.cell_contents for k,c in cells if c!=CellType()}
-    defaults = dict(enumerate(f.__defaults__ or ())) | (f.__kwdefaults__ or {})
-    read = {k:around[k] for k in names if k in around} | defaults
-    self.note(f, code_text(f), _plain(read if values else defaults))
-    for o in read.values():
-        if isinstance(o, _links) or is_own(type(o)): self.visit(o)
+def visit_class(self:_Walk, c):
+    self.todo += c.__mro__[1:]
+    if not is_own(c): return
+    parts = [(k, f) for k,v in sorted(vars(c).items()) for f in _unwrapped(v)]
+    counted = {k for base in c.__mro__ for f in _functions(base) for k in _set_by(f)}
+    constants = {k:v for k,v in parts if isinstance(v, (*_numbers, tuple)) and not k.startswith('__')}
+    self.note(c, _plain({k:v for k,v in constants.items() if k not in counted}))
+    for k,f in parts:
+        if isinstance(f, FunctionType): self.visit_function(f, method=True)
+        elif isinstance(f, (partial, type)) and not k.startswith('__'): self.todo.append(f)
 
-def _set_by(code):
+def _unwrapped(f):
+    "A function in a class, or several in a property, without what is around it"
+    if isinstance(f, property): return [o for o in (f.fget, f.fset, f.fdel) if o is not None]
+    for name in '__func__','func','__wrapped__':
+        if not isinstance(f, partial) and isinstance(getattr(f, name, None), FunctionType): return [getattr(f, name)]
+    return [f]
+
+def _functions(c): return [f for v in vars(c).values() for f in _unwrapped(v) if isinstance(f, FunctionType)]
+
+def _set_by(f):
     "Names of attributes that a function sets, of whatever object"
-    return {i.argval for c in codes_in(code) for i in dis.get_instructions(c) if i.opname=='STORE_ATTR'}
+    return {i.argval for c in codes_in(f.__code__) for i in dis.get_instructions(c) if i.opname=='STORE_ATTR'}
+
+# %% ../../../nbs/distill/study/behind.ipynb #b96e8e8a
+@patch
+def visit_function(self:_Walk, f, method=False):
+    if not is_own(f): return
+    cells = {k:c.cell_contents for k,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c!=CellType()}
+    defaults = dict(enumerate(f.__defaults__ or ())) | (f.__kwdefaults__ or {})
+    names,around = names_read(f.__code__),f.__globals__ | cells
+    read = {k:around[k] for k in sorted(names) if k in around} | defaults
+    values = {k:v for k,v in read.items() if isinstance(v, _numbers) and k not in cells} if method else read
+    self.note(f, code_text(f), _plain(values), [describe(v) for v in values.values() if isinstance(v, torch.Tensor)])
+    for o in read.values():
+        if isinstance(o, ModuleType): self.todo += _used_of(o, f)
+        elif isinstance(o, _links) or is_own(type(o)): self.todo.append(o)
+        elif hasattr(o, '__wrapped__'): self.todo.append(o.__wrapped__)
+
+def _used_of(module, f):
+    "What a function may use of a module of one's own"
+    if not _is_own_module(module.__name__, module): return []
+    names = {k for c in codes_in(f.__code__) for k in c.co_names}
+    return [v for k,v in sorted(vars(module).items()) if k in names and isinstance(v, (FunctionType, type, partial))]
+
+# %% ../../../nbs/distill/study/behind.ipynb #432ee233
+_many = 1000 # items, beyond which a list is data
 
 def _plain(o):
     found = plain_part(o)
     return None if found is NOTHING else found
 
 def _held_by(o):
-    "What is inside of an object"
-    if isinstance(o, (list, tuple, set, frozenset)): return list(o)
-    if isinstance(o, dict): return [p for kv in o.items() for p in kv]
+    if isinstance(o, _groups):
+        if len(o)>_many: return []
+        return [p for kv in o.items() for p in kv] if isinstance(o, dict) else list(o)
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
     if isinstance(o, MethodType): return [o.__self__, o.__func__]
+    if isinstance(o, ModuleType): return []
     if isinstance(o, nn.Module): return [p for m in o.modules() for p in (type(m), *_linked(m))]
     return _linked(o)
 
 def _linked(o):
-    held = [v for k,v in getattr(o, '__dict__', {}).items() if k not in ('learn', '_learn', '_modules')]
-    if is_own(type(o)): return held
-    return [v for v in held if isinstance(v, (*_links, list, tuple, dict)) or is_own(type(v))]
+    try: held = [v for k,v in vars(o).items() if k not in ('learn', '_learn', '_modules')]
+    except Exception: return [] # it has no attributes, or shows none
+    return held if is_own(type(o)) else [v for v in held if isinstance(v, _links) or is_own(type(v))]
 
-# %% ../../../nbs/distill/study/behind.ipynb #8907b069
+# %% ../../../nbs/distill/study/behind.ipynb #7204cc6c
 def behind(
     *objects, # Whatever a run is made of
 )->str:
     "A fingerprint of the code of one's own that can be reached from them"
-    walk = _Walk()
-    for o in objects: walk.visit(list(o) if isinstance(o, (list, tuple)) else o)
-    return hashlib.blake2b(describe(sorted(walk.found)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(describe(_Walk(objects).run()).encode(), digest_size=8).hexdigest()
 
-# %% ../../../nbs/distill/study/behind.ipynb #d350be2c
+# %% ../../../nbs/distill/study/behind.ipynb #60b3b73a
 def judging(
     metrics, # A Learner's
     measure, # A study's
 )->str:
     "A fingerprint of what judges a student"
-    settings = [[type(m).__qualname__, getattr(m, 'name', ''), _plain(getattr(m, '__dict__', {}))] for m in metrics]
+    settings = [[type(m).__qualname__, getattr(m, 'name', ''), _settings_of(m)] for m in metrics]
     return describe([settings, behind(list(metrics), measure)])
+
+def _settings_of(m):
+    "Plain attributes of a metric, but for those with which it counts"
+    counted = {k for c in type(m).__mro__ for f in _functions(c) if f.__name__!='__init__' for k in _set_by(f)}
+    return _plain({k:v for k,v in getattr(m, '__dict__', {}).items() if k not in counted})
 
 # %% ../../../nbs/distill/study/behind.ipynb #c69c54c0
 def code_of_learner(

@@ -281,3 +281,19 @@ def test_rows_without_a_label_by_another_number(ce):
         learn.fit(1, cbs=Remember(old, ce))
         found.append(state(learn.model))
     assert same(*found)
+
+
+class Strong(nn.Module):
+    "A loss whose `weight` is none of classes"
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+    def forward(self, pred, y): return F.cross_entropy(pred, y)*self.weight.mean()
+
+
+@pytest.mark.parametrize('weight', [torch.tensor(.5), nn.Parameter(torch.ones(5)), torch.ones(1, 5)])
+def test_another_kind_of_weight_is_left_alone(weight):
+    learn,old = two_tasks()
+    learn.loss_func = Strong(weight)
+    learn.fit(1, cbs=Remember(old))
+    assert learn.loss_func.weight is weight and all(p.isfinite().all() for p in learn.model.parameters())

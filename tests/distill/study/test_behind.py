@@ -1,11 +1,13 @@
 "The code behind a run: an edit of anything of one's own is another run, and nothing else is"
 import csv
-from functools import partial
+from functools import lru_cache, partial
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.learner import AvgMetric, Metric
 from fastai.metrics import F1Score, accuracy
 from torch import nn
 
@@ -149,3 +151,72 @@ def test_what_refers_to_itself_and_what_counts():
     before = behind(node)
     run(None, loss=node)
     assert behind(node)==before
+
+
+def test_a_deep_structure_and_an_object_that_shows_nothing():
+    class Link: next = None
+    class Shy:
+        @property
+        def __dict__(self): raise RuntimeError('not now')
+    first = last = Link()
+    for _ in range(5000):
+        last.next = Link()
+        last = last.next
+    cb = callback(1)
+    cb.root,cb.shy = first,Shy()
+    assert behind(cb)!=behind(callback(2))
+
+
+@pytest.mark.parametrize('shared', [lambda: AvgMetric(metric(1)), lambda: F1Score(average='macro'), lambda: Counts()])
+def test_a_metric_that_two_studies_share_counts_for_neither(tmp_path, shared):
+    shared = shared()
+    for _ in range(2): study = run(tmp_path/'r.csv', lambda: made(metrics=shared))
+    assert len(study.log.rows)==1
+
+
+class Counts(Metric):
+    made = 0
+    def __init__(self): type(self).made += 1
+    def reset(self): self.n = 0
+    def accumulate(self, learn): self.n += 1
+    @property
+    def value(self): return self.n
+
+
+class CountsToo(Counts): "Its own number lies in it, and what sets it in its base"
+
+
+def test_classes_that_count_what_was_made_of_them():
+    was = behind(CountsToo())
+    assert CountsToo.made>Counts.made or CountsToo.made and behind(CountsToo())==was
+
+
+limit,table = .5,torch.ones(2)
+
+@pytest.mark.parametrize('read', ['dict', 'cache', 'setter', 'tuple', 'partial', 'global', 'tensor', 'module'])
+def test_what_is_read_in_other_ways(monkeypatch, tmp_path, read):
+    def part(by):
+        if by==1:
+            def part(x): return x
+        else:
+            def part(x): return 2*x
+        return part
+    def of(by):
+        losses,cached = {'a': part(by)},lru_cache(part(by))
+        monkeypatch.setitem(globals(), 'limit', by/2)
+        monkeypatch.setitem(globals(), 'table', torch.full((2,), 1.*by))
+        class Tuple: th = .5,by
+        class Partial: half = partial(part(1), by)
+        class Global:
+            def __call__(self): return limit
+        class Setter: value = property(part(1), part(by))
+        file = tmp_path/'own_helpers.py'
+        file.write_text(f'def part(x): return {by}*x')
+        helpers = ModuleType('own_helpers')
+        helpers.__file__ = str(file)
+        exec(compile(file.read_text(), str(file), 'exec'), vars(helpers))
+        return dict(dict=lambda p: losses['a'](p), cache=lambda p: cached(p), setter=Setter(), tuple=Tuple(),
+                    partial=Partial(), tensor=lambda p: table*p, module=lambda p: helpers.part(p),
+                    **{'global': Global()})[read]
+    a,b,c = (behind(of(by)) for by in (1, 2, 1))
+    assert a==c!=b
