@@ -134,16 +134,18 @@ def _take(self:OneByOne, learn, found):
     for _ in range(self.epochs): self.ticks.after_epoch()
     return found['seconds']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #8132d3a0
+# %% ../../../nbs/distill/methods/chain.ipynb #985c7cbc
 @patch
 def _file(self:OneByOne, name, learn, seed, teacher):
     if self.path is None: return None
     taught = {} if teacher is None else dict(teacher=teacher, **self.kd)
     told = {} if teacher is None else dict(teacher=teacher_text(teacher))
     own = dict(student=learner_text(learn), data=data_text(learn.dls), fit=self.fit, epochs=self.epochs, seed=seed)
-    code = behind(taught, self.fit) + code_of_learner(learn)
-    mark = hashlib.blake2b((setting_text(**{**taught, **told}, **own) + code).encode(), digest_size=5).hexdigest()
-    return self.path/f"{name.replace(' ', '-')}-{mark}.pth"
+    text,code = setting_text(**{**taught, **told}, **own),behind(taught, self.fit) + code_of_learner(learn)
+    new,before = (self.path/f"{name.replace(' ', '-')}-{_mark(o)}.pth" for o in (text+code, text))
+    return before if before.exists() and not new.exists() else new # networks of before have no code
+
+def _mark(text): return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 
 # %% ../../../nbs/distill/methods/chain.ipynb #11933d03
 class _Views:

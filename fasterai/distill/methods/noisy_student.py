@@ -92,7 +92,7 @@ def _refuse_flat(loss_func):
     raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
                      "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #79cf2c26
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #2c9402c1
 @patch
 def _setting(self:_Rounds, i, learn):
     if self.path is None: return ''
@@ -120,7 +120,7 @@ def _load(self:_Rounds, i, learn, setting):
     except Exception as e:
         raise ValueError(f"path: {str(self.file(i))!r} is no finished network, {type(e).__name__}: {e}; remove it, or "
                          "give another folder") from e
-    if theirs!=setting:
+    if theirs not in (setting, setting.partition('; code=')[0]): # networks of before have no code
         raise ValueError(f"path: {str(self.file(i))!r} is of other settings, {theirs}; here {setting}: give "
                          "another folder")
     learn.model.load_state_dict(weights)

@@ -93,7 +93,7 @@ def pseudo_labels(
     if balance: keep = keep[_balanced(probs[keep])]
     return PseudoLabels([items[i] for i in keep.tolist()], probs[keep], learn.dls, soft, len(items))
 
-# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #ad440ffc
+# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #2a8b5c84
 def _probabilities(learn, items):
     "Of each class, for each item `(N, C)`"
     rows = inputs_of(learn.dls.train_ds, items) # refuses what is no list of items
@@ -102,10 +102,14 @@ def _probabilities(learn, items):
     z = logits_of(learn.get_preds(dl=dl, act=noop)[0])
     if z.ndim!=2 or z.shape[1]<2:
         raise ValueError(f"pseudo labels are classes, and the Learner's predictions have the shape {tuple(z.shape)}")
-    if task_of(learn.loss_func).average in ('sigmoid', 'none'):
+    if task_of(learn.loss_func).average in ('sigmoid', 'none') and not _is_one_a_row(learn.loss_func, z):
         raise ValueError("pseudo labels are classes, one for each row, and the Learner's task has none by its loss "
                          f"function {learn.loss_func}")
     return z.as_subclass(Tensor).float().softmax(1)
+
+def _is_one_a_row(loss_func, z):
+    "Does the loss function itself decode predictions to one class for each row?"
+    return hasattr(loss_func, 'decodes') and loss_func.decodes(z).ndim==1
 
 def _balanced(probs):
     "Which rows, so that each class that there is has as many: the surest ones, again and again"

@@ -14,6 +14,7 @@ from torch import nn
 from fasterai.core.seeds import same_start
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.data.unlabelled import mix_unlabelled
+from fasterai.distill.methods.continual import OneHotBCE
 from fasterai.distill.methods.noisy_student import noisy_student
 from fasterai.distill.methods.pseudo_labels import pseudo_labels
 from fasterai.distill.study.one_run import fit_one_cycle, quiet
@@ -193,3 +194,8 @@ def test_a_task_without_classes_is_refused(loss_func):
     learn = learner(net(), data(y=torch.rand(32, 3)), loss_func=loss_func)
     with pytest.raises(ValueError, match='pseudo labels are classes, one for each row'):
         pseudo_labels(learn, [(torch.randn(3, 8, 8),)]*4)
+
+
+def test_one_class_a_row_by_a_loss_of_yes_and_no():
+    learn = learner(net(), data(), loss_func=OneHotBCE())
+    assert len(pseudo_labels(learn, [(torch.randn(3, 8, 8),)]*4))==4

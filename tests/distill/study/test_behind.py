@@ -11,6 +11,7 @@ from fastai.learner import AvgMetric, Metric
 from fastai.metrics import F1Score, accuracy
 from torch import nn
 
+from fasterai.distill.methods import chain
 from fasterai.distill.methods.chain import OneByOne
 from fasterai.distill.study.behind import behind
 from fasterai.distill.study.study import Study
@@ -220,3 +221,15 @@ def test_what_is_read_in_other_ways(monkeypatch, tmp_path, read):
                     **{'global': Global()})[read]
     a,b,c = (behind(of(by)) for by in (1, 2, 1))
     assert a==c!=b
+
+
+def test_finished_networks_of_before_are_found(tmp_path, monkeypatch):
+    one,learn = OneByOne(1, path=tmp_path),made()
+    new = one._file('a', learn, 0, None)
+    with monkeypatch.context() as m: # as names were without code
+        for name in 'behind','code_of_learner': m.setattr(chain, name, lambda *a: '')
+        before = one._file('a', learn, 0, None)
+    before.touch()
+    assert one._file('a', learn, 0, None)==before!=new
+    new.touch()
+    assert one._file('a', learn, 0, None)==new
