@@ -180,7 +180,7 @@ def test_a_loader_that_is_replaced_within_the_fit_is_refused(whole):
 @pytest.mark.parametrize('named', [
     dict(items=lambda self: []), dict(items=None), dict(tensors=[torch.ones(3)]*40), dict(tensors=torch.ones(3)),
     dict(tensors=dict(x=torch.ones(3))), dict(tensors=None), dict(items=pd.DataFrame(dict(a=[1]))),
-    dict(items=iter([1]))], ids=str)
+    dict(items=iter([1]))], ids=lambda o: '-'.join((*o, *(type(v).__name__ for v in o.values()))))
 def test_data_sets_that_call_other_things_items_or_tensors(named):
     x,y = data(40).train_ds.tensors
     class Own:
