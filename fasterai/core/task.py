@@ -24,7 +24,7 @@ def split_batch(
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(b[:n]),tuple(b[n:])
 
-# %% ../../nbs/core/task.ipynb #d2617b02
+# %% ../../nbs/core/task.ipynb #e0ee5b68
 def _viewers(learn):
     found = [cb for cb in getattr(learn, 'cbs', ()) if 'view' in vars(cb)]
     return sorted(found, key=lambda cb: cb.order)
@@ -53,10 +53,11 @@ def full_inputs(
     return next((xb for xb in here if xb is not None), learn.xb)
 
 def copied(
-    xb, # Inputs of a batch
-):
+    xb:tuple, # Inputs of a batch
+)->tuple:
     "The same in tensors of their own, for a function that may write into them"
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, xb)
+    def one(x): return x.clone() if isinstance(x, Tensor) else x
+    return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in xb)
 
 # %% ../../nbs/core/task.ipynb #2f4f8a75
 def logits_of(
