@@ -5,15 +5,12 @@
 # %% auto #0
 __all__ = ['whole_file', 'read_json', 'save_weights']
 
-# %% ../../nbs/core/files.ipynb #b10b31f2
+# %% ../../nbs/core/files.ipynb #07c6b6f3
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkstemp
-
-import torch
-from torch import nn
 
 # %% ../../nbs/core/files.ipynb #de5d43f0
 @contextmanager
@@ -35,7 +32,7 @@ def whole_file(
         Path(tmp).unlink(missing_ok=True)
         raise
 
-# %% ../../nbs/core/files.ipynb #762cd55d
+# %% ../../nbs/core/files.ipynb #6d26c7dd
 def read_json(
     path:str|Path, # The file
 )->dict:
@@ -46,9 +43,10 @@ def read_json(
     raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, expected values by name")
 
 def save_weights(
-    model:nn.Module, # Any module
+    model,         # Any module
     path:str|Path,   # The file
 ):
     "Write the `state_dict`, on the CPU"
+    import torch # here, since much that keeps files has no need of it
     state = {k:v.cpu() if isinstance(v, torch.Tensor) else v for k,v in model.state_dict().items()}
     with whole_file(path) as f: torch.save(state, f)
