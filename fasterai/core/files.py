@@ -32,7 +32,7 @@ def whole_file(
         Path(tmp).unlink(missing_ok=True)
         raise
 
-# %% ../../nbs/core/files.ipynb #6d26c7dd
+# %% ../../nbs/core/files.ipynb #b6dcbef4
 def read_json(
     path:str|Path, # The file
 )->dict:
@@ -43,7 +43,7 @@ def read_json(
     raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, expected values by name")
 
 def save_weights(
-    model,         # Any module
+    model,           # Any module
     path:str|Path,   # The file
 ):
     "Write the `state_dict`, on the CPU"
