@@ -134,14 +134,13 @@ def _take(self:OneByOne, learn, found):
     for _ in range(self.epochs): self.ticks.after_epoch()
     return found['seconds']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #985c7cbc
+# %% ../../../nbs/distill/methods/chain.ipynb #4c4550d3
 @patch
 def _file(self:OneByOne, name, learn, seed, teacher):
     if self.path is None: return None
-    taught = {} if teacher is None else dict(teacher=teacher, **self.kd)
-    told = {} if teacher is None else dict(teacher=teacher_text(teacher))
+    taught = {} if teacher is None else dict(teacher=teacher_text(teacher), **self.kd)
     own = dict(student=learner_text(learn), data=data_text(learn.dls), fit=self.fit, epochs=self.epochs, seed=seed)
-    text,code = setting_text(**{**taught, **told}, **own),behind(taught, self.fit) + code_of_learner(learn)
+    text,code = setting_text(**taught, **own),behind(teacher, taught, self.fit) + code_of_learner(learn)
     new,before = (self.path/f"{name.replace(' ', '-')}-{_mark(o)}.pth" for o in (text+code, text))
     return before if before.exists() and not new.exists() else new # networks of before have no code
 

@@ -210,7 +210,7 @@ def _refuse_other_labels(self:Remember):
     mixers = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixers: raise ValueError(f"{mixers[0]} mixes labels, and ce={self.ce!r} takes them apart: leave it out")
 
-# %% ../../../nbs/distill/methods/continual.ipynb #01ad08e6
+# %% ../../../nbs/distill/methods/continual.ipynb #26cd0dd5
 @patch
 def before_train(self:Remember):
     "Have the loss function of this training"
@@ -219,7 +219,7 @@ def before_train(self:Remember):
     if not s or self.ce=='all': return
     self._give_back(s)
     own = self.learn.loss_func
-    s.fit.notes['own, of ce'] = own,_of_columns(self.ce, own, self.n_old)
+    s.fit.notes['loss_funcs'] = own,_of_columns(self.ce, own, self.n_old)
 
 def _of_columns(ce, own, n_old):
     "The loss function over the columns that `ce` says, for a task whose own is `own`"
@@ -232,7 +232,7 @@ def after_pred(self:Remember):
     "For this one loss the labels speak about the columns of `ce`"
     super(Remember, self).after_pred()
     s,learn = self.teaching,self.learn
-    if s and learn.training and self.ce!='all': learn.loss_func = s.fit.notes['own, of ce'][1]
+    if s and learn.training and self.ce!='all': learn.loss_func = s.fit.notes['loss_funcs'][1]
 
 @patch
 def after_loss(self:Remember):
@@ -253,7 +253,7 @@ def after_train(self:Remember):
 
 @patch
 def _give_back(self:Remember, session):
-    own,of_ce = session.fit.notes.get('own, of ce', (None, None))
+    own,of_ce = session.fit.notes.get('loss_funcs', (None, None))
     if of_ce is not None and self.learn.loss_func is of_ce: self.learn.loss_func = own
 
 # %% ../../../nbs/distill/methods/continual.ipynb #eb61dc20

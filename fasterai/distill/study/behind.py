@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['is_own', 'code_text', 'behind', 'judging', 'code_of_learner', 'with_code']
 
-# %% ../../../nbs/distill/study/behind.ipynb #28b7e868
+# %% ../../../nbs/distill/study/behind.ipynb #7cdb47ff
 import dis
 import hashlib
 import sys
 from functools import partial
-from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
@@ -22,15 +21,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
-from .setting import NOTHING, codes_in, describe, names_read, plain_part
+from .setting import NOTHING, codes_in, describe, is_installed, names_read, plain_part
 
-# %% ../../../nbs/distill/study/behind.ipynb #4129aae7
-_installed = 'fasterai','fastai','torch'
-
+# %% ../../../nbs/distill/study/behind.ipynb #88ba63bf
 def _is_own_module(name, module):
-    root = (name or '').partition('.')[0]
-    if root in sys.stdlib_module_names or root in _installed: return False
-    return 'site-packages' not in PurePath(getattr(module, '__file__', None) or '').parts
+    of_python = (name or '').partition('.')[0] in sys.stdlib_module_names
+    return not (of_python or is_installed(name, getattr(module, '__file__', None)))
 
 def is_own(
     o, # A class or a function
