@@ -1,24 +1,17 @@
-"""One process of a distributed training on the CPU with a sharded teacher; `test_sharded.py` starts two and three.
-
-Saves what it found; asked to `die`, the last rank is killed in the middle of one more fit"""
-import os, signal, sys
+"Trainings by a sharded teacher and by a whole one, and one in which a rank is killed"
+import os, signal
 from functools import partial
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator  # noqa: F401, before fastai.distributed, which needs it
 from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.tracker import SaveModelCallback
-from fastai.distributed import DistributedDL, DistributedTrainer  # noqa: F401
-from torch import distributed as dist
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import FitNet, SoftTarget
 from fasterai.distill.teacher.recorded.recorded import TeacherCache
 from fasterai.distill.teacher.teacher import Teacher
+from common import fit
 from helpers import data, learner, n_hooks, net, same, state
-
-DistributedDL._broadcast = lambda self, t, rank: t  # fastai sends it through a GPU; the order is fixed here
 
 rank,world = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
 n = 20*world
@@ -49,12 +42,12 @@ def student(**kwargs):
     return learner(dls=dls, **kwargs)
 
 
-def fit(teacher, loss=None, epochs=5, cbs=()):
+def taught(teacher, loss=None, epochs=5, cbs=()):
     learn = student(cbs=[Short(), *cbs])
     torch.manual_seed(0) # of the adapter
     layers = () if loss is SoftTarget else ('1', '1')
     kd = KnowledgeDistillationCallback(teacher, loss or {SoftTarget: 1, FitNet: .5}, *layers, valid=True)
-    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(epochs, cbs=kd)
+    fit(learn, epochs, kd)
     return state(learn.model)
 
 
@@ -76,24 +69,19 @@ def compare(path, briefly=False):
     before,ids = state(whole),[id(p) for p in whole.parameters()]
     teacher,exact = Teacher(whole, shard=True),partial(TeacherCache, dtype=torch.float32)
     weighs = Weighs(teacher)
-    pairs = {'all': (fit(Teacher(big())), fit(teacher, cbs=[weighs]))}
+    pairs = {'all': (taught(Teacher(big())), taught(teacher, cbs=[weighs]))}
     both = [Teacher([big(), big(2, 6)], shard=s, cache=exact(path/f'{s}.cache')) for s in (False, True)]
-    pairs['partly on record'] = tuple(fit(t, SoftTarget) for t in both)
+    pairs['partly on record'] = tuple(taught(t, SoftTarget) for t in both)
     if not briefly:
-        pairs['maps alone'] = tuple(fit(t, FitNet) for t in (Teacher(big()), Teacher(whole, shard=True)))
+        pairs['maps alone'] = tuple(taught(t, FitNet) for t in (Teacher(big()), Teacher(whole, shard=True)))
         half = dict(dtype='bf16', fuse=True)
-        pairs['half precision'] = tuple(fit(t) for t in (Teacher(big(), **half), Teacher(whole, shard=True, **half)))
+        pairs['half precision'] = tuple(taught(t) for t in (Teacher(big(), **half), Teacher(whole, shard=True, **half)))
         eager = Teacher(whole, shard=True, cache=exact(path/'eager.cache', eager=True))
-        pairs['asked before'] = fit(Teacher(big()), SoftTarget),fit(eager, SoftTarget)
+        pairs['asked before'] = taught(Teacher(big()), SoftTarget),taught(eager, SoftTarget)
     as_before = same(state(whole), before) and ids==[id(p) for p in whole.parameters()] and n_hooks(whole)==0
     return dict(pairs=pairs, as_before=as_before, share=weighs.share, asked=[t.cache.asked for t in both])
 
 
-if __name__=='__main__':
-    path = Path(sys.argv[1])
-    die = sys.argv[2:]==['die']
-    torch.save(compare(path, briefly=die), path/f'{rank}.pth')
-    if die:
-        dist.barrier()
-        keeps = SaveModelCallback(every_epoch=True, fname=str(path/'kept'))
-        fit(Teacher(net(8, seed=1), shard=True), cbs=[Dies(), keeps])
+def killed(path):
+    "The last rank dies in the middle of the second epoch"
+    taught(Teacher(big(), shard=True), cbs=[Dies(), SaveModelCallback(every_epoch=True, fname=str(path/'kept'))])

@@ -1,29 +1,20 @@
-"""One process of a distributed training on the CPU; `test_distributed.py` starts two.
-
-Saves its gradients and what it saw"""
-import os, sys
-from pathlib import Path
+"Trainings for several processes, or for one, with what is to be the same in both"
+import os
+from functools import partial
 
 import torch
-from accelerate import Accelerator  # noqa: F401, before fastai.distributed, which needs it
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.distributed import DistributedDL, DistributedTrainer  # noqa: F401
+from fastai.callback.training import GradientClip
+from fastai.metrics import accuracy
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import Attention, FitNet, Mutual, SoftTarget
+from fasterai.distill.methods.mutual import MutualLearning
+from fasterai.distill.teacher.following import EMA
 from fasterai.distill.teacher.past import PastEpoch
+from common import fit, plain
 from helpers import GradsAt, data, learner, n_hooks, state
-
-DistributedDL._broadcast = lambda self, t, rank: t  # fastai sends it through a GPU; the data here is not shuffled
-
-
-def model(w, seed):
-    "Without BatchNorm, whose statistics are each process's own"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Sequential(nn.Conv2d(3, w, 3, 2, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                             nn.Linear(w, 3))
 
 
 class Scale(nn.Module):
@@ -36,19 +27,18 @@ class Scale(nn.Module):
     def forward(self, x): return self.conv(x)
 
 
-def run(bs, distributed):
+def gradients(bs, distributed):
+    "Of a prediction's loss, of maps' losses and of an adapter"
     dls = data(n=16, bs=bs)
     dls.train.shuffle = False
-    learn,g,teacher = learner(model(4, 0), dls, wd=0.),GradsAt(),model(8, 1)
+    learn,g,teacher = learner(plain(4, 0), dls, wd=0.),GradsAt(),plain(8, 1)
     before = state(teacher)
     kd = KnowledgeDistillationCallback(teacher, {SoftTarget: 1, Attention: 100, FitNet: 1}, '0', '0',
                                        adapters={'0': Scale()}, weight=0.7)
     class Adapter(GradsAt):
         def before_step(self): self.grads.append([p.grad.clone() for p in kd.learned.parameters()])
     a = Adapter()
-    if distributed:
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, cbs=[kd, g, a])
-    else: learn.fit(1, cbs=[kd, g, a])
+    fit(learn, 1, [kd, g, a], distributed)
     after = state(teacher)
     return dict(student=g.grads, adapter=a.grads, hooks=n_hooks(learn.model, teacher),
                 names=list(learn.model.state_dict()), rows=len(kd.log.history),
@@ -62,7 +52,7 @@ def task(pred, y): return nn.functional.cross_entropy(pred, y)
 class Answers(GradsAt):
     "Lets fastai's own metric know what the teacher says"
     def after_pred(self):
-        with torch.no_grad(): soft_target.teacher = model(8, 1)(self.learn.xb[0])
+        with torch.no_grad(): soft_target.teacher = plain(8, 1)(self.learn.xb[0])
 
 
 def columns(bs, distributed):
@@ -70,13 +60,10 @@ def columns(bs, distributed):
     dls = data(n=40, bs=bs)
     same = [20*r+i+j for i in range(0, 20, 5) for r in range(2) for j in range(5)] # in one process, the same batches
     dls.train.get_idxs = lambda: list(range(40)) if distributed else same
-    learn = learner(model(4, 0), dls, wd=0., lr=1., metrics=[task, soft_target])
+    learn = learner(plain(4, 0), dls, wd=0., lr=1., metrics=[task, soft_target])
     stop = EarlyStoppingCallback('valid_distill_loss', patience=1)
-    kd = KnowledgeDistillationCallback(model(8, 1), SoftTarget, weight=0.7, valid=True)
-    cbs = [kd, Answers(), stop]
-    if distributed:
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(12, cbs=cbs)
-    else: learn.fit(12, cbs=cbs)
+    kd = KnowledgeDistillationCallback(plain(8, 1), SoftTarget, weight=0.7, valid=True)
+    fit(learn, 12, [kd, Answers(), stop], distributed)
     return dict(names=list(learn.recorder.metric_names[1:-1]), values=[[*v] for v in learn.recorder.values])
 
 
@@ -85,15 +72,29 @@ def past(bs, distributed):
     dls = data(n=18, bs=bs)
     epochs = iter(range(100))
     dls.train.get_idxs = lambda: torch.randperm(18, generator=torch.Generator().manual_seed(next(epochs))).tolist()
-    learn,kd = learner(model(4, 0), dls, wd=0., lr=1.),KnowledgeDistillationCallback(PastEpoch(), Mutual, weight=.9)
-    if distributed:
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(3, cbs=kd)
-    else: learn.fit(3, cbs=kd)
+    learn,kd = learner(plain(4, 0), dls, wd=0., lr=1.),KnowledgeDistillationCallback(PastEpoch(), Mutual, weight=.9)
+    fit(learn, 3, kd, distributed)
     table = kd.teacher.learns
     return dict(said=table.said, seen=table.seen, student=state(learn.model))
 
 
-if __name__=='__main__':
-    rank = int(os.environ['RANK'])
-    found = dict(gradients=run(8, True), columns=columns(5, True), past=past(9, True))
-    torch.save(found, Path(sys.argv[1])/f'{rank}.pth')
+def average(bs, distributed):
+    "Of the student's weights after each step"
+    dls = data(n=16, bs=bs) # all of it in a step, whoever gets which
+    dls.train.shuffle = False
+    learn,kd = learner(plain(4, 0), dls, wd=0.),KnowledgeDistillationCallback(EMA(0.9), partial(SoftTarget, T=4))
+    fit(learn, 3, kd, distributed)
+    return dict(average=state(kd.teacher.model), n=int(kd.teacher.averaged.n_averaged), student=state(learn.model))
+
+
+def peers(bs, distributed):
+    "All networks of mutual learning, which begin as others in each process, and the last row of the table"
+    dls = data(n=16, bs=bs)
+    dls.train.shuffle = False
+    learn = learner(plain(4, 0), dls, wd=0., lr=.5, metrics=accuracy)
+    ml = MutualLearning([plain(4+i, 1+10*int(os.environ.get('RANK', 0))+i) for i in range(2)])
+    fit(learn, 3, [ml, GradientClip(.1)], distributed)
+    return [state(learn.model), *map(state, ml.peers)],list(learn.recorder.values[-1])
+
+
+batch_sizes = {gradients: 8, columns: 5, past: 9, average: 8, peers: 8}  # of one process
