@@ -29,7 +29,7 @@ def _pair(a, b, least=1):
     if len(a)<least: raise ValueError(f"a and b must hold at least {least} values each, got {len(a)}")
     return a,b
 
-# %% ../../nbs/core/stats.ipynb #9868ac8a
+# %% ../../nbs/core/stats.ipynb #74696d6e
 def paired_test(
     a:Sequence[float],  # One result for each seed, e.g. distilled
     b:Sequence[float],  # The other recipe's, same seeds in the same order, e.g. alone
@@ -39,9 +39,9 @@ def paired_test(
     a,b = _pair(a, b, 2)
     d = a-b
     diff = float(d.mean())
-    if np.ptp(d)<=1e-12*np.abs(d).max(initial=0): # all equal: there is no spread to test against
+    if np.ptp(d)<=1e-12*np.abs(d).max(initial=0): # all equal, as of a metric in steps: their sign is what can be tested
         t = float(np.copysign(np.inf, diff)) if diff else 0.
-        return PairedTest(diff, 0., t, 0. if diff else 1., (diff, diff))
+        return PairedTest(diff, 0., t, 2.**(1-len(d)) if diff else 1., (diff, diff))
     res = stats.ttest_rel(a, b)
     ci = tuple(map(float, res.confidence_interval(conf)))
     return PairedTest(diff, float(d.std(ddof=1)), float(res.statistic), float(res.pvalue), ci)

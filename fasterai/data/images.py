@@ -38,10 +38,12 @@ def _labels(path, files, pattern):
                          f"names, for example {missed[0]!r}")
     return [m[1] for m in found]
 
-# %% ../../nbs/data/images.ipynb #fb278e62
+# %% ../../nbs/data/images.ipynb #0b7d81dc
 def _readable(path):
     "The images below `path` that can be opened, sorted; what cannot is printed"
     files = get_image_files(path)
+    results = {f.parent for f in path.rglob('plan.json')} # of `fasterai_distill`, whose figures are no pictures
+    files = [f for f in files if results.isdisjoint(f.parents)]
     if not files: raise ValueError(f"no images in {str(path)!r}")
     bad = set(verify_images(files))
     for f in bad: print(f"skipped {f}: {_what_is_wrong(f)}")
@@ -77,19 +79,20 @@ def _check_sides(labels, sides):
     new = ', '.join(sorted(valid-train)[:5])
     if new: raise ValueError(f"classes {new} are in the validation images but not in the training ones")
 
-# %% ../../nbs/data/images.ipynb #35664bca
+# %% ../../nbs/data/images.ipynb #f2846c68
 class AnyDepth(PILImage):
     "An image of three channels, whatever depth the file has"
     @classmethod
     def create(cls, fn, **kwargs):
-        "From a file; those of 16 bits with their range brought to 8"
+        "From a file; those of 16 bits, or of floats, with their range brought to 8"
         if not isinstance(fn, (str, Path)): return super().create(fn, **kwargs)
         im = Image.open(fn)
-        if im.mode.startswith('I'): return cls(Image.fromarray(_in_8_bits(np.asarray(im))).convert('RGB'))
+        if im.mode[0] in 'IF': return cls(Image.fromarray(_in_8_bits(np.asarray(im))).convert('RGB'))
         return super().create(fn, **kwargs)
 
 def _in_8_bits(a):
-    "Whole numbers up to 65535 as such up to 255; those that need no more are left"
+    "Whole numbers up to 65535 as such up to 255; those that need no more are left. Floats up to 1 as shares of 255"
+    if a.dtype.kind=='f' and a.max()<=1: a = a*255
     return (a if a.max()<256 else a.astype(np.int64).clip(0, 65535)//257).astype(np.uint8)
 
 # %% ../../nbs/data/images.ipynb #0683d571

@@ -20,7 +20,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import GetAttr, chunked, patch, store_attr, tuplify
 from torch import Tensor
 
-# %% ../../nbs/data/unlabelled.ipynb #de3f2685
+# %% ../../nbs/data/unlabelled.ipynb #e8054a87
 UNLABELLED = -100 # what PyTorch's and fastai's cross-entropy leave out unless told otherwise
 
 class Extended(GetAttr):
@@ -32,6 +32,7 @@ class Extended(GetAttr):
         targets:Sequence,  # A target for each of them, of the type of a label, or probabilities
         n_inp:int=1,       # Number of inputs in a row
         n_classes:int=None, # Where the targets are probabilities
+        guessed:bool=False, # Are the targets a network's guesses?
     ):
         store_attr()
         if n_classes is not None: self.loss_func = CrossEntropyLossFlat(flatten=False) # takes probabilities, too
@@ -58,7 +59,7 @@ def decode(self:Extended,
     if y!=UNLABELLED: return decode((*xs, y), full=full)
     return (*decode((*xs, torch.zeros_like(torch.as_tensor(y))), full=full)[:-1], Category('?'))
 
-# %% ../../nbs/data/unlabelled.ipynb #abaf0d8e
+# %% ../../nbs/data/unlabelled.ipynb #9a03738d
 def inputs_of(
     dsets,          # A training set: fastai's `Datasets`, or anything with rows of tensors
     items:Sequence, # What its transforms start from (files, say); else rows of inputs
@@ -67,6 +68,7 @@ def inputs_of(
     if isinstance(items, (str, bytes)) or not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
         raise TypeError(f"items must be a list, such as get_image_files(folder), got {items!r}")
     if not len(items): raise ValueError("items is empty: give at least one")
+    while isinstance(dsets, Extended): dsets = dsets.labelled
     if not isinstance(dsets, Datasets): return items
     found = test_set(dsets, items)
     for tl in found.tls: tl.tfms.split_idx = dsets.split_idx
@@ -135,7 +137,7 @@ def mix_unlabelled(
     inputs,no_label = inputs_of(ds, items),_no_label(ds[0][dl.n_inp:])
     return with_train(dls, _mixed(dl, Extended(ds, inputs, [no_label]*len(inputs), dl.n_inp), ratio))
 
-# %% ../../nbs/data/unlabelled.ipynb #3e049dc8
+# %% ../../nbs/data/unlabelled.ipynb #deb0b8b9
 def _no_label(labels):
     "What stands for a label like `labels`"
     if len(labels)==1 and _is_class(labels[0]):
@@ -163,5 +165,6 @@ def labelled_part(
 )->DataLoaders:
     "`dls` whose training has none but rows that were"
     dl = dls.train
-    if isinstance(dl, UnlabelledDL): return with_train(dls, dl.labelled)
-    return with_train(dls, dl.new(dl.dataset.labelled)) if isinstance(dl.dataset, Extended) else dls
+    if isinstance(dl, UnlabelledDL): return labelled_part(with_train(dls, dl.labelled))
+    guessed = isinstance(dl.dataset, Extended) and dl.dataset.guessed
+    return with_train(dls, dl.new(dl.dataset.labelled)) if guessed else dls

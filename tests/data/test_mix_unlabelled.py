@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 from fasterai.core.seeds import same_start
 from fasterai.data.digits import digits_dls, digits_net
+from fasterai.distill.methods.pseudo_labels import pseudo_labels
 from fasterai.data.unlabelled import UNLABELLED, UnlabelledDL, labelled_part, mix_unlabelled
 
 others = range(700, 1797)
@@ -169,3 +170,12 @@ def test_labels_of_numpy():
     dls = DataLoaders(*[TfmdDL(Items(), 4, num_workers=0, n_inp=1) for _ in range(2)])
     y = mix_unlabelled(dls, [torch.zeros(6)]*5, 1).train.one_batch()[1]
     assert y.tolist()==[0, 1, 2, 0]+4*[UNLABELLED]
+
+
+def test_rows_are_added_to_data_that_have_been_extended_before(folder):
+    dls = images(folder)
+    files = get_image_files(folder/'unlabelled')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(432, 2)), CrossEntropyLossFlat())
+    with learn.no_bar(): more = pseudo_labels(learn, files[:6]).dls()
+    x,y = mix_unlabelled(more, files[6:], ratio=1).train.one_batch()
+    assert x.shape==(8, 3, 12, 12) and (y==UNLABELLED).sum()==4

@@ -1,5 +1,5 @@
 "The command as a user calls it: on a folder of images, with a teacher's weights, and with everything that can be wrong"
-import subprocess, sys
+import shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastai.learner import load_learner
 from fasterai.data.archs import load_weights, make_model
+from fasterai.data.images import image_dls
 from fasterai.distill.cli import distill
 from fasterai.distill.command.folder import Folder
 from fasterai.distill.command.work import set_up
@@ -203,3 +204,13 @@ def test_the_command_says_errors_in_a_line():
         res = subprocess.run([command, '.', way, 'nothing.pth', '--T', '4', '--loss=Attention'], capture_output=True,
                              text=True, cwd=Path(__file__).parent)
         assert 'no temperature' in res.stderr
+
+
+def test_figures_of_results_among_the_pictures_are_no_class(images, tmp_path):
+    shutil.copytree(images, tmp_path/'images')
+    results = tmp_path/'images'/'train'/'distilled'
+    results.mkdir()
+    (results/'plan.json').write_text('{}')
+    Image.new('RGB', (20, 20)).save(results/'seeds.png')
+    dls = image_dls(tmp_path/'images', size=16, bs=8, num_workers=0)
+    assert list(dls.vocab)==['blue', 'red'] and len(dls.train_ds)==24

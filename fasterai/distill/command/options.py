@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'whole_numbers', 'Pictures', 'Networks', 'Ways', 'Training', 'Plan']
 
-# %% ../../../nbs/distill/command/options.ipynb #1cc7083e
+# %% ../../../nbs/distill/command/options.ipynb #cd5a9407
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from ..distillation_callback import match_feature_layers
 from ..loss.catalogue import loss_by_name, recipe_of
 from ..loss.terms import Term
 from ..study.one_run import streams_kept
-from ..study.setting import data_text
+from ..study.setting import data_text, rows_text
 from ..teacher.facts import facts_of
 
 # %% ../../../nbs/distill/command/options.ipynb #a744fdd0
@@ -218,7 +218,7 @@ class Plan:
         out = Path(out) if out else Path('-'.join(['distilled', pictures.name, networks.student.replace(':', '_')]))
         return cls(pictures, networks, ways, training, Files(onnx, int8, budget), out)
 
-# %% ../../../nbs/distill/command/options.ipynb #1ac45774
+# %% ../../../nbs/distill/command/options.ipynb #9ceff2db
 @patch
 def identity(self:Plan,
     dls, # The students' data
@@ -226,7 +226,7 @@ def identity(self:Plan,
     "What the results in a folder have in common"
     pics,nets = self.pictures,self.networks
     weights = nets.weights and str(Path(nets.weights).resolve())
-    with streams_kept(): data = data_text(dls)
+    with streams_kept(): data = f'{data_text(dls)} {rows_text(dls)}'
     return dict(images=str(Path(pics.path).resolve()) if pics.path else 'handwritten digits',
                 training_images=len(dls.train_ds), validation_images=len(dls.valid_ds), data=data,
                 classes=list(map(str, dls.vocab)), image_size=None if pics.digits else pics.size,

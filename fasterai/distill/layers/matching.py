@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stage', 'find_stages', 'FeaturePairs', 'match_feature_layers']
 
-# %% ../../../nbs/distill/layers/matching.ipynb #c4cbd9ff
+# %% ../../../nbs/distill/layers/matching.ipynb #764403ea
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from fastcore.basics import tuplify
 from torch import nn, Tensor
 
-from ...core.task import seen_by_student, split_batch
+from ...core.task import one_batch, seen_by_student, split_batch
 from .capture import to_model
 from .names import unwrap
 from .trace import trace
@@ -216,7 +216,7 @@ def _differences(a, b):
     if a.channels!=b.channels: found.append('channels')
     return ' and '.join(found) or 'none'
 
-# %% ../../../nbs/distill/layers/matching.ipynb #7a7eaaf4
+# %% ../../../nbs/distill/layers/matching.ipynb #c5f93b4d
 def _network(who, o, xb):
     "The network that `o` stands for, and its inputs"
     if isinstance(o, Learner): o,xb = o.model,seen_by_student(o, xb)
@@ -251,8 +251,9 @@ def _as_inputs(student, x):
     "Of a batch as it is, or the first inputs of `DataLoaders`, for which no random number is drawn"
     dls = getattr(student, 'dls', None) if x is None else x
     if dls is None: raise TypeError("x: give a batch of inputs or `DataLoaders`; the student is no Learner with data")
-    if not hasattr(dls, 'one_batch'): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
-    with torch.random.fork_rng([]): return split_batch(dls, tuplify(dls.one_batch()))[0]
+    loads = hasattr(dls, 'loaders') or hasattr(dls, 'one_batch')
+    if not loads: return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    with torch.random.fork_rng([]): return split_batch(dls, tuplify(one_batch(dls)))[0]
 
 def _traced(who, model, xb):
     "Steps and stages of a network; ValueError if it has none"

@@ -136,14 +136,14 @@ def kl_div(
     p = lt.exp()
     return (lt-ls).mul_(p).masked_fill_(p==0, 0).sum(axis)
 
-# %% ../../../nbs/distill/loss/base.ipynb #c835bfbc
+# %% ../../../nbs/distill/loss/base.ipynb #947c4d1f
 def check_T(
     T:float, # Temperature
 )->float:
     "`T`. Raises TypeError or ValueError unless it is a positive number (a tensor is not read: that would wait for it)"
     if isinstance(T, Tensor): return T
     if not isinstance(T, Real): raise TypeError(f"T must be a number, got {T!r}")
-    if not T>0: raise ValueError(f"T must be positive, got {T}")
+    if not 0<T<float('inf'): raise ValueError(f"T must be positive and finite, got {T}")
     return T
 
 # %% ../../../nbs/distill/loss/base.ipynb #0528e5a2

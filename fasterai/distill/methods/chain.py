@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'OneByOne', 'teacher_of', 'alike_at_start', 'Chain', 'row_of', 'metric_of']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #3be9e651
+# %% ../../../nbs/distill/methods/chain.ipynb #11239f09
 import hashlib
 import os
 import time
@@ -29,7 +29,7 @@ from ..layers.names import unwrap
 from ..study.behind import behind, code_of_learner
 from ..study.one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
                                               streams_kept)
-from ..study.setting import data_text, describe, learner_text, setting_text, teacher_text
+from ..study.setting import data_text, describe, learner_text, rows_text, setting_text, teacher_text
 from ..teacher.teacher import Teacher
 
 # %% ../../../nbs/distill/methods/chain.ipynb #09a74f97
@@ -134,13 +134,14 @@ def _take(self:OneByOne, learn, found):
     for _ in range(self.epochs): self.ticks.after_epoch()
     return found['seconds']
 
-# %% ../../../nbs/distill/methods/chain.ipynb #4c4550d3
+# %% ../../../nbs/distill/methods/chain.ipynb #a293feaf
 @patch
 def _file(self:OneByOne, name, learn, seed, teacher):
     if self.path is None: return None
     taught = {} if teacher is None else dict(teacher=teacher_text(teacher), **self.kd)
     own = dict(student=learner_text(learn), data=data_text(learn.dls), fit=self.fit, epochs=self.epochs, seed=seed)
     text,code = setting_text(**taught, **own),behind(teacher, taught, self.fit) + code_of_learner(learn)
+    code += rows_text(learn.dls)
     new,before = (self.path/f"{name.replace(' ', '-')}-{_mark(o)}.pth" for o in (text+code, text))
     return before if before.exists() and not new.exists() else new # networks of before have no code
 

@@ -121,7 +121,7 @@ class PictureLoss:
         if adv: loss = loss + adv*disagreement(logits_of(student(x), who='student'), z, masked=way.intended)
         return loss
 
-# %% ../../../nbs/distill/methods/data_free.ipynb #14ecf268
+# %% ../../../nbs/distill/methods/data_free.ipynb #667a782f
 class Imagine(Callback):
     """Each training batch becomes one of a generator's pictures, and of what class the teacher takes them for; the
     generator learns on the way, with an optimizer of its own"""
@@ -153,13 +153,14 @@ class Imagine(Callback):
 
     def before_fit(self):
         "What a search for the learning rate does is undone. ValueError if the teacher is gone"
+        if self.learn.lock.locked(): return # no fit: a prediction or validation
         if 'judge' not in vars(self):
             raise ValueError("Imagine was loaded from a file, without its teacher: make a new data_free_learner")
         now = self.generator,self.adam.state_dict(),self.pool
         self.was = deepcopy(now) if hasattr(self.learn, 'lr_finder') else None
 
     def after_fit(self):
-        if self.was is None: return
+        if getattr(self, 'was', None) is None: return
         generator,opt,self.pool = self.was
         self.generator.load_state_dict(generator.state_dict())
         self.adam.load_state_dict(opt)

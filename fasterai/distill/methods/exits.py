@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Exit', 'pooled', 'exit_loss', 'Exits', 'DeepSupervision']
 
-# %% ../../../nbs/distill/methods/exits.ipynb #5c348dd5
+# %% ../../../nbs/distill/methods/exits.ipynb #2453b8c2
 import torch
 import torch.nn.functional as F
 from fastcore.basics import listify, patch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...core.task import logits_of, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture, as_found, to_model
+from ..layers.layout import spatial
 from ..losses import SoftTarget
 from ..training.views import seen_by_student
 
@@ -143,7 +144,7 @@ def replace(self:DeepSupervision,
     rest = {k:v for k,v in self.recipe.arguments().items() if k not in ('loss', 'activations_student')}
     return type(self)(**{**self.given, **rest, **changes})
 
-# %% ../../../nbs/distill/methods/exits.ipynb #f311bf8d
+# %% ../../../nbs/distill/methods/exits.ipynb #aaa729db
 @patch
 def exit_accuracies(self:DeepSupervision,
     learn,   # The student's Learner, after a fit with this callback
@@ -158,7 +159,8 @@ def exit_accuracies(self:DeepSupervision,
         for b in dl:
             xb,(y,) = split_batch(learn.dls, b)
             whole = logits_of(learn.model(*to_model(learn.model, seen_by_student(learn, xb))), self.recipe.select)
-            said = {k:leave(x)[0] for (k,leave),x in zip(self.exits.items(), seen.maps.values())}
+            maps = spatial(seen.maps, seen.layouts).values() # as in the training
+            said = {k:leave(x)[0] for (k,leave),x in zip(self.exits.items(), maps)}
             for k,z in {**said, 'whole': whole}.items(): right[k] += (z.argmax(1)==y.to(z.device)).sum().item()
             n += len(y)
     return {k:v/n for k,v in right.items()}

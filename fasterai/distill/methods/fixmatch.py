@@ -18,7 +18,7 @@ from ..loss.consistency import Consistency
 from ..teacher.oneself import Oneself
 from ..training.views import StudentSees
 
-# %% ../../../nbs/distill/methods/fixmatch.ipynb #43ea5007
+# %% ../../../nbs/distill/methods/fixmatch.ipynb #6bedb53a
 class StrongView(StudentSees):
     "In training, the student sees `f(*xb)` in place of rows without a label; a teacher sees the batch as it is"
     def __init__(self,
@@ -30,6 +30,12 @@ class StrongView(StudentSees):
     def before_batch(self):
         "Change the rows without a label"
         super().before_batch()
+        if not self.learn.yb:
+            raise ValueError("StrongView: the batches have no labels, by which it tells the rows without one: make "
+                             "them by mix_unlabelled, or take StudentSees for all rows")
+        if self.learn.yb[0].ndim!=1:
+            raise ValueError("StrongView: a row has one class or none, by which it tells those without a label, got "
+                             f"targets {tuple(self.learn.yb[0].shape)}")
         without = self.learn.yb[0]==UNLABELLED
         self.learn.xb = tuple(_where(without, new, x) for new,x in zip(self.learn.xb, self.full_xb))
 

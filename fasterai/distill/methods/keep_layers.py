@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['keep_layers']
 
-# %% ../../../nbs/distill/methods/keep_layers.ipynb #a071b646
+# %% ../../../nbs/distill/methods/keep_layers.ipynb #e651fbca
+import warnings
 from copy import deepcopy
 from typing import Iterable
 
@@ -35,33 +36,42 @@ def _numbers(keep, n):
     if len(set(found))<len(found): raise ValueError(f"keep must name different layers, got {keep}")
     return found
 
-# %% ../../../nbs/distill/methods/keep_layers.ipynb #55af3e75
+# %% ../../../nbs/distill/methods/keep_layers.ipynb #d01d38f3
 def _configs(model, name):
     "Configurations of the modules around the list, the innermost first, each once"
     parts = name.split('.')
     around = [get_module_by_name(model, '.'.join(parts[:i])) for i in reversed(range(len(parts)))]
     found = {id(c):c for m in around if (c := getattr(m, 'config', None)) is not None}
-    return found.values()
+    return list(found.values())
 
-def _tell_config(config, n, keep):
-    "Let a configuration of `n` layers be one of those to `keep`"
-    if getattr(config, 'num_hidden_layers', None)!=n: return
-    per_layer = [k for k,v in vars(config).items() if k.startswith('layer') and isinstance(v, list) and len(v)==n]
-    for k in per_layer: setattr(config, k, [getattr(config, k)[i] for i in keep])
-    config.num_hidden_layers = len(keep)
+def _counts(config, name):
+    "Attributes of a configuration in which the number of layers of the list `name` stands"
+    if 'decoder' not in name.split('.'): return 'num_hidden_layers','encoder_layers','num_encoder_layers'
+    both = getattr(config, 'is_encoder_decoder', False) # then the plain number is the encoder's
+    return ('decoder_layers', 'num_decoder_layers', *([] if both else ['num_hidden_layers']))
+
+def _tell_config(config, name, n, keep):
+    "Let a configuration with `n` layers in the list `name` be one with those to `keep`"
+    counts = [k for k in _counts(config, name) if getattr(config, k, None)==n]
+    if 'num_hidden_layers' in counts:
+        per_layer = [k for k,v in vars(config).items() if k.startswith('layer') and isinstance(v, list) and len(v)==n]
+        for k in per_layer: setattr(config, k, [getattr(config, k)[i] for i in keep])
+    for k in counts: setattr(config, k, len(keep))
+    return counts
 
 def _renumber(layer, i):
     for m in layer.modules():
         if isinstance(vars(m).get('layer_idx'), int): m.layer_idx = i
 
-# %% ../../../nbs/distill/methods/keep_layers.ipynb #69535778
+# %% ../../../nbs/distill/methods/keep_layers.ipynb #485a92ab
 def keep_layers(
     model:nn.Module,    # A model, perhaps in its wrappers
     name:str,           # Of its list of layers, such as 'encoder.layer'
     keep:Iterable[int], # Numbers of the layers to keep, in the order that they will have; -1 is the last one
 )->nn.Module:
     """A copy of `model` with only the layers `keep` of the list `name`, named as the first ones were; a Hugging Face
-    `config` says so. The model stays as it is. ValueError for an unknown list or number, with the nearest name"""
+    `config` says so, or warns. The model stays as it is. ValueError for an unknown list or number, with the nearest
+    name"""
     model = unwrap(model)
     n = len(_layer_list(model, name))
     keep = _numbers(keep if isinstance(keep, (int, str)) else list(keep), n)
@@ -72,5 +82,8 @@ def keep_layers(
     for i,j in enumerate(keep):
         layers.add_module(names[i], kept[j])
         _renumber(kept[j], i)
-    for config in _configs(student, name): _tell_config(config, n, keep)
+    configs = _configs(student, name)
+    if configs and not any([_tell_config(c, name, n, keep) for c in configs]):
+        warnings.warn(f"no config of the {type(student).__name__} has the number of layers in {name!r}, {n}: what "
+                      "from_pretrained builds of it has all of them")
     return student

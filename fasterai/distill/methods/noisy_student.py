@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NoisyStudent', 'noisy_student']
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #bd47ae97
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #c584d104
 import time
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Callable, Sequence
 
 import pandas as pd
@@ -20,12 +20,13 @@ from fastai.torch_core import set_seed
 from fastcore.basics import patch, store_attr
 
 from ...core.files import whole_file
+from ...core.rows import digest_of
 from ...core.seeds import same_start
 from ...data.unlabelled import labelled_part
 from .pseudo_labels import pseudo_labels
 from ..study.behind import behind, code_of_learner
 from ..study.one_run import Ticks, fit_one_cycle, measure, quiet, streams_kept
-from ..study.setting import data_text, learner_text, setting_text
+from ..study.setting import data_text, learner_text, rows_text, setting_text
 
 # %% ../../../nbs/distill/methods/noisy_student.ipynb #38fc5e9f
 class NoisyStudent:
@@ -42,13 +43,13 @@ class NoisyStudent:
     def __repr__(self): return self.table.to_string(index=False, float_format='{:.4g}'.format, na_rep='')
     def _repr_html_(self): return self.table.to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #51f978cc
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #fe84515a
 class _Rounds:
     "The trainings of a noisy student"
     def __init__(self, makers, dls, items, epochs, labels, fit, path, seed, ticks):
         store_attr()
         self.path = None if path is None else Path(path)
-        self.data = None if path is None else _text_of(dls)
+        self.data,self.rows = (None, None) if path is None else _texts_of(dls)
 
     def start(self, i, data):
         "An untrained Learner for `data`"
@@ -92,20 +93,21 @@ def _refuse_flat(loss_func):
     raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
                      "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #2c9402c1
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #29ae38d6
 @patch
 def _setting(self:_Rounds, i, learn):
     if self.path is None: return ''
-    code = behind(self.fit) + code_of_learner(learn)
-    return setting_text(epochs=self.epochs[:i+1], items=list(map(str, self.items)), seed=self.seed, **self.labels,
-                        fit=self.fit, student=learner_text(learn), data=self.data, code=code)
+    items = [str(o) if isinstance(o, (str, PurePath, int, float)) else type(o).__name__ for o in self.items]
+    code = behind(self.fit) + code_of_learner(learn) + self.rows + digest_of(self.items).hexdigest()
+    return setting_text(epochs=self.epochs[:i+1], items=items, seed=self.seed, **self.labels, fit=self.fit,
+                        student=learner_text(learn), data=self.data, code=code)
 
-def _text_of(dls):
-    "`data_text`, after which the shuffling goes on as before"
+def _texts_of(dls):
+    "`data_text` and `rows_text`, after which the shuffling goes on as before"
     rngs = [dl.rng for dl in dls.loaders]
-    with streams_kept(): text = data_text(dls)
+    with streams_kept(): texts = data_text(dls),rows_text(dls)
     for dl,rng in zip(dls.loaders, rngs): dl.rng = rng
-    return text
+    return texts
 
 @patch
 def _save(self:_Rounds, i, learn, row, setting):

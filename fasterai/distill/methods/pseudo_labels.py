@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PseudoLabels', 'pseudo_labels']
 
-# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #ea37b32e
+# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #13ab7ce2
 from math import ceil
+from types import SimpleNamespace
 from typing import Sequence
 
 import pandas as pd
@@ -17,9 +18,10 @@ from fastcore.basics import noop, patch, store_attr, tuplify
 from torch import Tensor
 
 from ...core.task import logits_of, task_of
+from ..teacher.facts import facts_of
 from ...data.unlabelled import Extended, inputs_of, labelled_part, with_train
 
-# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #7d1115c8
+# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #ecd8d5b8
 class PseudoLabels:
     "Items with the labels that a Learner gave them, made by `pseudo_labels`"
     def __init__(self,
@@ -38,7 +40,7 @@ class PseudoLabels:
     @property
     def frame(self)->pd.DataFrame:
         "Item, label and confidence; classes by their name where the data has names"
-        names = getattr(self.base, 'vocab', None) or range(self.probs.shape[1])
+        names = _classes(self.base) or range(self.probs.shape[1])
         return pd.DataFrame(dict(item=self.items, label=[names[i] for i in self.labels.tolist()],
                                  confidence=self.confidence.numpy()))
 
@@ -46,7 +48,7 @@ class PseudoLabels:
         kind = 'soft' if self.soft else 'hard'
         return f"{len(self)} {kind} labels for {self.asked} items, mean confidence {self.confidence.mean():.3g}"
 
-# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #e51f5c95
+# %% ../../../nbs/distill/methods/pseudo_labels.ipynb #36d92588
 @patch
 def dls(self:PseudoLabels,
     base:DataLoaders=None, # Labelled; None: those of the Learner that gave the labels
@@ -59,7 +61,8 @@ def dls(self:PseudoLabels,
     like = dl.dataset[0][dl.n_inp]
     inputs = inputs_of(dl.dataset, self.items)
     n_classes = self.probs.shape[1] if self.soft else None
-    return with_train(base, dl.new(Extended(dl.dataset, inputs, self._targets(like), dl.n_inp, n_classes)))
+    extended = Extended(dl.dataset, inputs, self._targets(like), dl.n_inp, n_classes, guessed=True)
+    return with_train(base, dl.new(extended))
 
 @patch
 def _targets(self:PseudoLabels, like):
@@ -70,9 +73,11 @@ def _targets(self:PseudoLabels, like):
 
 @patch
 def _check_classes(self:PseudoLabels, base):
-    mine,others = (getattr(o, 'vocab', None) for o in (self.base, base))
-    if mine is None or others is None or list(mine)==list(others): return
+    mine,others = map(_classes, (self.base, base))
+    if mine is None or others is None or mine==others: return
     raise ValueError(f"the labels are of the classes {list(mine)}, those of base are {list(others)}")
+
+def _classes(dls): return facts_of(SimpleNamespace(dls=dls)).classes
 
 # %% ../../../nbs/distill/methods/pseudo_labels.ipynb #3e918f3e
 def pseudo_labels(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['refuse_other_than_learner', 'first_batch', 'input_names', 'describe']
 
-# %% ../../../nbs/distill/ship/describe.ipynb #b21c475e
+# %% ../../../nbs/distill/ship/describe.ipynb #7777db0e
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from fastai.vision.augment import AffineCoordTfm, CropPad, RandomResizedCrop, Re
 from fastcore.basics import tuplify
 from PIL import Image
 
-from ...core.task import split_batch, task_of
+from ...core.task import one_batch, split_batch, task_of
 from ...data.images import AnyDepth
 from .predictor import prepare
 from ..study.one_run import streams_kept
 from ..study.report import versions
 from ..teacher.facts import facts_of
 
-# %% ../../../nbs/distill/ship/describe.ipynb #f64760e6
+# %% ../../../nbs/distill/ship/describe.ipynb #ea082e1d
 def refuse_other_than_learner(
     learn, # What was passed as a Learner
 ):
@@ -42,7 +42,7 @@ def first_batch(
     if dls is None or len(dls.loaders)<2 or not len(dls.valid):
         raise ValueError("the Learner has no validation data, which says what its inputs are and whether a file "
                          "answers as it does: give it DataLoaders with a validation set")
-    with streams_kept(): xb = split_batch(dls, tuplify(dls.valid.one_batch()))[0]
+    with streams_kept(): xb = split_batch(dls, tuplify(one_batch(dls.valid)))[0]
     wrong = [type(x).__name__ for x in xb if not isinstance(x, torch.Tensor)]
     if wrong: raise ValueError(f"a file takes tensors, and the Learner's inputs hold a {wrong[0]}")
     return tuple(x.detach().cpu().as_subclass(torch.Tensor) for x in xb)

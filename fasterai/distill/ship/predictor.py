@@ -65,15 +65,18 @@ def _in_batch(x, size, corners):
         return _between(fewer, m, corners) @ _averages(n, fewer) if shrinks else _between(n, m, corners)
     return along(x.shape[1], size[0]) @ x @ along(x.shape[2], size[1]).T
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #698c033f
+# %% ../../../nbs/distill/ship/predictor.ipynb #07945d7d
 def _opened(image, how):
     "A picture of the right mode, from a file, a picture or an array of bytes"
     if isinstance(image, np.ndarray): image = _from_array(image)
-    if isinstance(image, Image.Image): return image.convert(how['mode'])
+    if isinstance(image, Image.Image): return _in_mode(image, how)
     with _file(image) as im:
         im.load()
-        if how.get('sixteen_bits')=='scaled' and im.mode.startswith('I'): im = _in_8_bits(np.asarray(im))
-        return im.convert(how['mode'])
+        return _in_mode(im, how)
+
+def _in_mode(im, how):
+    if how.get('sixteen_bits')=='scaled' and im.mode[0] in 'IF': im = _in_8_bits(np.asarray(im))
+    return im.convert(how['mode'])
 
 def _file(image):
     try: return Image.open(image)
@@ -82,13 +85,16 @@ def _file(image):
                          f"{type(image).__name__}") from e
 
 def _from_array(a):
-    try: return Image.fromarray(a)
-    except TypeError as e:
-        raise ValueError("expected an array of bytes (H, W) or (H, W, 3), or of floats from 0 to 1, got "
-                         f"{a.dtype} {a.shape}") from e
+    try:
+        if a.size: return Image.fromarray(a)
+        reason = None
+    except TypeError as e: reason = e
+    raise ValueError("expected an array of bytes (H, W) or (H, W, 3), or of floats from 0 to 1, got "
+                     f"{a.dtype} {a.shape}") from reason
 
 def _in_8_bits(a):
-    "Whole numbers up to 65535 as such up to 255; those that need no more are left"
+    "Whole numbers up to 65535 as such up to 255; those that need no more are left. Floats up to 1 as shares of 255"
+    if a.dtype.kind=='f' and a.max()<=1: a = a*255
     return Image.fromarray((a if a.max()<256 else a.astype(np.int64).clip(0, 65535)//257).astype(np.uint8))
 
 def prepare(

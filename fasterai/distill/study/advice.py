@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advice', 'suggest_weights']
 
-# %% ../../../nbs/distill/study/advice.ipynb #b0daacc0
+# %% ../../../nbs/distill/study/advice.ipynb #72655e04
 import math
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,6 +26,7 @@ from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
 from ..teacher.facts import facts_of
 from ..teacher.forward import device_of, size_of
+from ..teacher.protocol import named
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 
@@ -66,7 +67,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #24e4955b
+# %% ../../../nbs/distill/study/advice.ipynb #041f2339
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -88,13 +89,14 @@ def _flat_logits(learn, kd, pred):
     if kd.teacher.average=='stack' and axis>=0: axis += 1
     return pred.as_subclass(torch.Tensor).movedim(axis, -1).flatten(0, -2).float()
 
-def _logits(kd, xb):
-    "The teacher's own, past the cache of a fit that may be running"
-    return getattr(kd.teacher, 'compute', kd.teacher.answer)(*xb)[0]
+def _logits(kd, xb, pred):
+    "The teacher's own, past the cache of a fit that may be running; None of nobody"
+    ask = getattr(kd.teacher, 'compute', kd.teacher.answer)
+    return ask(*xb, **named(ask, dict(pred=pred)))[0]
 
-def _one_answer(learn, kd, xb):
+def _one_answer(learn, kd, xb, pred):
     "The teacher's logits; the average of several that it does not average itself"
-    z = _logits(kd, xb)
+    z = _logits(kd, xb, pred)
     return ensemble_logits(list(z), axis=_class_axis(learn)) if kd.teacher.average=='stack' else z
 
 @contextmanager
@@ -119,7 +121,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #f0ff4085
+# %% ../../../nbs/distill/study/advice.ipynb #725d8974
 def _is_about_the_task(learn, kd):
     "Are the teacher's classes the student's? Where a loss looks at logits, the teacher has seen to it"
     if any('teacher_pred' in t.needs for t in kd.terms): return True
@@ -135,7 +137,9 @@ def _judge(learn, kd, n):
         for xb,yb in _batches(learn, _validation_data(learn), n):
             if not yb: return None
             pred = learn.model(*seen_by_student(learn, xb))
-            pair = logits_of(pred, kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
+            z = logits_of(pred, kd.recipe.select, 'student')
+            pair = z,_one_answer(learn, kd, xb, z)
+            if pair[1] is None: return None
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
             if right: vals = [float((p.argmax(_class_axis(learn))==y).float().mean()) for p in pair]
@@ -186,14 +190,16 @@ def _kwargs(kd, weights):
     for t in kd.recipe.replace().terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
     return {**kd.recipe.arguments(), 'loss': loss, 'weight': 1., 'task_weight': 1.}
 
-# %% ../../../nbs/distill/study/advice.ipynb #641b0b3a
+# %% ../../../nbs/distill/study/advice.ipynb #b40b1577
 def _probe(learn, kd, params, n_batches):
     "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
     pulls,logits = [],[]
     with _as_in_training(learn.model), training_data(learn, kd.teacher, shuffle=True) as dl:
         for xb,yb in _batches(learn, dl, n_batches):
             pulls.append(_pull(learn, kd, xb, yb, params))
-            if any('teacher_pred' in t.needs for t in kd.terms): logits.append(_logits(kd, xb))
+            if not any('teacher_pred' in t.needs for t in kd.terms): continue
+            z = logits_of(learn.model(*seen_by_student(learn, xb)), kd.recipe.select, 'student')
+            if (said := _logits(kd, xb, z)) is not None: logits.append(said)
     if not pulls: raise ValueError("the training data has not a single full batch")
     return pulls,torch.cat([_flat_logits(learn, kd, z) for z in logits]) if logits and logits[0].ndim>1 else None
 

@@ -6,7 +6,7 @@
 __all__ = ['predictions', 'Comparison', 'compare', 'plot_compare', 'attention_map', 'plot_attention', 'plot_similarity',
            'plot_soft_targets']
 
-# %% ../../../nbs/distill/study/compare.ipynb #4798cb0e
+# %% ../../../nbs/distill/study/compare.ipynb #deef1362
 from contextlib import contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from torch import nn
 from ...core.names import unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
-from ...core.task import seen_by_student, split_batch, task_of
+from ...core.task import one_batch, seen_by_student, split_batch, task_of
 from ..layers.capture import as_found
 from ..loss.base import kl_div
 from .measure import model_cost
@@ -258,7 +258,7 @@ def _difference(r, m):
     diff,low,high,p = (r[f'{m}_{k}'] for k in ('diff', 'diff_lo', 'diff_hi', 'p'))
     return f"{diff:+.4f} [{low:+.4f}, {high:+.4f}], p {'< 0.001' if p<0.001 else format(p, '.3f')}"
 
-# %% ../../../nbs/distill/study/compare.ipynb #d19d3615
+# %% ../../../nbs/distill/study/compare.ipynb #71f1f384
 def _role(arg, name, default, learners):
     if name is None or name in learners or name==default: return name if name in learners else None
     raise ValueError(f"{arg}: {unknown_name('learner', name, learners)}")
@@ -277,7 +277,7 @@ def _as_learners(learners):
 
 def _first_inputs(dl):
     "The inputs of a batch, for which no random number is drawn"
-    with torch.random.fork_rng([]): return split_batch(dl, tuplify(dl.one_batch()))[0]
+    with torch.random.fork_rng([]): return split_batch(dl, tuplify(one_batch(dl)))[0]
 
 # %% ../../../nbs/distill/study/compare.ipynb #538d5cd4
 def _cost_of(learners, dls, min_time):

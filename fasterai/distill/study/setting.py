@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'weights_of', 'describe', 'codes_in', 'names_read', 'plain_part', 'is_installed', 'learner_text',
-           'data_text', 'teacher_text', 'setting_text']
+           'data_text', 'rows_text', 'teacher_text', 'setting_text']
 
-# %% ../../../nbs/distill/study/setting.ipynb #6a2cd39f
+# %% ../../../nbs/distill/study/setting.ipynb #ec1c9421
 import dis
 import hashlib
 import re
@@ -19,20 +19,24 @@ import numpy as np
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
+from fastai.data.core import Datasets
 from fastai.learner import CastToTensor, Learner, Recorder
 from torch import nn
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
+from ...core.rows import fingerprint
 from ...core.seeds import same_start
+from ...core.task import one_batch
 from ..loss.terms import as_terms
 from ..teacher.teacher import as_teacher
 
-# %% ../../../nbs/distill/study/setting.ipynb #6126f13f
+# %% ../../../nbs/distill/study/setting.ipynb #08ab9f2f
 _atoms = bool,int,float,complex,str,bytes,type(None),type(...)
 _constants = *_atoms,FunctionType,partial,nn.Module,torch.Tensor
 
-def _short_hash(text, size=4): return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+def _short_hash(text, size=4):
+    return hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=size).hexdigest() # of files' names, too
 
 def _bytes(t):
     t = t.detach().as_subclass(torch.Tensor).cpu().contiguous()
@@ -171,7 +175,7 @@ def learner_text(
     cbs = [(type(c), _plain(vars(c), but=('learn',))) for c in learn.cbs if type(c) not in _always]
     return _short_hash(describe([learn.model, *(getattr(learn, o, None) for o in _how), cbs]))
 
-# %% ../../../nbs/distill/study/setting.ipynb #0cb0c39b
+# %% ../../../nbs/distill/study/setting.ipynb #3f56093d
 def data_text(
     dls, # Of which shuffling starts anew
 )->str:
@@ -179,10 +183,19 @@ def data_text(
     sized = [dl for dl in dls.loaders[:2] if hasattr(dl.dataset, '__len__')]
     sizes = '+'.join(str(len(dl.dataset)) if dl in sized else 'stream' for dl in dls.loaders[:2])
     same_start(dls, 0)
-    batches = [dl.one_batch() for dl in sized if len(dl)]
+    batches = [one_batch(dl) for dl in sized if len(dl)]
     events = 'after_item','before_batch','after_batch'
     changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in events]
     return f"{sizes} {_short_hash(describe([batches, changes]))}"
+
+def rows_text(
+    dls, # As they are
+)->str:
+    "A fingerprint of what is behind the batches: items or tensors, and of `Datasets` up to 256 labels each"
+    sets = [dl.dataset for dl in dls.loaders[:2] if hasattr(dl.dataset, '__len__')]
+    labels = [[tl[i] for i in np.linspace(0, len(tl)-1, min(len(tl), 256)).astype(int).tolist()]
+              for ds in sets if isinstance(ds, Datasets) for tl in ds.tls[ds.n_inp:]]
+    return _short_hash(describe([list(map(fingerprint, sets)), labels]))
 
 # %% ../../../nbs/distill/study/setting.ipynb #bb512fe0
 def teacher_text(

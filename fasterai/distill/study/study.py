@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study', 'is_diverged']
 
-# %% ../../../nbs/distill/study/study.ipynb #225ff397
+# %% ../../../nbs/distill/study/study.ipynb #da54c42e
 import time
 from collections.abc import Iterable
 from numbers import Integral
@@ -23,12 +23,12 @@ from .behind import behind, code_of_learner, judging, with_code
 from .one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
                                             refuse_no_validation, streams_kept)
 from .run_log import RunLog
-from .setting import data_text, learner_text, setting_text, teacher_text, weights_of
+from .setting import data_text, learner_text, rows_text, setting_text, teacher_text, weights_of
 from .students import Students
 from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
                                             lower_is_better, plot_gains, summary)
 
-# %% ../../../nbs/distill/study/study.ipynb #93ddb40c
+# %% ../../../nbs/distill/study/study.ipynb #7c03eea0
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
     and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
@@ -81,7 +81,7 @@ class Study:
             learn = self.make_learner()
             if self.measure is measure: refuse_no_validation(learn)
             self.metrics = measured(learn)
-            code = code_of_learner(learn),behind(self.fit),judging(learn.metrics, self.measure)
+            code = code_of_learner(learn)+rows_text(learn.dls),behind(self.fit),judging(learn.metrics, self.measure)
             self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls), code=code)
 
 # %% ../../../nbs/distill/study/study.ipynb #6bd95993

@@ -135,12 +135,17 @@ def readable(
                      'of':_number(r, f'{baseline}_epochs', '.0f') if later else ''})
     return pd.DataFrame(rows).set_index('').rename_axis(None)
 
-# %% ../../../nbs/distill/study/summary.ipynb #643fae1a
+# %% ../../../nbs/distill/study/summary.ipynb #1fc75858
 def lower_is_better(
     metric:str, # Its name
 )->bool:
-    "Is it a loss or an error?"
-    return any(s in metric for s in ('loss', 'error', 'mse', 'mae', 'perplexity'))
+    "Is it a loss, an error or a distance, as fastai, scikit-learn and torchmetrics call them?"
+    name = metric.lower()
+    return any(s in name for s in _distances) or not _short.isdisjoint(name.split('_'))
+
+_distances = ('loss', 'error', 'mse', 'mae', 'msle', 'mape', 'rmspe', 'perplexity', 'brier', 'deviance', 'divergence',
+              'distance', 'entropy', 'hinge', 'miss_rate')
+_short = {'nll', 'kl', 'ece', 'mce', 'wer', 'cer', 'ter', 'fid', 'ppl', 'fpr', 'fnr'}
 
 def is_share(
     metric:str, # Its name

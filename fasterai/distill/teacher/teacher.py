@@ -150,7 +150,7 @@ def to(self:Teacher,
         for net in self.nets: net.to(self.last_device)
     return self
 
-# %% ../../../nbs/distill/teacher/teacher.ipynb #e4af7515
+# %% ../../../nbs/distill/teacher/teacher.ipynb #2d518a00
 @patch
 def _ask_first(self:Teacher, net, xb, layers, logits):
     try: return self._ask(net, xb, layers, logits)
@@ -159,8 +159,8 @@ def _ask_first(self:Teacher, net, xb, layers, logits):
         raise
     except RuntimeError as e:
         if why := other_channels(net.source, xb): raise ValueError(why) from e
-        dtype = net.plan and net.plan.dtype
-        if dtype in (None, torch.float32) or not re.search('not implemented|not support|unsupported', str(e)): raise
+        dtype,said = net.plan and net.plan.dtype,str(e)
+        if dtype in (None, torch.float32) or not re.search('not (implem|support)|unsupported|same dtype', said): raise
         raise ValueError(f"dtype={str(dtype).removeprefix('torch.')}: {self.last_device} cannot run the teacher "
                          f"{name_of(net.source)} so ({e}); dtype='auto' finds what it can") from e
 

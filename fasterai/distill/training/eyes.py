@@ -85,7 +85,7 @@ def _build_placers(fm_s, fm_t):
     pairs = {k: place(s, t) for (k,s),t in zip(fm_s.items(), fm_t.values())}
     return Adapters(pairs) if any(pairs.values()) else None
 
-# %% ../../../nbs/distill/training/eyes.ipynb #d7682c6e
+# %% ../../../nbs/distill/training/eyes.ipynb #c1b614ad
 @patch
 def focus(self:Eyes,
     fm_s:dict, # The student's maps
@@ -104,10 +104,11 @@ def focus(self:Eyes,
 @torch.no_grad()
 def _build(self:Eyes, fm_s, fm_t, teacher):
     "Adapters, placers and layouts for these maps"
-    if not fm_s or not fm_t: return None,None,None
+    if not fm_s: return None,None,None
     both = self.capture.layouts,layouts(teacher, fm_t)
     series = [k for k,x in fm_s.items() if is_series(x.shape, both[0][k])]
     if not series and not any(is_series(x.shape, both[1][k]) for k,x in fm_t.items()): both = None
+    if not fm_t: return None,None,both
     fm_s,fm_t = _as_grids(both, fm_s, fm_t)
     return self._build_adapters(fm_s, fm_t, series),_build_placers(fm_s, fm_t),both
 

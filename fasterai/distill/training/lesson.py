@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['full_precision', 'target_of', 'facts_for', 'mask_of', 'n_classes_of', 'device_of', 'detached', 'weighted_sum',
-           'mixed']
+           'stand_in', 'mixed']
 
 # %% ../../../nbs/distill/training/lesson.ipynb #b6fc54bd
 from collections.abc import Mapping
@@ -124,7 +124,16 @@ def weighted_sum(
         total = part if total is None else total+part
     return total
 
-# %% ../../../nbs/distill/training/lesson.ipynb #787ea092
+# %% ../../../nbs/distill/training/lesson.ipynb #1de15bc8
+def stand_in(
+    learn,    # Whose training batches have no labels
+    xb:tuple, # The inputs
+)->tuple:
+    "What stands for the labels, since fastai trains where there are some. ValueError where these would be judged by"
+    if not getattr(getattr(learn, 'recorder', None), 'train_metrics', False): return xb[:1]
+    raise ValueError("train_metrics=True: the training batches have no labels by which to judge, leave it out")
+
+# %% ../../../nbs/distill/training/lesson.ipynb #84861713
 def mixed(
     task,         # The task's loss, a scalar; None for a batch without labels
     distill:list, # Each loss by the teacher, None where it was not asked
@@ -135,4 +144,5 @@ def mixed(
     task_weight = 1-weight if recipe.task_weight is None else recipe.task_weight
     taught = weighted_sum(distill, [o.weight for o in recipe.terms])
     loss = weighted_sum([task, taught], [task_weight, weight])
-    return 0*task if loss is None and task is not None else loss
+    if loss is None: return None if task is None else 0*task
+    return loss if task is None or loss.dtype!=torch.float64 else loss.to(task.dtype) # fastai's mean takes no other

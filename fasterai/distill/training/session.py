@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Session']
 
-# %% ../../../nbs/distill/training/session.ipynb #4a599c56
+# %% ../../../nbs/distill/training/session.ipynb #dcb2d759
 from contextlib import ExitStack
 from functools import partial
 
@@ -27,7 +27,7 @@ from .first_look import check_first, warn_of_softmax
 from .keep_batch import on_copies
 from .learned import remember
 from .lesson import (
-    detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, target_of)
+    detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, stand_in, target_of)
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -266,7 +266,7 @@ def _build_learned(self:Session, outputs):
         kd.loading = None
     self._join_optimizer()
 
-# %% ../../../nbs/distill/training/session.ipynb #cc74d9db
+# %% ../../../nbs/distill/training/session.ipynb #6499ab34
 @patch
 def teach(self:Session):
     "Add what the teacher says about the batch in hand to the loss that is backpropagated, and write both down"
@@ -295,7 +295,7 @@ def _mix(self:Session, task, distill, xb):
     if loss is None: return
     learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
     learn.loss = loss.detach().clone()
-    if task is None: learn.yb = xb[:1]
+    if task is None: learn.yb = stand_in(learn, xb)
 
 # %% ../../../nbs/distill/training/session.ipynb #53ec669c
 @patch

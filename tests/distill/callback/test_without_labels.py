@@ -11,6 +11,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from torch import nn
 
 from fasterai.distill.loss.embeddings import Affinity, Cosine, Embedding, NoTask, Projected, Queue
+from fasterai.distill.methods.fixmatch import fixmatch
 from fasterai.distill.teacher.recorded.recorded import Replay
 from fasterai.distill.teacher.teacher import Teacher
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
@@ -174,3 +175,15 @@ def test_under_autocast():
     learn.fit(4)
     assert kd.log.history.distill_loss.iloc[-4:].mean()<kd.log.history.distill_loss.iloc[:4].mean()
     assert kd.learned['Projected'].projection.weight.dtype==torch.float32
+
+
+def test_metrics_of_the_training_have_nothing_to_judge_by():
+    learn = learner(body(), unlabelled(), [KD(teacher(), Cosine)], NoTask)
+    learn.recorder.train_metrics = True
+    with pytest.raises(ValueError, match='train_metrics=True: the training batches have no labels'): learn.fit(1)
+
+
+def test_a_strong_view_says_what_it_needs():
+    learn = learner(body(), unlabelled(), loss_func=NoTask)
+    with pytest.raises(ValueError, match='the batches have no labels, by which it tells'):
+        learn.fit(1, cbs=fixmatch(lambda x: x))

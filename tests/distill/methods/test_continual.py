@@ -4,6 +4,7 @@ import random
 from copy import deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from fastai.callback.core import (
     Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import (
+    BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastcore.basics import noop
 from torch import nn
 
@@ -297,3 +299,47 @@ def test_another_kind_of_weight_is_left_alone(weight):
     learn.loss_func = Strong(weight)
     learn.fit(1, cbs=Remember(old))
     assert learn.loss_func.weight is weight and all(p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_new_rows_of_zeros_stay():
+    learn = learner()
+    name,head = head_of(learn.model)
+    with torch.no_grad(): head.weight[-1] = 0
+    before = head.weight.clone()
+    assert align_head(learn, 1)==1 and torch.equal(head.weight, before)
+
+
+def test_one_new_class_has_nothing_to_be_told_from_and_is_learned_beside_the_others():
+    learn = learner()
+    old = grow_head(learn, np.int64(1))
+    with pytest.raises(ValueError, match="ce='new' is about the new classes alone, and one has nothing beside it"):
+        learn.fit(1, cbs=Remember(old))
+    before = head_of(learn.model)[1].weight[-1].clone()
+    learn.fit(1, cbs=Remember(old, ce='binary'))
+    assert not torch.equal(head_of(learn.model)[1].weight[-1], before)
+
+
+@pytest.mark.parametrize('ce', ['new', 'binary'])
+@pytest.mark.parametrize('loss,y', [(BCEWithLogitsLossFlat(), torch.ones(32, 5)), (MSELossFlat(), torch.ones(32, 5)),
+                                    (CrossEntropyLossFlat(), torch.ones(32, 5)/5)])
+def test_targets_that_are_no_class_numbers_are_refused(ce, loss, y):
+    learn = learner(dls=data(c=3))
+    old = grow_head(learn, 2)
+    learn.dls,learn.loss_func = data(y=y, c=5),loss
+    with pytest.raises(ValueError, match='takes a class number a row, got targets .8, 5. of torch.float32'):
+        learn.fit(1, cbs=Remember(old, ce=ce))
+
+
+def test_labels_in_a_column_are_class_numbers():
+    y = torch.arange(12)%5
+    for loss in (NewClasses(CrossEntropyLossFlat(), 3), OneHotBCE(3)):
+        pred = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+        assert loss(pred, y[:, None])==loss(pred, y)
+
+
+@pytest.mark.parametrize('loss', [FocalLossFlat(), LabelSmoothingCrossEntropyFlat(), CrossEntropyLossFlat()])
+def test_new_classes_are_learned_as_if_there_were_no_rows_of_others(loss):
+    g = torch.Generator().manual_seed(0)
+    pred,y = torch.randn(12, 5, generator=g),torch.arange(12)%5
+    new = y>=3
+    assert NewClasses(loss, 3)(pred, y).item()==pytest.approx(loss(pred[new, 3:], y[new]-3).item(), rel=1e-6)

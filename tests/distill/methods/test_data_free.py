@@ -1,5 +1,6 @@
 "A generator in the loop: what it is judged by, who gets gradients, and what is left when it is over"
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import SuggestionMethod
+from fastai.learner import load_learner
 from fastai.metrics import accuracy
 from fastcore.basics import noop
 from torch import nn
@@ -146,3 +148,16 @@ def test_the_surveys_class_moves_its_pixels_towards_certain_answers():
     assert F.cross_entropy(z, torch.arange(12)%3)<F.cross_entropy(t.eval()(torch.randn(12, *size)), torch.arange(12)%3)
     assert not x.requires_grad and SoftTarget(net()(x), z).isfinite()
     with pytest.raises(ValueError, match='num_classes is 5'): DataFreeDistillation(t, [3, 8, 8], 5)
+
+
+def test_what_was_exported_predicts_and_trains_no_more(tmp_path):
+    learn = free_learner(teacher(), method='dfq', n_batches=2)
+    learn.fit(1)
+    learn.path = tmp_path
+    learn.export('m.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning) # it is our own pickle
+        loaded = load_learner(tmp_path/'m.pkl')
+    dl = data().valid
+    assert torch.equal(loaded.get_preds(dl=dl)[0], learn.get_preds(dl=dl)[0])
+    with pytest.raises(ValueError, match='without its teacher'): loaded.fit(1)

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.methods.exits import DeepSupervision, Exits
@@ -157,3 +159,26 @@ def test_bad_arguments():
         learner().fit(1, cbs=DeepSupervision('11'))
     with pytest.raises(ValueError, match='its exits learn classes'):
         learner(net(), loss_func=nn.MSELoss()).fit(1, cbs=DeepSupervision('0'))
+
+
+def test_exits_of_a_series_are_convolutions_over_its_positions():
+    class Series(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Conv1d(3, 7, 3, padding=1),nn.Conv1d(7, 9, 3, padding=1)
+            self.head = nn.Linear(9, 3)
+        def forward(self, x): return self.head(self.b(self.a(x).relu()).relu().mean(2))
+    def dls(length):
+        ds = TensorDataset(torch.randn(16, 3, length), torch.arange(16)%3)
+        return DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0)]*2, device='cpu')
+    kd = DeepSupervision('a', width=5)
+    learn = learner(Series(), dls(20), kd)
+    learn.fit(1)
+    assert kd.exits['a'].body[0].weight.shape==(5, 7, 3, 3)
+    learn.dls = dls(12) # an average over positions does not mind how many there are
+    learn.fit(1)
+    found = kd.exit_accuracies(learn)
+    x,y = learn.dls.train_ds.tensors
+    learn.model.eval(), kd.exits['a'].eval()
+    with torch.no_grad(): z = kd.exits['a'](learn.model.a(x).unsqueeze(-1))[0]
+    assert found['a']==pytest.approx((z.argmax(1)==y).float().mean().item())

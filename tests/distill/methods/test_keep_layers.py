@@ -128,3 +128,26 @@ def test_lists_of_one_entry_per_layer_follow():
     if hasattr(t.config, 'layer_types'):
         assert s.config.layer_types==[t.config.layer_types[i] for i in (0, 1, 3)] and len(t.config.layer_types)==4
     type(t)(s.config).load_state_dict(s.state_dict())
+
+
+@pytest.mark.parametrize('kind', ['t5', 'bart'])
+@pytest.mark.parametrize('side', ['encoder', 'decoder'])
+@pytest.mark.parametrize('other', [4, 3])
+def test_of_encoder_and_decoder_the_right_number_is_told(kind, side, other, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    n = {'encoder': 4, 'decoder': 4, {'encoder': 'decoder', 'decoder': 'encoder'}[side]: other}
+    if kind=='t5':
+        config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_heads=2,
+                                       num_layers=n['encoder'], num_decoder_layers=n['decoder'])
+        make,layers = transformers.T5ForConditionalGeneration,'{}.block'
+    else:
+        config = transformers.BartConfig(
+            vocab_size=20, d_model=8, encoder_layers=n['encoder'], decoder_layers=n['decoder'], encoder_ffn_dim=8,
+            decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2)
+        make,layers = transformers.BartForConditionalGeneration,'model.{}.layers'
+    small = keep_layers(make(config), layers.format(side), [0, 3]).eval()
+    small.save_pretrained(tmp_path)
+    again = make.from_pretrained(tmp_path).eval()
+    for s in n: assert len(again.get_submodule(layers.format(s)))==(2 if s==side else n[s])
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(*(m(input_ids=ids, decoder_input_ids=ids).logits for m in (small, again)))

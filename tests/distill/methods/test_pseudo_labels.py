@@ -3,18 +3,22 @@ from functools import partial
 
 import pytest
 import torch
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.transforms import Categorize, ItemGetter
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
+from fastai.text.data import Numericalize
 from fastai.torch_core import set_seed
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fasterai.core.seeds import same_start
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.data.unlabelled import mix_unlabelled
 from fasterai.distill.methods.continual import OneHotBCE
+from fasterai.distill.methods.exemplars import Exemplars
 from fasterai.distill.methods.noisy_student import noisy_student
 from fasterai.distill.methods.pseudo_labels import pseudo_labels
 from fasterai.distill.study.one_run import fit_one_cycle, quiet
@@ -199,3 +203,41 @@ def test_a_task_without_classes_is_refused(loss_func):
 def test_one_class_a_row_by_a_loss_of_yes_and_no():
     learn = learner(net(), data(), loss_func=OneHotBCE())
     assert len(pseudo_labels(learn, [(torch.randn(3, 8, 8),)]*4))==4
+
+
+def test_of_a_text_the_classes_are_named_and_not_its_words():
+    words,names = ['xxunk', 'good', 'bad', 'film', 'the'],['neg', 'pos', 'neutral']
+    texts = [(['the', w, 'film'], n) for w,n in zip(['bad', 'good', 'film'], names)]*8
+    tfms = [[ItemGetter(0), Numericalize(vocab=words, min_freq=0)], [ItemGetter(1), Categorize(vocab=names)]]
+    def dls(tfms): return Datasets(texts, tfms, splits=[range(18), range(18, 24)]).dataloaders(
+        bs=6, num_workers=0, device='cpu')
+    class Bag(nn.Module):
+        def __init__(self): super().__init__(); self.e,self.h = nn.Embedding(8, 6),nn.Linear(6, 3)
+        def forward(self, x): return self.h(self.e(x).mean(1))
+    labels = pseudo_labels(learner(Bag(), dls(tfms)), texts[:6])
+    assert set(labels.frame.label)<=set(names)
+    other = dls([tfms[0], [ItemGetter(1), Categorize(vocab=names[::-1], sort=False)]])
+    with pytest.raises(ValueError, match="of the classes \\['neg', 'neutral', 'pos'\\], those of base are "
+                                         "\\['neutral'"): labels.dls(other)
+
+
+def test_exemplars_are_no_guesses():
+    learn = learner(dls=data(32))
+    memory = Exemplars(n=2).add(learn)
+    joined = memory.join(data(32))
+    labels = pseudo_labels(learner(dls=joined), [joined.train_ds[i][:1] for i in range(3)])
+    assert len(labels.dls().train_ds)==len(joined.train_ds)+3==32+len(memory)+3
+    assert len(pseudo_labels(learner(dls=labels.dls()), labels.items).dls().train_ds)==32+len(memory)+3
+
+
+def test_networks_of_other_items_are_refused(tmp_path):
+    rows = [(torch.randn(1200),) for _ in range(8)] # whose text is abbreviated
+    def make(dls): return learner(nn.Linear(1200, 3), dls)
+    def data():
+        dl = TfmdDL(TensorDataset(torch.ones(24, 1200), torch.arange(24)%3), bs=8, num_workers=0)
+        return DataLoaders(dl, dl, device='cpu')
+    def run(items): return noisy_student(make, data(), items, rounds=1, epochs=1, path=tmp_path, progress=False)
+    first = run(rows)
+    assert same(state(first.student.model), state(run([(x.clone(),) for x, in rows]).student.model))
+    others = [(x.where(torch.arange(1200)!=600, 0.),) for x, in rows]
+    with pytest.raises(ValueError, match='of other settings'): run(others)

@@ -149,3 +149,17 @@ def test_whatever_pillow_opens(device):
         for image in str(file), f, io.BytesIO(file.read_bytes()):
             np.testing.assert_array_equal(predictor(image)[2], want)
     assert np.isfinite(predictor(np.full((3, 16, 16), 1.1))[2]).all() # what interpolates overshoots a little
+
+
+@pytest.mark.parametrize('kind', ['16 bits', 'floats'])
+def test_deep_pictures_are_seen_alike_wherever_they_come_from(pictures, tmp_path, kind):
+    learn = quiet_learner(image_dls(pictures, size=16, bs=8, num_workers=0), small_net())
+    a = np.linspace(0, 1, 400).reshape(20, 20)
+    a = a.astype(np.float32) if kind=='floats' else (65535*a).astype(np.uint16)
+    Image.fromarray(a).save(tmp_path/'deep.tif')
+    how = describe(learn)['input']
+    want = learn.dls.test_dl([tmp_path/'deep.tif'], num_workers=0).one_batch()[0][0]
+    assert want.std()>.3
+    given = [tmp_path/'deep.tif', Image.open(tmp_path/'deep.tif'), *([] if kind=='floats' else [a])]
+    for o in given: np.testing.assert_allclose(prepare(o, how), want, atol=1e-6)
+    with pytest.raises(ValueError, match='got uint8'): prepare(np.zeros((0, 0, 3), np.uint8), how)

@@ -18,8 +18,11 @@ from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import Attention, FitNet, Logits, SoftTarget
+from fasterai.distill.methods.exits import DeepSupervision
+from fasterai.distill.methods.itself import SelfDistillation, kinds
 from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.recorded import RecordedTeacher
+from helpers import data, learner
 
 def _dls(x, y, bs=None):
     return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs or len(x), shuffle=s, num_workers=0) for s in (True, False)),
@@ -197,3 +200,15 @@ def test_a_recorded_teacher_is_asked_as_in_a_training(small, tmp_path, views):
     assert learn.dls.train.rng.getstate()==order and 'create_batches' not in vars(learn.dls.train)
     learn.fit(1, cbs=KD(recorded, SoftTarget))
     assert recorded.cache.hits==32
+
+
+@pytest.mark.parametrize('kind', kinds)
+def test_who_teaches_itself_is_weighed_too(kind):
+    learn = learner(dls=data(n=64))
+    table = suggest_weights(learn, SelfDistillation(kind)).table
+    assert table.loc['task', 'gradient']>0 and table.gradient.notna().all()
+
+
+def test_exits_are_weighed_too():
+    table = suggest_weights(learner(), DeepSupervision('0')).table
+    assert table.pull.iloc[-1]>0

@@ -4,10 +4,11 @@ from copy import deepcopy
 from functools import partial
 from multiprocessing import get_context
 
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.mixup import MixUp
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy, mse
@@ -25,7 +26,7 @@ from fasterai.distill.study.report import save_report
 from fasterai.distill.study.run_log import RunLog
 from fasterai.distill.study.setting import describe
 from fasterai.distill.study.study import Study
-from fasterai.distill.study.summary import by_arm, summary
+from fasterai.distill.study.summary import by_arm, lower_is_better, summary
 
 
 def _dls(n=32, bs=8, regression=False, **kw):
@@ -362,3 +363,39 @@ def test_a_broken_figure_costs_nothing_else(tmp_path):
         page = save_report(tmp_path, table, {'Seeds':broken}, dict(a='<b>'))
     assert '<b>' not in page.read_text() and (tmp_path/'report.csv').exists() and not list(tmp_path.glob('*.png'))
     assert list(by_arm(pd.DataFrame(runs)))==[('alone', 1), ('b', 1)]
+
+
+@pytest.mark.parametrize('where', ['tensors', 'items', 'labels'])
+def test_edited_rows_are_other_runs_though_the_first_batch_is_the_same(tmp_path, where):
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    labels = {i: i%3 for i in range(200)}
+    def rows():
+        if where=='tensors': return TensorDataset(x, torch.tensor(list(labels.values())))
+        if where=='items': return [(x[i], y) for i,y in labels.items()]
+        return Datasets(list(labels), [[lambda i: x[i]], [lambda i: labels[i]]])
+    def make():
+        dls = DataLoaders(*(TfmdDL(rows(), bs=8, num_workers=0) for _ in range(2)), device='cpu')
+        return Learner(dls, nn.Linear(6, 3), CrossEntropyLossFlat())
+    def again():
+        study = Study(make, dict(alone=None), tmp_path/'log.csv')
+        study.run(1, 1, progress=False)
+        return len(pd.read_csv(tmp_path/'log.csv'))
+    assert [again(), again()]==[1, 1]
+    for i in range(100, 200): labels[i] = (labels[i]+1)%3
+    assert again()==2
+
+
+def test_loaders_of_pytorch_itself(tmp_path):
+    ds = TensorDataset(torch.randn(24, 6), torch.arange(24)%3)
+    dls = DataLoaders(*[torch.utils.data.DataLoader(ds, batch_size=8)]*2, device='cpu')
+    study = Study(lambda: Learner(dls, nn.Linear(6, 3), CrossEntropyLossFlat(), metrics=accuracy), dict(alone=None))
+    study.run(1, 2, progress=False)
+    assert len(study.runs)==2 and study.runs.accuracy.between(0, 1).all()
+
+
+@pytest.mark.parametrize('name', ['msle', 'exp_rmspe', 'brier_score_multi', 'ece', 'kl_divergence', 'MSE', 'wer'])
+def test_less_of_an_error_is_better(name): assert lower_is_better(name)
+
+
+@pytest.mark.parametrize('name', ['accuracy', 'r2_score', 'cohen_kappa', 'precision_score', 'speaker_f1', 'dice'])
+def test_more_of_a_score_is_better(name): assert not lower_is_better(name)

@@ -75,6 +75,12 @@ def test_a_dtype_that_the_device_lacks(net, x):
     with pytest.raises(ValueError, match="dtype=bfloat16: cpu cannot run the teacher Sequential.*dtype='auto'"):
         Teacher(net, dtype='bf16')(x)
 
+def test_a_dtype_that_only_a_part_of_the_network_can_take(x):
+    norm = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match='dtype=bfloat16: cpu cannot run the teacher.*same dtype'):
+        Teacher(nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).train(), dtype='bf16')(x)
+
+
 # Integers
 
 class Slow(nn.Module):

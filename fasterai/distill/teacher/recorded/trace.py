@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['Trace', 'innermost', 'check_dl', 'random_tfms']
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #ad7ab0bd
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #8b525d9b
 import numpy as np
 from fastai.data.load import DataLoader
 from fastai.torch_basics import Pipeline
 from fastai.torch_core import to_device
 from fastai.vision.augment import RandTransform, Resize
 from fastcore.basics import patch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ...layers.capture import tensors_in
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #3eb1a036
 class _Rows:
@@ -29,7 +32,7 @@ class _AfterBatch(Pipeline):
         transforms = super().__call__ if isinstance(self._inner, Pipeline) else self._inner
         return self._trace.after_batch(transforms, b)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #2d182148
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #2f3f078d
 class Trace:
     "Makes `dl` say which rows its batches are made of (`rows`, after each batch), until `close`"
     replaced = 'create_batches','after_batch'
@@ -41,6 +44,7 @@ class Trace:
     ):
         self.dl = dl
         self.rows = None
+        self.drawn = [] # the last batches: where their inputs lie, and the rows
         self._old = {}
         self.n = self._count()
         self._start()
@@ -65,7 +69,7 @@ class Trace:
         f = self._old.get(name)
         return f(*args) if f else getattr(type(self.dl), name)(self.dl, *args)
 
-# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #fa374220
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #884dfa36
 @patch
 def create_batches(self:Trace, rows):
     "What a worker does with its share of the rows"
@@ -82,10 +86,26 @@ def after_batch(self:Trace, transforms, b):
     if not (isinstance(b, (tuple, list)) and len(b)==2 and isinstance(b[1], _Rows)): return transforms(b)
     self.rows = b[1].rows
     b = tuple(b[0]) if self.dl.pin_memory and type(b[0]) is list else b[0]  # pinning makes lists of tuples
-    return self._transform(transforms, b)
+    b = self._transform(transforms, b)
+    self.drawn = [*self.drawn[-7:], (_storage_of(b), self.rows)]
+    return b
 
 @patch
 def _transform(self:Trace, transforms, b): return transforms(b)
+
+def _storage_of(b):
+    "Where the first tensor of a batch lies, if anywhere"
+    try: return StorageWeakRef(next(tensors_in(b)).untyped_storage())
+    except (StopIteration, RuntimeError, NotImplementedError): return None # none, or a sparse one
+
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #7f9a215c
+@patch
+def rows_of(self:Trace,
+    xb:tuple, # Inputs of a batch
+)->np.ndarray:
+    "Their rows; those of the batch that was drawn last where the inputs are no longer what was drawn"
+    here = _storage_of(xb)
+    return next((rows for ref,rows in reversed(self.drawn) if here is not None and ref==here), self.rows)
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #8742f041
 @patch
