@@ -20,7 +20,6 @@ from fastprogress.fastprogress import progress_bar
 
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
-from ..teacher.protocol import BaseTeacher
 
 # %% ../../../nbs/distill/study/one_run.ipynb #f293418e
 def fresh_callback(
@@ -31,7 +30,8 @@ def fresh_callback(
     if isinstance(arm, Callback): return arm.replace()
     if not isinstance(arm, dict): return arm()
     others = {k:v for k,v in arm.items() if k!='teacher'}
-    teacher = arm['teacher'].another() if isinstance(arm['teacher'], BaseTeacher) else arm['teacher']
+    teacher = arm['teacher']
+    if hasattr(type(teacher), 'another'): teacher = teacher.another()
     return KnowledgeDistillationCallback(teacher, **deepcopy(others))
 
 # %% ../../../nbs/distill/study/one_run.ipynb #f6756f69
