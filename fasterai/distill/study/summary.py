@@ -181,6 +181,7 @@ def plot_gains(
     epochs = dict(color=COLORS[0], mfc=COLORS[0], label='equal epochs')
     time = dict(color=COLORS[1], mfc='none', label='equal time')
     for k,dy,style in (('gain', 0.12, epochs), ('same_time', -0.12, time)):
+        if k not in d: continue # no arm shares two seeds with a training that took as long
         error = [scale*(d[k]-d[f'{k}_low']), scale*(d[f'{k}_high']-d[k])]
         ax.errorbar(scale*d[k], d.index+dy, xerr=error, fmt='o', ms=5, capsize=2, lw=1, **style)
     ax.axvline(0, color=GREY, ls='--', lw=1)
