@@ -109,16 +109,22 @@ def describe_recording(
     h = manifest.header
     (topk,dtype),(k,seed) = h['keeps'],h['views']
     files = [o for o in manifest.path.iterdir() if o.name.startswith(('shard-', 'keys-'))]
-    logits = f"the {topk} largest of {h['classes']:,} and the rest as one" if topk else f"{h['classes']} logits"
     rows = h['total'] if h['total'] is not None else sum(o.n for o in logs_of(manifest))
     return {'recording': f'{manifest.path} ({manifest.id})',
             'teacher': f"{', '.join(h['teacher']['nets'])}, weights {h['teacher']['weights'] or 'unknown'}",
             'data': h['data'] + ('' if h['samples'] is None else f", {h['samples']:,} samples"),
             'views': f'{k}, seed {seed}, {_batches(h)}' if k else '1',
             'known by': 'the key of each sample' if h['kind']=='keys' else 'the index of each sample',
-            'answers': ', '.join([*[logits]*h['logits'], *(f'map of {o}' for o in h['layers'])]), 'topk': topk,
+            'answers': ', '.join([*[_logits(h)]*h['logits'], *(f'map of {o}' for o in h['layers'])]), 'topk': topk,
             'dtype': dtype.removeprefix('torch.'), 'rows': f"{rows:,} of {size_text(manifest.row.itemsize)}",
             'bytes': size_text(sum(o.stat().st_size for o in files)), 'files': _files(files), **_reports(manifest.path)}
+
+def _logits(h):
+    "What is kept of those of a row"
+    topk,_ = h['keeps']
+    if topk: return f"the {topk} largest of {h['classes']:,} and the rest as one"
+    shape = next(shape for name,_,shape in h['fields'] if name=='pred')
+    return f"{'x'.join(map(str, shape))} logits"
 
 def _batches(h):
     bs,drop_last,processes = h['batches']
