@@ -96,6 +96,6 @@ def test_loss_by_name():
     assert loss_by_name('DIST') is DIST and loss_by_name('DIST', 3).keywords==dict(T=3)
     assert isinstance(loss_by_name('CRD'), learned.CRD)
     for name in ('Attention', 'CRD', 'VID'):
-        with pytest.raises(ValueError, match=f"loss {name} has no temperature: leave out --T"): loss_by_name(name, 2)
+        with pytest.raises(ValueError, match=f"loss {name} has no temperature: leave out T"): loss_by_name(name, 2)
     with pytest.raises(ValueError, match="did you mean 'ReviewKD'"): loss_by_name('reviewkd')
     assert all(re.fullmatch(r'\d{4}\.\d{4,5}', o.arxiv) for o in catalogue.values() if o.arxiv)
