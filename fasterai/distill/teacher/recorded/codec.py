@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....core.task import Task
+from ....core.task import Task, known_axis
 
 # %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #c789c9b3
 def to_topk(
@@ -51,7 +51,7 @@ def class_axis(
         raise ValueError(f"topk={topk} keeps the likeliest of classes that exclude each other, and the answers here "
                          f"are {what} (average={average!r}, as the teacher or the student's loss function says); say "
                          "topk=None, which keeps all logits")
-    return 1 if axis is None else axis
+    return known_axis(axis)
 
 # %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #b50f58c2
 class Codec:

@@ -34,7 +34,6 @@ class Trace:
     "Makes `dl` say which rows its batches are made of (`rows`, after each batch), until `close`"
     replaced = 'create_batches','after_batch'
     tag = 1        # what a row is stored under; 0 is an empty one
-    view = 0
 
     def __init__(self,
         dl, # A fastai DataLoader, with an index for each sample

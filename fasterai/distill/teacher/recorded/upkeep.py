@@ -16,7 +16,8 @@ from ....core.files import read_json
 from .layout import Layout
 from .logs import KeyedShards, Log, logs_of, make_log, open_log
 from .shards import (DAMAGED, HOLE, SKIPPED, WHOLE, Manifest, Shards, differences,
-                                                      is_recording, make_manifest, open_piece, shard_header, shard_name)
+                                                      is_recording, make_manifest, open_piece, pieces_of, shard_header,
+                                                      shard_name)
 from .store import create, size_text
 
 # %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #92275af0
@@ -184,7 +185,7 @@ def _merge_shards(sources, target):
 # %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #42785909
 def _good_rows(manifest):
     "Rows that are whole, some megabytes at a time"
-    from_shards = Shards(manifest, _readable_pieces(manifest), keep=False)
+    from_shards = Shards(manifest, pieces_of(manifest), keep=False)
     step = max(1, (1<<24)//manifest.row.itemsize)
     for piece in from_shards.pieces:
         for i in range(piece.first, piece.first+piece.n, step):
@@ -193,12 +194,6 @@ def _good_rows(manifest):
             good = (states==WHOLE) | (states==SKIPPED)
             yield rows[good],rec[good]
     from_shards.close()
-
-def _readable_pieces(manifest):
-    files = sorted(manifest.path.glob('shard-*'))
-    names = {o.name for o in files}
-    return [open_piece(manifest, o) for o in files if o.name.removesuffix('.part')==o.name or
-            o.name.removesuffix('.part') not in names]
 
 def _merge_logs(sources, target):
     log = Log(target, make_log(target, 0, 1))
