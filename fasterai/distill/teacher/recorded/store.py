@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
+
+from ....core.files import beside
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #ab757d98
 magic = b'\x89fasterai teacher cache 2\n'
@@ -103,16 +104,15 @@ def create(
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free<size: raise OSError(f"needs {size_text(size)}, {size_text(free)} are free")
-    fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    tmp = beside(path)
     try:
-        with open(fd, 'wb') as f:
-            os.fchmod(f.fileno(), 0o644)
+        with open(tmp, 'xb') as f:
             _reserve(f.fileno(), size)
             f.write(head)
             f.seek(start)
             f.write(block)
         _name(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
 
 def _reserve(fd, size):
     "Room for `size` bytes, all 0"
