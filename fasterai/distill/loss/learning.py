@@ -24,7 +24,7 @@ class LearnedLoss(nn.Module):
         super().__init__()
         self.names = ()      # of the layers that it was built on
         self.shapes = None   # of their maps
-        self.layouts = {}    # what `make` has made, by the shapes of the maps
+        self.made = {}       # what `make` has made, by the shapes of the maps
 
     def forward(self,
         fm_s:dict, # Student's maps `{layer: tensor}`, in the order of the pairs
@@ -56,13 +56,13 @@ def build(self:LearnedLoss,
     like = fm_s[0].device,fm_s[0].dtype
     first = next(self.parameters(), None)
     if shapes==self.shapes and (first is None or like==(first.device, first.dtype)): return self
-    if shapes not in self.layouts: self.layouts[shapes] = self._make_layout(fm_s, fm_t)
-    vars(self).update(self.layouts[shapes])
+    if shapes not in self.made: self.made[shapes] = self._made_for(fm_s, fm_t)
+    vars(self).update(self.made[shapes])
     self.shapes = shapes
     return self.train(self.training).to(*like)
 
 @patch
-def _make_layout(self:LearnedLoss, fm_s, fm_t):
+def _made_for(self:LearnedLoss, fm_s, fm_t):
     "The attributes that `make` sets, with the parameters and buffers that there were if all of them fit"
     before = copy(self)
     registers = '_modules','_parameters','_buffers'
