@@ -18,8 +18,7 @@ from .base import as_loss, pairs_of
 
 # %% ../../../nbs/distill/loss/learning.ipynb #58625ac6
 class LearnedLoss(nn.Module):
-    """A distillation loss with parameters. Subclasses define `make(fm_s, fm_t)`, which registers them, and
-    `compute(fm_s, fm_t, **kwargs)`, both on lists of maps in float32 or wider; the teacher's are detached"""
+    "A distillation loss with parameters, which subclasses `make`, and by which they `compute` it"
     def __init__(self):
         super().__init__()
         self.names = ()      # of the layers that it was built on
@@ -40,6 +39,21 @@ class LearnedLoss(nn.Module):
         if len(fm_s)!=len(self.shapes):
             raise ValueError(f"{name} was built for {len(self.shapes)} pairs of maps, got {len(fm_s)}")
         with torch.autocast(fm_s[0].device.type, enabled=False): return self.compute(fm_s, fm_t, **kwargs)
+
+    def make(self,
+        fm_s:list, # Student's maps of one batch, in float32 or wider
+        fm_t:list, # Teacher's, detached
+    ):
+        "Register parameters and buffers for maps like these. ValueError for maps that cannot be compared"
+        raise NotImplementedError(f"{type(self).__name__} is a learned loss without `make`")
+
+    def compute(self,
+        fm_s:list, # Student's maps, as many as it was made for, in float32 or wider
+        fm_t:list, # Teacher's, detached
+        **kwargs   # What the loss names besides
+    )->torch.Tensor: # Scalar
+        "The loss of one batch, outside of autocast"
+        raise NotImplementedError(f"{type(self).__name__} is a learned loss without `compute`")
 
 # %% ../../../nbs/distill/loss/learning.ipynb #0a79d75a
 @patch

@@ -267,7 +267,8 @@ def verdict(self:Study,
     alpha:float=0.05,  # Level of the tests
     lowest:bool=None,  # Is less better? None: for losses and errors
 )->str:
-    "What each arm did, in a line for each length of training; and a line at equal time where it took longer"
+    """What each arm did, for each length of training in two lines: against the baseline of as many epochs, and against
+    one that took as long, which is the same where the arm takes no longer"""
     metric,groups = self.metric_called(metric),by_arm(self.named())
     say = dict(metric=metric, alpha=alpha, lowest=lowest)
     diverged = self.diverged()

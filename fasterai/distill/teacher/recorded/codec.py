@@ -71,7 +71,10 @@ class Codec:
         self.layers = list(layers)
         self.logits = logits
 
-    def encode(self, pred, fm):
+    def encode(self,
+        pred:Tensor, # Logits `(B, C, ...)`; moot without `logits`
+        fm:dict,     # Maps `{layer: tensor}`, with those of `layers`
+    )->dict:
         "A dict of CPU tensors `(B, ...)`; ValueError if the answer does not fit"
         said = {f'map {o}':fm[o] for o in self.layers}
         if self.logits: said['pred'] = pred
@@ -89,14 +92,22 @@ class Codec:
 
     def _kept(self, name, t): return t.detach().as_subclass(Tensor).to(self.index if name=='idx' else self.dtype).cpu()
 
-    def n_classes(self, pred): return pred.shape[self.axis if self.topk else 1]
+    def n_classes(self,
+        pred:Tensor, # Logits
+    )->int: return pred.shape[self.axis if self.topk else 1]
 
-    def place(self, ndim):
+    def place(self,
+        ndim:int, # Axes of the logits, with the batch's
+    )->int|None:
         "Of the classes kept of logits with `ndim` axes, as a header has it: None for 1"
         axis = self.axis%ndim
         return axis if self.topk and self.logits and axis!=1 else None
 
-    def decode(self, rec, n_classes, device):
+    def decode(self,
+        rec:np.ndarray, # Rows with the fields
+        n_classes:int,  # Of the logits, where the likeliest are kept
+        device,         # Where the answer is to be
+    )->tuple:
         "The answer in float32, from an array with the fields"
         def get(name): return torch.from_numpy(np.ascontiguousarray(rec[name])).to(device)
         pred = get('pred').float() if self.logits else None

@@ -208,7 +208,10 @@ class Store:
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #22677efd
 @patch
-def read(self:Store, rows, tag):
+def read(self:Store,
+    rows:np.ndarray, # Numbers of rows
+    tag:int,         # Under which they were written
+)->tuple:
     "What is stored in `rows`, and which of them are whole and of this `tag`"
     rec = np.zeros(len(rows), self.row) if self.kept is None else self.kept[rows]
     there = rec['tag']==tag
@@ -264,7 +267,12 @@ def missing(self:Store):
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #33158004
 @patch
-def write(self:Store, rows, tag, sig, said):
+def write(self:Store,
+    rows:np.ndarray, # Numbers of rows
+    tag:int,         # Under which they can be read, not 0
+    sig:np.ndarray,  # Signature of each row's input
+    said:dict,       # The fields of the answers, from `Codec.encode`
+):
     "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
     if self.cannot_write is not None: raise self.cannot_write
     rec = np.zeros(len(rows), self.row)
