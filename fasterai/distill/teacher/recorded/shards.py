@@ -190,6 +190,8 @@ _settings = dict(
     fields="its rows are {}, here {}", batches="its batches (size, last one dropped, processes) are {}, here {}",
     teacher="its teacher is {}, here {}", shards="it has {} shards, here {}")
 
+_of_recordings = tuple(o for o in _settings if o!='rows') # those of a shard are its own
+
 def other_settings(
     was:dict,  # Header of a file
     ours:dict, # What is compared with it
@@ -201,9 +203,9 @@ def other_settings(
     return ', '.join(_settings[o].format(short(was.get(o)), short(ours.get(o))) for o in only if not same(o))
 
 def differences(
-    was:dict,                                     # Header of a recording
-    ours:dict,                                    # What is compared with it
-    only=tuple(o for o in _settings if o!='rows') # Which settings are; the rows of a shard are its own
+    was:dict,           # Header of a recording
+    ours:dict,          # What is compared with it
+    only=_of_recordings # Which settings are
 )->str:
     "Those of the settings, else those of the probe, in words; empty where there are none"
     return other_settings(was, ours, only) or _other_probe(was.get('probe') or {}, ours.get('probe') or {})
