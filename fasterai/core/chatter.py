@@ -17,6 +17,6 @@ def without_chatter():
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        logging.disable(logging.ERROR)
+        logging.disable(max(before, logging.ERROR))
         try: yield
         finally: logging.disable(before)

@@ -39,14 +39,16 @@ def make_model(
 )->nn.Module:
     """A new model that returns logits `(B, c)`. `fastai:name` is the network of `vision_learner`: the body of that name
     with fastai's head. Raises ValueError for an unknown name, or one without pretrained weights"""
-    timm = _timm()
     if m := re.fullmatch(r'digits_net(\d+)', name):
         if pretrained: raise ValueError(f"pretrained: there are no weights of {name}")
         return digits_net(int(m[1]), c)
     if name.startswith('fastai:'): return _vision_model(name.removeprefix('fastai:'), c, pretrained)
     if name in tv.list_models(module=tv): return _torchvision_model(name, c, pretrained)
-    bare = name.removeprefix('timm:')
-    if timm and bare in timm.list_models(): return timm.create_model(bare, pretrained=pretrained, num_classes=c)
+    timm,bare = _timm(),name.removeprefix('timm:')
+    if timm and bare in timm.list_models():
+        if pretrained and not timm.is_model_pretrained(bare):
+            raise ValueError(f"pretrained: there are no weights of {name}")
+        return timm.create_model(bare, pretrained=pretrained, num_classes=c)
     hint = '' if timm else " (timm's names need timm installed)"
     raise ValueError(unknown_name('architecture', name, available_archs()) + hint)
 
@@ -55,7 +57,9 @@ def _no_aux(name): return dict(aux_logits=False, init_weights=True) if name in (
 
 def _torchvision_model(name, c, pretrained):
     if not pretrained: return tv.get_model(name, weights=None, num_classes=c, **_no_aux(name))
-    return with_new_head(tv.get_model(name, weights='DEFAULT'), c)
+    model = tv.get_model(name, weights='DEFAULT')
+    if name=='inception_v3': model.aux_logits,model.AuxLogits = False,None # its weights come with the second head
+    return with_new_head(model, c)
 
 def _vision_model(name, c, pretrained):
     "As `vision_learner` makes it"
@@ -66,7 +70,7 @@ def _vision_model(name, c, pretrained):
 
 # %% ../../nbs/data/archs.ipynb #c6dfdb1d
 def with_new_head(
-    model:nn.Module, # A classifier of torchvision, with as many classes as its last linear layer or 1x1 convolution has
+    model:nn.Module, # A classifier of torchvision, whose last linear layer or 1x1 convolution has 1000 outputs
     c:int,           # Classes that it is to have
 )->nn.Module:
     "`model` itself, with a last layer for `c` classes. ValueError where there is no layer to change"
@@ -75,7 +79,8 @@ def with_new_head(
     name,old = last[-1]
     if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, c, old.bias is not None)
     else: new = nn.Conv2d(old.in_channels, c, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
-    model.set_submodule(name, new)
+    parent,_,child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, new)
     return model
 
 def _width(m): return m.out_features if isinstance(m, nn.Linear) else m.out_channels

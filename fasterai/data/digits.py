@@ -30,7 +30,9 @@ def digits_dls(
     there are not that many"""
     d = load_digits()
     n = len(d.target)-n_valid
-    if not (10<=n_train<=n and n_valid>0):
+    if not 1<=n_valid<=len(d.target)-10:
+        raise ValueError(f"n_valid must be 1 to {len(d.target)-10}, got {n_valid}")
+    if not 10<=n_train<=n:
         raise ValueError(f"n_train must be 10 to {n} with n_valid={n_valid}, got {n_train}")
     order = np.random.default_rng(0).permutation(len(d.target))
     x = torch.tensor(d.images[order]/16, dtype=torch.float32)[:,None]

@@ -29,7 +29,7 @@ def _split_of(path, f):
     "'train', 'valid' or 'test' if `f` lies below such a folder of `path`, else None"
     return _splits.get(f.relative_to(path).parts[0].lower())
 
-def _labels(path, files, pattern):
+def _labels(files, pattern):
     if pattern is None: return [f.parent.name for f in files]
     found = [re.search(pattern, f.name) for f in files]
     missed = [f.name for f,m in zip(files, found) if m is None or not m.groups()]
@@ -112,7 +112,7 @@ def image_dls(
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"no folder {str(path)!r}")
     files,sides = _sides(path, _readable(path))
-    labels = _labels(path, files, pattern)
+    labels = _labels(files, pattern)
     _check_classes(path, Counter(labels), pattern)
     if sides is not None: _check_sides(labels, sides)
     valid = [i for i,s in enumerate(sides or ()) if s=='valid']

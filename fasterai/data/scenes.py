@@ -56,6 +56,7 @@ def digit_scenes(
     for pictures that are too small, or none of the digits"""
     if size<32: raise ValueError(f"size must be 32 or more, got {size}")
     if not 1<=digits<=10: raise ValueError(f"digits must be 1 to 10, got {digits}")
+    if most<1: raise ValueError(f"most must be 1 or more, got {most}")
     scans,said = _scans(valid)
     scans,said = scans[said<digits],said[said<digits]
     rng = np.random.default_rng([seed, valid])

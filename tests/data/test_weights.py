@@ -7,8 +7,10 @@ import torch
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
+from torchvision import models as tv
+from torchvision.models._api import WeightsEnum
 
-from fasterai.data.archs import load_weights, make_model
+from fasterai.data.archs import load_weights, make_model, with_new_head
 from fasterai.data.digits import digits_dls
 
 
@@ -93,3 +95,24 @@ def test_a_mask_that_the_model_has_itself_is_no_spoilt_weight(tmp_path):
     spoilt = Causal().state_dict() | {'weight': torch.full((4, 4), torch.nan)}
     torch.save(spoilt, tmp_path/'m.pth')
     with pytest.raises(ValueError, match='NaN or infinite: weight'): load_weights(Causal(), tmp_path/'m.pth')
+
+
+def test_weights_with_a_second_head_give_logits_in_training(monkeypatch):
+    state = tv.inception_v3(weights=None, init_weights=False).state_dict()
+    monkeypatch.setattr(WeightsEnum, 'get_state_dict', lambda self, *args, **kwargs: state)
+    m = make_model('inception_v3', 7, pretrained=True)
+    kept = m.state_dict()
+    assert all(torch.equal(state[k], v) for k,v in kept.items() if not k.startswith('fc'))
+    with torch.device('meta'): out = m.to('meta').train()(torch.empty(2, 3, 299, 299))
+    assert out.shape==(2, 7)
+
+def test_a_name_of_timm_without_weights_is_refused():
+    timm = pytest.importorskip('timm')
+    name = next(n for n in timm.list_models('beit*') if not timm.is_model_pretrained(n))
+    with pytest.raises(ValueError, match=f'pretrained: there are no weights of {name}'): make_model(name, 3, True)
+
+def test_a_head_is_replaced_where_it_is():
+    m = nn.Sequential(nn.Linear(2, 3), nn.ModuleDict(dict(head=nn.Linear(3, 1000, bias=False))))
+    assert with_new_head(m, 5) is m and (m[1].head.out_features, m[1].head.bias)==(5, None)
+    with pytest.raises(ValueError, match='no layer of 1000'): with_new_head(nn.Linear(2, 3), 5)
+    assert with_new_head(nn.Sequential(nn.Conv2d(2, 1000, 1)), 5)[0].out_channels==5

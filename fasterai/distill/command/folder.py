@@ -13,7 +13,7 @@ from pickle import PicklingError
 from fastai.learner import Learner
 from fastcore.basics import patch
 
-from ...core.files import read_json, save_weights, whole_file
+from ...core.files import read_json, save_weights, write_json
 from ...data.archs import load_weights
 
 # %% ../../../nbs/distill/command/folder.ipynb #2a5b18e8
@@ -27,7 +27,7 @@ class Folder:
         self.identity = identity
         self._refuse_others()
         self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path/'plan.json') as f: f.write(json.dumps(identity, indent=1).encode())
+        write_json(self.path/'plan.json', identity)
 
     def _refuse_others(self):
         file = self.path/'plan.json'

@@ -151,13 +151,13 @@ class Ways:
         found = {name: self.recipe(name) for name in self.names}
         pairs = None
         for recipe in found.values():
-            _try_out(recipe['loss'], x)
+            _try_out(recipe['loss'])
             if not Term(recipe['loss']).needs_features: continue
             pairs = pairs or match_feature_layers(student, teacher, x)
             recipe['activations_student'] = pairs
         return found if len(found)>1 else {'distilled': next(iter(found.values()))}
 
-def _try_out(loss, x):
+def _try_out(loss):
     "Let the loss refuse its hyper-parameters before anything trains"
     term = Term(loss)
     if term.takes_features: return

@@ -7,7 +7,6 @@ __all__ = ['headline', 'by_class', 'confusion', 'gallery', 'write_report']
 
 # %% ../../../nbs/distill/command/page.ipynb #4d5c4b43
 import datetime
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import pandas as pd
 import torch
 from fastai.interpret import ClassificationInterpretation
 
-from ...core.files import save_weights, whole_file
+from ...core.files import save_weights, whole_file, write_json
 from ...core.task import logits_of
 from .files import Files, checked_files
 from .folder import export
@@ -118,8 +117,7 @@ def gallery(
 def _save_student(exp, folder):
     "`student.pth`, `student.pkl` for `load_learner`, and `student.json`"
     learn = exp.learner(exp.best[1].to('cpu'))
-    with whole_file(folder/'student.json') as f:
-        f.write(json.dumps(describe(learn), indent=1, ensure_ascii=False).encode())
+    write_json(folder/'student.json', describe(learn), ensure_ascii=False)
     export(learn, folder/'student.pkl')
     save_weights(learn.model, folder/'student.pth')
     return learn

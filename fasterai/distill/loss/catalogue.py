@@ -200,5 +200,5 @@ def loss_by_name(
     info = _info(name)
     if T is None: return info.make()
     if info.kind=='learned' or 'T' not in inspect.signature(info.loss).parameters:
-        raise ValueError(f"loss {name} has no temperature: leave out --T")
+        raise ValueError(f"loss {name} has no temperature: leave out T")
     return info.make(T=T)

@@ -27,7 +27,8 @@ def _maps(s, t, names, loss):
 # %% ../../../nbs/distill/loss/dense.ipynb #295cc820
 def _standard(x, eps=1e-6):
     "Each channel at mean 0 and deviation 1 over batch and positions"
-    std,mean = torch.std_mean(x, (0, 2, 3), keepdim=True)
+    one = x.numel()==x.shape[1] # a single value has no deviation
+    std,mean = torch.std_mean(x, (0, 2, 3), correction=0 if one else 1, keepdim=True)
     return (x-mean)/(std+eps)
 
 @as_loss

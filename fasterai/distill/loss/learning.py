@@ -18,13 +18,12 @@ from .base import as_loss, pairs_of
 
 # %% ../../../nbs/distill/loss/learning.ipynb #58625ac6
 class LearnedLoss(nn.Module):
-    """A distillation loss with parameters. Subclasses define `make(fm_s, fm_t)`, which registers them, and
-    `compute(fm_s, fm_t, **kwargs)`, both on lists of maps in float32 or wider; the teacher's are detached"""
+    "A distillation loss with parameters, which subclasses `make`, and by which they `compute` it"
     def __init__(self):
         super().__init__()
         self.names = ()      # of the layers that it was built on
         self.shapes = None   # of their maps
-        self.layouts = {}    # what `make` has made, by the shapes of the maps
+        self.made = {}       # what `make` has made, by the shapes of the maps
 
     def forward(self,
         fm_s:dict, # Student's maps `{layer: tensor}`, in the order of the pairs
@@ -41,6 +40,21 @@ class LearnedLoss(nn.Module):
             raise ValueError(f"{name} was built for {len(self.shapes)} pairs of maps, got {len(fm_s)}")
         with torch.autocast(fm_s[0].device.type, enabled=False): return self.compute(fm_s, fm_t, **kwargs)
 
+    def make(self,
+        fm_s:list, # Student's maps of one batch, in float32 or wider
+        fm_t:list, # Teacher's, detached
+    ):
+        "Register parameters and buffers for maps like these. ValueError for maps that cannot be compared"
+        raise NotImplementedError(f"{type(self).__name__} is a learned loss without `make`")
+
+    def compute(self,
+        fm_s:list, # Student's maps, as many as it was made for, in float32 or wider
+        fm_t:list, # Teacher's, detached
+        **kwargs   # What the loss names besides
+    )->torch.Tensor: # Scalar
+        "The loss of one batch, outside of autocast"
+        raise NotImplementedError(f"{type(self).__name__} is a learned loss without `compute`")
+
 # %% ../../../nbs/distill/loss/learning.ipynb #0a79d75a
 @patch
 @as_loss
@@ -56,13 +70,13 @@ def build(self:LearnedLoss,
     like = fm_s[0].device,fm_s[0].dtype
     first = next(self.parameters(), None)
     if shapes==self.shapes and (first is None or like==(first.device, first.dtype)): return self
-    if shapes not in self.layouts: self.layouts[shapes] = self._make_layout(fm_s, fm_t)
-    vars(self).update(self.layouts[shapes])
+    if shapes not in self.made: self.made[shapes] = self._made_for(fm_s, fm_t)
+    vars(self).update(self.made[shapes])
     self.shapes = shapes
     return self.train(self.training).to(*like)
 
 @patch
-def _make_layout(self:LearnedLoss, fm_s, fm_t):
+def _made_for(self:LearnedLoss, fm_s, fm_t):
     "The attributes that `make` sets, with the parameters and buffers that there were if all of them fit"
     before = copy(self)
     registers = '_modules','_parameters','_buffers'

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import as_logits, as_loss, as_pair, check_T, kl_div, over_pairs, same_shape, unit
+from .base import as_logits, as_loss, as_pair, over_pairs, same_shape, unit
+from .logits import SoftTarget
 from .padding import kept, mean_kept, only, present, samples
 
 # %% ../../../nbs/distill/loss/remember.ipynb #83b50096
@@ -45,8 +46,7 @@ def LwF(
     """KL divergence of the softened distributions over the old classes, times T². Li and Hoiem, ECCV 2016, arXiv
     1606.09282. ValueError for a teacher of more classes, or of one"""
     zs,zt,axis = old_columns(pred, teacher_pred, axis, least=2)
-    kl = kl_div(zs/check_T(T), zt/T, axis)
-    return T**2*mean_kept(kl, kept(target, zs, axis, ignore_index, mask))
+    return SoftTarget(zs, zt, T, axis=axis, target=target, ignore_index=ignore_index, mask=mask)
 
 # %% ../../../nbs/distill/loss/remember.ipynb #691ca315
 @as_loss

@@ -126,7 +126,7 @@ def as_terms(
     """The `Term`s of a callback's `loss` argument, each with a name of its own. ValueError for an unknown name, or none
     at all"""
     weights = loss.items() if isinstance(loss, dict) else [(o, 1.) for o in listify(loss)]
-    terms = [o if isinstance(o, Term) else _as_term(o, w) for o,w in weights]
+    terms = [_as_term(o, w) for o,w in weights]
     if not terms: raise ValueError("loss is empty: give at least one distillation loss")
     taken = set()
     for o in terms:
@@ -134,7 +134,10 @@ def as_terms(
         taken.add(o.name)
     return terms
 
-def _as_term(loss, weight): return Term(recipe_of(loss)['loss'] if isinstance(loss, str) else loss, weight)
+def _as_term(loss, weight):
+    "`weight` times the loss; of a `Term`, of what it weighs already"
+    if isinstance(loss, Term): return loss if weight==1 else Term(loss.loss, weight*loss.weight)
+    return Term(recipe_of(loss)['loss'] if isinstance(loss, str) else loss, weight)
 
 # %% ../../../nbs/distill/loss/terms.ipynb #9cda73fc
 def with_hypers(

@@ -129,8 +129,9 @@ class HiddenStates(LearnedLoss):
 
     def forward(self, fm_s, fm_t, mask=None, **kwargs):
         "The loss; `mask` says which tokens count. RuntimeError before `build`"
-        return super().forward(fm_s, fm_t, mask=mask)
+        return super().forward(fm_s, fm_t, mask=mask, **kwargs)
 
+    @as_loss
     def compute(self, fm_s, fm_t, mask=None):
         "Mean over what counts, summed over layers"
         return sum(mean_loss(F.mse_loss, self.project(s), t, present(mask, s, 'tokens')) for s,t in zip(fm_s, fm_t))

@@ -12,11 +12,11 @@ from typing import Callable
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
-from fastcore.basics import patch, store_attr, tuplify
+from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
 
 from ...core.names import unknown_name
-from ...core.task import copied, logits_of, seen_by_student, task_of
+from ...core.task import known_axis, logits_of, seen_by_student, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
 from ..layers.names import unwrap
@@ -184,9 +184,7 @@ def _by_both(self:Attack, xb):
 
 # %% ../../../nbs/distill/methods/attack.ipynb #8d5d7e4b
 @patch(as_prop=True)
-def _axis(self:Attack):
-    axis = task_of(self.learn.loss_func).axis
-    return 1 if axis is None else axis
+def _axis(self:Attack): return known_axis(task_of(self.learn.loss_func).axis)
 
 @patch(as_prop=True)
 def _distillation(self:Attack):
@@ -208,12 +206,8 @@ def differentiable(
     if len(nets)!=1 or nets[0].copy is not None:
         raise ValueError("against='both' asks how the teacher's answer moves, which takes one network that runs as it "
                          "is: give the network itself as the teacher, or attack against='teacher'")
-    net,axis = nets[0],1 if teacher.axis is None else teacher.axis
-    def ask(*xb):
-        xb = copied(xb)
-        for tfm in (net.agreement.tfm, net.tfm):
-            if tfm is not None: xb = tuplify(tfm(*xb))
-        return net.agreement.of_logits(logits_of(net.source(*xb), teacher.select), axis)
+    net,axis = nets[0],known_axis(teacher.axis)
+    def ask(*xb): return net.agreement.of_logits(logits_of(net.source(*net.inputs(xb)), teacher.select), axis)
     return ask
 
 # %% ../../../nbs/distill/methods/attack.ipynb #415bab84

@@ -7,12 +7,9 @@ __all__ = ['Trained', 'OneByOne', 'teacher_of', 'alike_at_start', 'Chain', 'row_
 
 # %% ../../../nbs/distill/methods/chain.ipynb #11239f09
 import hashlib
-import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import mkstemp
 from typing import Callable, NamedTuple
 
 import pandas as pd
@@ -22,31 +19,20 @@ from fastai.torch_core import set_seed
 from fastcore.basics import patch
 from torch.nn.parameter import is_lazy
 
-from ...core.names import unknown_name
+from ...core.files import whole_file
 from ...core.seeds import same_start
 from ...core.task import task_of, views_of
 from ..layers.names import unwrap
 from ..study.behind import behind, code_of_learner
-from ..study.one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
-                                              streams_kept)
+from ..study.one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, measure, measured,
+                                              quiet, streams_kept)
 from ..study.setting import data_text, describe, learner_text, rows_text, setting_text, teacher_text
 from ..teacher.teacher import Teacher
 
 # %% ../../../nbs/distill/methods/chain.ipynb #09a74f97
 def _save(file, state):
     "Write `state` so that the file is whole or not there"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = mkstemp(dir=file.parent, prefix=f'.{file.name}.')
-    try:
-        with os.fdopen(fd, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, file)
-    except BaseException:
-        with suppress(FileNotFoundError): os.unlink(tmp)
-        raise
+    with whole_file(file) as f: torch.save(state, f)
 
 def _load(file):
     "What `_save` has written; None if there is no such file"
@@ -230,7 +216,4 @@ def metric_of(
     metric:str=None, # A name; None: the first of the metrics
 )->str:
     "The metric's name; ValueError with the nearest one if there is no such"
-    names = measured(learn)
-    if metric is None: return names[min(1, len(names)-1)]
-    if metric not in names: raise ValueError(unknown_name('metric', metric, names))
-    return metric
+    return chosen_metric(measured(learn), metric)

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ...core.names import unknown_name
-from ...core.task import task_of
+from ...core.task import known_axis, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.names import unwrap
 from ..loss.remember import ICaRL, LwF
@@ -106,7 +106,7 @@ class NewClasses:
     ):
         self.func,self.first = _of_later_classes(func, first),first
         task = task_of(func)
-        self.axis = 1 if task.axis is None else task.axis
+        self.axis = known_axis(task.axis)
         self.ignore = -100 if task.ignore_index is None else task.ignore_index
 
     def __call__(self, pred, target, **kwargs):

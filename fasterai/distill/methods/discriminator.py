@@ -22,20 +22,24 @@ def _wgan(t, s): return s.mean()-t.mean()
 
 GAMES = dict(vanilla=_vanilla, hinge=_hinge, wgan=_wgan)
 
+def _checked(loss):
+    if loss not in GAMES: raise ValueError(unknown_name('loss', loss, GAMES))
+    return loss
+
 def discriminator_loss(
     score_t:Tensor,    # Scores of the teacher's
     score_s:Tensor,    # Scores of the student's
     loss:str='hinge',  # One of `GAMES`
 )->Tensor: # Scalar
     "What the discriminator minimises"
-    return GAMES[loss](score_t, score_s)
+    return GAMES[_checked(loss)](score_t, score_s)
 
 def student_loss(
     score_s:Tensor,    # Scores of the student's
     loss:str='hinge',  # One of `GAMES`
 )->Tensor: # Scalar
     "What the student minimises"
-    return F.softplus(-score_s).mean() if loss=='vanilla' else -score_s.mean()
+    return F.softplus(-score_s).mean() if _checked(loss)=='vanilla' else -score_s.mean()
 
 # %% ../../../nbs/distill/methods/discriminator.ipynb #d0fe5343
 class Opponent(nn.Module):
@@ -109,9 +113,8 @@ class Discriminator(nn.Module):
         penalty:float=10.,  # Weight of the gradient penalty, with 'wgan'
     ):
         super().__init__()
-        if loss not in GAMES: raise ValueError(unknown_name('loss', loss, GAMES))
         if not lr>0 or steps<1: raise ValueError(f"lr and steps must be positive, got {lr} and {steps}")
-        self.game,self.lr = loss,lr
+        self.game,self.lr = _checked(loss),lr
         self.hidden,self.steps = hidden,steps
         self.penalty = penalty if loss=='wgan' else 0
         self.judges = None # an `Opponent` for the logits, or for each pair of maps

@@ -163,7 +163,8 @@ class Dreams:
             raise ValueError("dreams are joined if size and classes are the same, got "
                              f"{tuple(self.x.shape[1:])} and {tuple(other.x.shape[1:])}")
         both = [torch.cat(o) for o in zip((self.x, self.y, self.logits), (other.x, other.y, other.logits))]
-        return type(self)(*both, self.vocab, self.normalize, pd.concat([self.losses, other.losses]))
+        losses = [o.losses for o in (self, other) if o.losses is not None]
+        return type(self)(*both, self.vocab, self.normalize, pd.concat(losses) if losses else None)
 
     def __repr__(self):
         return (f"Dreams: {len(self)} pictures {tuple(self.x.shape[1:])} of {len(self.vocab)} classes, "

@@ -76,7 +76,11 @@ class Exits(nn.Module):
         self.width,self.hint = width,hint
         self.exits = None
 
-    def build(self, fm_s, pred, **_):
+    def build(self,
+        fm_s, # The network's maps of one batch
+        pred, # Its logits
+        **_
+    ):
         "Make the exits for maps like these, unless they are there"
         if self.exits is not None: return
         maps = list(fm_s.values())
@@ -85,8 +89,13 @@ class Exits(nn.Module):
             exits = [Exit(o.shape, width, pred.shape[1]) for o in maps[:len(maps)-self.hint]]
         self.exits = nn.ModuleList(exits).train(self.training)
 
-    def forward(self, pred, fm_s, target, ignore_index=None):
-        "Scalar"
+    def forward(self,
+        pred,              # The network's logits `(B, C)`
+        fm_s,              # Its maps `{layer: tensor}`, a layer for each exit, then that of the features, if any
+        target,            # Labels `(B,)`
+        ignore_index=None, # The label that does not count
+    ):
+        "What the exits lose, summed up: a scalar"
         maps = list(fm_s.values())
         whole = pred.detach()
         loss = 0.

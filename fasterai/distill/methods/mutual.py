@@ -13,7 +13,7 @@ from typing import Callable
 from fastai.learner import Metric, ValueMetric
 from fastcore.basics import GetAttr, patch
 
-from ...core.task import full_inputs, logits_of, task_of
+from ...core.task import full_inputs, known_axis, logits_of, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.names import unwrap
 from ..loss.several import several
@@ -136,5 +136,4 @@ def _of_peer(self:MutualLearning, learn, i): return None if self.answers is None
 def _of_all(self:MutualLearning, learn):
     if self.answers is None: return None
     own,task = logits_of(learn.pred, self.recipe.select, 'student'),task_of(learn.loss_func)
-    axis = 1 if task.axis is None else task.axis
-    return ensemble_logits([own, *self.answers], axis=axis, average=task.average or 'none')
+    return ensemble_logits([own, *self.answers], axis=known_axis(task.axis), average=task.average or 'none')

@@ -105,15 +105,14 @@ def _refuse_other_outputs(file, pred, wanted):
 
 def _probabilities(learn, pred):
     task = task_of(learn.loss_func)
-    if task.average=='softmax': return pred.softmax(-1 if task.axis is None else task.axis)
+    if task.average=='softmax': return pred.softmax(task.axis)
     return pred.sigmoid() if task.average=='sigmoid' else pred
 
 def _same_class(learn, pred, wanted):
     "For how many samples, all pixels of each; None where there are no classes"
     task = task_of(learn.loss_func)
     if task.average not in ('softmax', 'sigmoid'): return None
-    axis = -1 if task.axis is None else task.axis
-    a,b = (o.argmax(axis) if task.average=='softmax' else o.sigmoid()>_thresh(learn) for o in (pred, wanted))
+    a,b = (o.argmax(task.axis) if task.average=='softmax' else o.sigmoid()>_thresh(learn) for o in (pred, wanted))
     return int((a==b).flatten(1).all(1).sum() if a.ndim>1 else (a==b).sum())
 
 def _thresh(learn): return getattr(learn.loss_func, 'thresh', .5)

@@ -113,7 +113,7 @@ def _picture(learn, x):
     elif not isinstance(first, torch.Tensor) or first.ndim not in (2, 3): return None
     if how['mode'] is None and isinstance(first, Image.Image): return how
     try: error = _error(ds, how, x)
-    except Exception as e: error,e = None,e
+    except Exception: error = None
     if error is not None and error<1e-3: return how
     if how['mode'] is None: return None
     return how | dict(mode=None, why='its transforms could not be repeated without fastai')

@@ -175,6 +175,7 @@ def _judge(self:Search, dls, seeds, progress):
         learn.model = self.make(**params).to(dls.device)
         fit_one_cycle(learn, epochs, fresh_callback(self.arm))
     any_of_them = next(iter(students.values()))
+    # each arm is a function of nothing, so that what `fit` gets as its callback are the arguments of a student
     self.study = Study(lambda: self.learner(dls, self.make(**any_of_them)),
                        {k:partial(dict, **v) for k,v in students.items()}, fit=fit,
                        baseline='hand-made' if self.baseline else None)

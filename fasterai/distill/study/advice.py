@@ -20,7 +20,7 @@ from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
 from ...core.names import unknown_name
-from ...core.task import logits_of, seen_by_student, split_batch, task_of
+from ...core.task import known_axis, logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
@@ -79,9 +79,7 @@ def _soft_enough(logits, T, dark=0.1):
     while _dark(logits, T)<dark and T<50: T *= 1.1
     return round(T, 1) if T<10 else round(T)
 
-def _class_axis(learn):
-    axis = task_of(learn.loss_func).axis
-    return 1 if axis is None else axis
+def _class_axis(learn): return known_axis(task_of(learn.loss_func).axis)
 
 def _flat_logits(learn, kd, pred):
     "The teacher's logits (N, C)"

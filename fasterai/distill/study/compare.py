@@ -194,7 +194,6 @@ def _flat(learn, pred, y):
 # %% ../../../nbs/distill/study/compare.ipynb #761fc297
 def _fidelity(learn, pred, yb, teacher, t_pred):
     "Agreement with the teacher's predictions, if there are any, and calibration"
-    pred,t_pred = (torch.as_tensor(o) if isinstance(o, torch.Tensor) else o for o in (pred, t_pred))
     if len(yb)!=1 or not isinstance(pred, torch.Tensor): return {}
     if _is_classes(pred, yb[0]): return _class_fidelity(learn, pred, yb[0], teacher, t_pred)
     if t_pred is None: return {}

@@ -19,6 +19,7 @@ from ...core.task import logits_of, seen_by_student, split_batch
 from ..layers.adapters import token_grid
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import layer_pairs
+from ..teacher.facts import facts_of
 from ..teacher.teacher import as_teacher
 
 # %% ../../../nbs/distill/study/pictures.ipynb #370bd4e1
@@ -111,10 +112,9 @@ def _bars(ax, logits, T, names, n):
     ax.set_xticks(range(len(top)), names, rotation=90 if max(map(len, names))>2 else 0)
 
 def _class_names(learn, c):
-    "The last vocabulary of the data (a text learner's first one holds words), or numbers"
-    v = getattr(learn.dls, 'vocab', None)
-    if v is not None and len(v) and isinstance(v[-1], (list, tuple)) or hasattr(v, 'map') and len(v)!=c: v = v[-1]
-    return [str(o) for o in v] if v is not None and len(v)==c else [str(i) for i in range(c)]
+    "Those of the data, or numbers"
+    names = facts_of(learn).classes
+    return list(map(str, names if names and len(names)==c else range(c)))
 
 # %% ../../../nbs/distill/study/pictures.ipynb #3748517e
 def attention_map(

@@ -14,14 +14,13 @@ import re
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkstemp
 from typing import Callable
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ...core.files import whole_file
+from ...core.files import beside, whole_file
 
 # %% ../../../nbs/distill/study/run_log.ipynb #277f58ca
 def cell(
@@ -72,14 +71,11 @@ def _create(path, header):
     "A file with its header, unless there is one; the first of several processes wins"
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path): return
-    fd,tmp = mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    tmp = beside(path)
     try:
-        _write_all(fd, header)
-        os.chmod(tmp, 0o644)
+        with open(tmp, 'xb', buffering=0) as f: _write_all(f.fileno(), header)
         with suppress(FileExistsError): _link(tmp, path, header)
-    finally:
-        os.close(fd)
-        os.unlink(tmp)
+    finally: tmp.unlink(missing_ok=True)
 
 # %% ../../../nbs/distill/study/run_log.ipynb #8c084f79
 def _link(tmp, path, header):

@@ -154,7 +154,7 @@ def should_i_distil(
     _check(epochs, pairs, alpha, finalists, hopeless)
     if equal not in ('time', 'epochs'): raise ValueError(f"equal must be 'time' or 'epochs', got {equal!r}")
     study = Study(_learner(make_student, dls, learner), _arms(teacher, arms), path, fit=fit)
-    metric = study._metric(metric)
+    metric = study.metric_called(metric)
     if lowest is None: lowest = lower_is_better(metric)
     if worth is None: worth = .01 if is_share(metric) else 0.
     found = DistilAnswer(study, epochs, pairs, alpha, worth, metric, lowest, _least_sd(metric, dls), hopeless)

@@ -20,8 +20,8 @@ from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
 from .behind import behind, code_of_learner, judging, with_code
-from .one_run import (Ticks, fit_one_cycle, fresh_callback, measure, measured, quiet,
-                                            refuse_no_validation, streams_kept)
+from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, measure, measured,
+                                            quiet, refuse_no_validation, streams_kept)
 from .run_log import RunLog
 from .setting import data_text, learner_text, rows_text, setting_text, teacher_text, weights_of
 from .students import Students
@@ -227,11 +227,12 @@ def need_runs(self:Study):
     if not self.finished(): raise ValueError("no runs: call `run` before asking what came out")
 
 @patch
-def _metric(self:Study, metric):
-    if metric is None: return self.metrics[min(1, len(self.metrics)-1)]
-    known = [*self.metrics, *(c for c in self.log.cols if c not in self._columns())]
-    if metric not in known: raise ValueError(unknown_name('metric', metric, known))
-    return metric
+def metric_called(self:Study,
+    metric:str=None, # Of the learner, or another column of the runs; None: the learner's first
+)->str:
+    "The metric's name. ValueError, with the nearest one, if there is no such"
+    more = [] if metric is None else [c for c in self.log.cols if c not in self._columns()]
+    return chosen_metric([*self.metrics, *more], metric)
 
 # %% ../../../nbs/distill/study/study.ipynb #bed881cc
 @patch
@@ -241,7 +242,7 @@ def table(self:Study,
 )->pd.DataFrame:
     """The `summary` of the runs: a row for each arm and length, the best first; those with runs that `diverged`, whose
     number it has, last"""
-    metric = self._metric(metric)
+    metric = self.metric_called(metric)
     self.need_runs()
     lowest = lower_is_better(metric) if lowest is None else lowest
     baseline = self.baseline if any(k[0]==self.baseline for k in self.asked) else None
@@ -257,7 +258,7 @@ def tests(self:Study,
 )->dict:
     """(arm, epochs) -> the paired test against the baseline, p adjusted for their number; empty with fewer than two
     seeds"""
-    return at_equal_epochs(by_arm(self.named()), self._metric(metric), self.baseline)
+    return at_equal_epochs(by_arm(self.named()), self.metric_called(metric), self.baseline)
 
 # %% ../../../nbs/distill/study/study.ipynb #db0bb898
 @patch
@@ -266,8 +267,9 @@ def verdict(self:Study,
     alpha:float=0.05,  # Level of the tests
     lowest:bool=None,  # Is less better? None: for losses and errors
 )->str:
-    "What each arm did, in a line for each length of training; and a line at equal time where it took longer"
-    metric,groups = self._metric(metric),by_arm(self.named())
+    """What each arm did, for each length of training in two lines: against the baseline of as many epochs, and against
+    one that took as long, which is the same where the arm takes no longer"""
+    metric,groups = self.metric_called(metric),by_arm(self.named())
     say = dict(metric=metric, alpha=alpha, lowest=lowest)
     diverged = self.diverged()
     lines = [f'{arm}, {n} epochs: {_in_words_diverged(seeds, len(groups[arm, n]))}'
@@ -290,7 +292,7 @@ def plot(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
 ):
     "Each arm's gain over the baseline with its interval, at equal epochs and at equal time; returns the axes"
-    metric = self._metric(metric)
+    metric = self.metric_called(metric)
     share = is_share(metric)
     label = f"{f'points of {metric}' if share else metric} over {self.baseline}"
     return plot_gains(self.table(metric), scale=100 if share else 1, label=plain(label))

@@ -25,7 +25,7 @@ from ..distillation_callback import KnowledgeDistillationCallback
 from ..loss.terms import as_terms, with_hypers
 from ..losses import SoftTarget
 from .behind import behind, with_code
-from .one_run import fit_one_cycle, measure, streams_kept
+from .one_run import chosen_metric, fit_one_cycle, measure, streams_kept
 from .run_log import cell
 from .setting import describe, setting_text, teacher_text
 from .study import Study
@@ -101,11 +101,6 @@ class Sweep:
         self.metrics = metrics
         self.values = values or {}
 
-    def _metric(self, metric):
-        if metric is None: return self.metrics[min(1, len(self.metrics)-1)]
-        if metric not in self.metrics: raise ValueError(unknown_name('metric', metric, self.metrics))
-        return metric
-
     def _of(self, run): return self.runs[self.runs.run==run]
 
     def _points(self): return self._of('distilled').groupby(self.params, sort=False)
@@ -126,7 +121,7 @@ class Sweep:
         """Mean and standard deviation over the seeds for each point, and the paired t-test against the student alone
         (two seeds or more); `p` is adjusted for the number of points. Of points with runs that `diverged`, having a
         validation loss that is no number, it has how many"""
-        metric = self._metric(metric)
+        metric = chosen_metric(self.metrics, metric)
         tests,diverged,rows = self._tests(metric),self._diverged(),[]
         for name in ('teacher', 'alone'):
             v = self._of(name)[metric]
@@ -144,7 +139,7 @@ class Sweep:
     )->dict:
         """The hyper-parameters with the best mean, as they were in the grid, of those without a run that diverged;
         ValueError if there are none"""
-        metric = self._metric(metric)
+        metric = chosen_metric(self.metrics, metric)
         lowest = lower_is_better(metric) if lowest is None else lowest
         means = self._points()[metric].mean()[np.equal(self._diverged(), 0)]
         if not len(means): raise ValueError("every point has a run whose validation loss is no number: lower the "
@@ -166,7 +161,7 @@ def plot(self:Sweep,
 ):
     """The metric against each hyper-parameter, with the standard deviation over seeds, student alone and teacher as
     lines; returns the axes"""
-    metric,runs = self._metric(metric),self._of('distilled')
+    metric,runs = chosen_metric(self.metrics, metric),self._of('distilled')
     shown = [p for p in self.params if runs[p].nunique()>1] or self.params[:1]
     axs = new_axes(1, len(shown), size=(4.2, 3), sharey=True)[0]
     for ax,p in zip(axs, shown):

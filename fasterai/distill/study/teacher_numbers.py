@@ -17,7 +17,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import tuplify
 from torch import nn
 
-from ...core.task import full_inputs, split_batch, task_of
+from ...core.task import full_inputs, known_axis, split_batch, task_of
 from .one_run import measure, measured
 from ..teacher.protocol import BaseTeacher, accepted
 from ..teacher.teacher import as_teacher
@@ -97,9 +97,6 @@ def _training_batches(learn, teacher):
     with training_data(learn, teacher, shuffle=False, drop_last=False) as dl:
         for b in dl: yield split_batch(dl, tuplify(b))[0]
 
-def _class_axis(teacher, task):
-    axis = task.axis if teacher.axis is None else teacher.axis
-    return 1 if axis is None else axis
 
 def sureness(
     learn:Learner, # The student's, with its training data
@@ -111,7 +108,7 @@ def sureness(
     n = 0
     with no_random(), torch.no_grad(), asked_by(learn, teacher) as ask:
         task = task_of(learn.loss_func)
-        kind,axis = teacher.average or task.average,_class_axis(teacher, task)
+        kind,axis = teacher.average or task.average,known_axis(teacher.axis, task.axis)
         if kind not in ('softmax', 'sigmoid'): return {}
         for xb in _training_batches(learn, teacher):
             found = _entropy(ask(*xb)[0].as_subclass(torch.Tensor), axis, kind)

@@ -15,10 +15,10 @@ from fastai.torch_core import set_seed
 from fastcore.basics import patch
 
 from ...core.plots import COLORS, GREY, look, new_axes, plain
-from ...core.stats import adjusted, half_width
+from ...core.stats import half_width
 from .one_run import fit_one_cycle, streams_kept
 from .study import Study
-from .summary import differences, is_share, lower_is_better
+from .summary import differences, is_share, lower_is_better, with_adjusted
 from .teacher_numbers import measure_teacher, sureness
 from ..teacher.teacher import as_teacher
 
@@ -59,7 +59,7 @@ class TeacherChoice:
         self.teachers = teachers
         self.facts = facts
         self.epochs = epochs
-        self.metric = study._metric(metric)
+        self.metric = study.metric_called(metric)
         self.lowest = lower_is_better(self.metric) if lowest is None else lowest
 
 # %% ../../../nbs/distill/study/which_teacher.ipynb #79f6cb70
@@ -131,9 +131,7 @@ def to_best(self:TeacherChoice)->dict:
     if not self._sound(): return {}
     aside.add(self.best)
     found = {name: differences(v, vals[self.best]) for name,v in vals.items() if name not in aside}
-    found = {name: t for name,t in found.items() if t}
-    ps = adjusted([t.p for t in found.values()])
-    return {name: t._replace(p=float(p)) for (name,t),p in zip(found.items(), ps)}
+    return with_adjusted({name: t for name,t in found.items() if t})
 
 @patch(as_prop=True)
 def table(self:TeacherChoice)->pd.DataFrame:

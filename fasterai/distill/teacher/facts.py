@@ -184,7 +184,7 @@ def other_channels(
     if x is None or not convs or x.ndim!=convs[0].weight.ndim or x.shape[1]==convs[0].in_channels: return ''
     n,want = x.shape[1],convs[0].in_channels
     remedy = "tfms=, a function from the student's batch to the teacher's"
-    if n==1: remedy = f"tfms=lambda x: x.expand(-1, {want}, -1, -1)"
+    if n==1: remedy = f"tfms=lambda x: x.expand(-1, {want}{', -1'*(x.ndim-2)})"
     return (f"the batch has {n} channels and the teacher {type(net).__name__} expects {want}: "
             f"pass Teacher(model, {remedy})")
 

@@ -125,8 +125,9 @@ def prepared(
     return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in xb)
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #0bb6f657
-def _precision(dtype, device):
+def _precision(dtype, xb):
     if dtype is None: return nullcontext()
+    device = device_of(xb) or torch.device('cpu')
     if dtype in (torch.float32, torch.qint8): return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=dtype)
 
@@ -140,7 +141,7 @@ def run_once(
     plan:Plan,     # By which `net` was copied
 ):
     "What `net` gives, in the precision of the plan"
-    with _precision(plan.dtype, device_of(xb) or torch.device('cpu')):
+    with _precision(plan.dtype, xb):
         return net(*prepared(xb, _input_dtype(net, plan), plan.channels_last))
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #776122a2
@@ -203,7 +204,8 @@ class _Watched(nn.Module):
         self.places = {k:tap.place for k,tap in Capture(net, layers, kind='layer of the teacher').taps.items()}
         for key,place in self.places.items():
             m = get_module_by_name(self.net, place.module)
-            if place.comes_in: m.register_forward_pre_hook(lambda m, args, k=key: self.keep(k, (args, {})))
+            if place.comes_in: # `given` are the arguments and the keywords
+                m.register_forward_pre_hook(lambda m, *given, k=key: self.keep(k, given), with_kwargs=True)
             else: m.register_forward_hook(lambda m, args, out, k=key: self.keep(k, out))
 
     def keep(self, key, o):
@@ -233,7 +235,7 @@ class Engine:
         xb:tuple, # A batch of inputs
     )->tuple:
         "What the network returned (None if it was stopped before), and the maps"
-        with evaluating(self.modules), _precision(self.plan.dtype, device_of(xb) or torch.device('cpu')):
+        with evaluating(self.modules), _precision(self.plan.dtype, xb):
             return self.run(prepared(xb, self.input_dtype, self.plan.channels_last))
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #d21606ec
@@ -250,5 +252,5 @@ def _runner(self:Engine, net, layers, stop_for):
 
 @patch
 def _find_last(self:Engine, net, layers, xb):
-    with _precision(self.plan.dtype, device_of(xb) or torch.device('cpu')):
+    with _precision(self.plan.dtype, xb):
         return last_to_run(net, layers, prepared(xb, self.input_dtype, self.plan.channels_last))

@@ -23,9 +23,16 @@ def resize_batch(
     mode='bilinear', # As in `F.interpolate`
 )->Tensor:
     "Images in another size, smoothed when they shrink: `tfms=partial(resize_batch, size=224)`"
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = _height_width(size)
     if tuple(x.shape[-2:])==size: return x
     return F.interpolate(x, size, mode=mode, antialias=mode in ('bilinear', 'bicubic'))
+
+def _height_width(size):
+    pair = [size, size] if isinstance(size, Integral) else list(size) if hasattr(size, '__iter__') else []
+    if len(pair)!=2 or not all(isinstance(o, Integral) and not isinstance(o, bool) for o in pair):
+        raise TypeError(f"size: expected a side in pixels, or (height, width), got {size!r}")
+    if min(pair)<1: raise ValueError(f"size: expected pixels, 1 or more, got {size!r}")
+    return tuple(map(int, pair))
 
 # %% ../../../nbs/distill/teacher/inputs.ipynb #90ec323c
 class Renormalize:
@@ -70,13 +77,6 @@ class OwnInputs:
         if self.size is not None: xb = tuple(resize_batch(x, self.size) if _is_image(x) else x for x in xb)
         for f in self.views: xb = f(*xb)
         return xb
-
-def _height_width(size):
-    pair = [size, size] if isinstance(size, Integral) else list(size) if hasattr(size, '__iter__') else []
-    if len(pair)!=2 or not all(isinstance(o, Integral) and not isinstance(o, bool) for o in pair):
-        raise TypeError(f"size: expected a side in pixels, or (height, width), got {size!r}")
-    if min(pair)<1: raise ValueError(f"size: expected pixels, 1 or more, got {size!r}")
-    return tuple(map(int, pair))
 
 def _is_image(x): return isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()
 

@@ -170,7 +170,7 @@ class PastEpoch(PastSelf):
         self.fit = None   # the Learner, within a fit
         self.about = None # by which its pictures are known
 
-    def another(self): return PastEpoch(self.max_gb)
+    def another(self): return type(self)(self.max_gb)
 
     def begin(self, learn, layers=(), logits=True, record=True):
         "Number the pictures of the training. TypeError or ValueError where that cannot be"

@@ -50,7 +50,7 @@ class Peers(BaseTeacher):
 
     def another(self):
         "Copies of the peers as they are now"
-        return Peers([deepcopy(o) for o in self.learns], self.select)
+        return type(self)([deepcopy(o) for o in self.learns], self.select)
 
     def __repr__(self): return f"Peers({', '.join(map(name_of, self.learns))})"
 

@@ -97,6 +97,10 @@ def asking(
     return lambda xb, **batch: ask(*xb, **{k:batch[k] for k in wanted})
 
 # %% ../../../nbs/distill/teacher/protocol.ipynb #0e921b22
+def _as_said(name):
+    "What the object says of itself, else what a `BaseTeacher` does"
+    return property(lambda self: getattr(self.source, name, getattr(BaseTeacher, name)))
+
 class AdaptedTeacher(BaseTeacher):
     """Any object with `answer`, as a teacher.
 
@@ -108,10 +112,9 @@ class AdaptedTeacher(BaseTeacher):
 
     @property
     def models(self)->list: return list(getattr(self.source, 'models', ()))
-    @property
-    def axis(self): return getattr(self.source, 'axis', None)
-    @property
-    def average(self): return getattr(self.source, 'average', None)
+    axis,average,learns = map(_as_said, ('axis', 'average', 'learns'))
+    always,anywhere,ahead = map(_as_said, ('always', 'anywhere', 'ahead'))
+
     def __repr__(self): return f"AdaptedTeacher({self.source!r})"
 
     @torch.no_grad()
@@ -141,9 +144,20 @@ def after_step(self:AdaptedTeacher, learn): self._tell('after_step', learn=learn
 def end(self:AdaptedTeacher): self._tell('end')
 
 @patch
+def own_loss(self:AdaptedTeacher, learn): return self._tell('own_loss', learn=learn)
+
+@patch
+def reset(self:AdaptedTeacher): self._tell('reset')
+
+@patch
+def another(self:AdaptedTeacher):
+    "Of an object that says what another is; the same, if it does not"
+    return type(self)(self.source.another()) if hasattr(self.source, 'another') else self
+
+@patch
 def _tell(self:AdaptedTeacher, name, **kwargs):
     f = getattr(self.source, name, None)
-    if f is not None: f(**accepted(f, kwargs))
+    return None if f is None else f(**accepted(f, kwargs))
 
 # %% ../../../nbs/distill/teacher/protocol.ipynb #ba0d2b28
 def shared_with(

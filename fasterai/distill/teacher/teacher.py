@@ -20,7 +20,7 @@ from fastai.torch_core import PrettyString, rank_distrib
 from fastcore.basics import patch
 
 from ...core.cost import best_time, flops
-from ...core.task import logits_of, task_of
+from ...core.task import known_axis, logits_of, task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .elsewhere import Elsewhere
@@ -132,7 +132,7 @@ def _one_voice(self:Teacher, preds):
     return ensemble_logits(preds, self.weights, self._class_axis, self.average or 'softmax')
 
 @patch(as_prop=True)
-def _class_axis(self:Teacher): return 1 if self.axis is None else self.axis
+def _class_axis(self:Teacher): return known_axis(self.axis)
 
 @patch(as_prop=True)
 def _outputs(self:Teacher):

@@ -87,9 +87,22 @@ class Recipe:
         self._check_layers()
 
     @classmethod
-    def of(cls, loss, activations_student=None, activations_teacher=None, weight=UNSAID_WEIGHT, schedule=None, *,
-           task_weight=None, adapters='auto', schedules=None, start_pct=0., end_pct=1., select=None, valid=False,
-           mask=None, hypers=None):
+    def of(cls,
+        loss,                     # As for `as_terms`
+        activations_student=None, # The student's layers: names, or a dict of the student's to the teacher's
+        activations_teacher=None, # The teacher's, in the same order
+        weight=UNSAID_WEIGHT,     # Of the distillation; of a loss by name, its authors'
+        schedule=None,            # Multiplies `weight` over the training
+        *,
+        task_weight=None,         # Of the task; None: what the weight in force leaves of 1
+        adapters='auto',          # 'auto', None, or a dict of student layer to module
+        schedules=None,           # Of the losses' hyper-parameters, by name
+        start_pct=0., end_pct=1., # Shares of the training between which there is distillation
+        select=None,              # From the student's output to its logits
+        valid=False,              # Ask the teacher in validation, too?
+        mask=None,                # Where the batch says which positions count
+        hypers=None,              # Of the losses, by name
+    ):
         "The recipe of a callback's arguments. TypeError for a hyper-parameter that no loss has"
         if isinstance(loss, str): loss,weight,task_weight = _by_name(loss, weight, task_weight)
         if hypers: loss = _with_hypers(loss, hypers)

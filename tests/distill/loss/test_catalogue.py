@@ -96,6 +96,13 @@ def test_loss_by_name():
     assert loss_by_name('DIST') is DIST and loss_by_name('DIST', 3).keywords==dict(T=3)
     assert isinstance(loss_by_name('CRD'), learned.CRD)
     for name in ('Attention', 'CRD', 'VID'):
-        with pytest.raises(ValueError, match=f"loss {name} has no temperature: leave out --T"): loss_by_name(name, 2)
+        with pytest.raises(ValueError, match=f"loss {name} has no temperature: leave out T"): loss_by_name(name, 2)
     with pytest.raises(ValueError, match="did you mean 'ReviewKD'"): loss_by_name('reviewkd')
     assert all(re.fullmatch(r'\d{4}\.\d{4,5}', o.arxiv) for o in catalogue.values() if o.arxiv)
+
+
+def test_the_weights_of_a_term_and_of_a_dict_are_multiplied():
+    first,second = Term(SoftTarget, 0.5),Term(Logits)
+    terms = as_terms({first: 5., second: 3, 'Attention': 2})
+    assert [o.weight for o in terms]==[2.5, 3, 2] and (first.weight, second.weight)==(0.5, 1)
+    assert [o.base for o in terms[:2]]==[SoftTarget, Logits] and as_terms([first])[0] is first

@@ -63,3 +63,13 @@ def test_ifvd_takes_the_tasks_labels():
     learn = learner(dense, data(y=labels), KnowledgeDistillationCallback(teacher, IFVD, '0', '0', weight=1.,
                     adapters=None), loss_func=CrossEntropyLossFlat(axis=1))
     learn.fit(1)
+
+
+def test_a_single_value_of_each_channel_has_no_deviation():
+    s,t = torch.randn(1, 4, 1, 1, requires_grad=True),torch.randn(1, 4, 1, 1)
+    loss = PKD([s], [t])
+    loss.backward()
+    assert loss.item()==0 and s.grad.eq(0).all()
+    s,t = torch.randn(2, 4, 1, 1),torch.randn(2, 4, 1, 1)
+    def standard(x): return (x-x.mean(0))/(x.std(0)+1e-6)
+    assert PKD([s], [t]).item()==pytest.approx((standard(s)-standard(t)).square().mean().item()/2, rel=1e-6)

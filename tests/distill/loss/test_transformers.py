@@ -234,3 +234,11 @@ def test_lr_find_leaves_what_is_learned_as_it_was():
     before = state(kd.learned)
     with learn.no_bar(): learn.lr_find(num_it=5, show_plot=False)
     assert same(before, state(kd.learned))
+
+
+def test_misspelt_keywords_are_refused():
+    maps = {'l': torch.randn(2, 3, 4)}
+    loss = HiddenStates().build(fm_s=maps, fm_t=maps)
+    with pytest.raises(TypeError, match="HiddenStates: unknown keyword 'maks'"): loss(maps, maps, maks=1)
+    offered = dict(pred=1, target=2, mask=torch.ones(2, 3))
+    assert loss(maps, maps, **offered).item()==pytest.approx(loss(maps, maps).item(), rel=1e-6)

@@ -156,3 +156,9 @@ def test_refusals_and_names():
     with pytest.raises(ValueError, match='channel by channel'):
         Discriminator('maps').build({'a': torch.randn(2, 3, 4, 4)}, {'b': torch.randn(2, 5, 4, 4)})
     assert isinstance(Discriminator(), nn.Module) and 'hinge' in repr(Discriminator())
+
+
+@pytest.mark.parametrize('play', [lambda z, loss: student_loss(z, loss), lambda z, loss: discriminator_loss(z, z, loss),
+                                  lambda z, loss: Discriminator(loss=loss)])
+def test_an_unknown_game_is_refused(play):
+    with pytest.raises(ValueError, match="unknown loss 'vanila'.*vanilla"): play(torch.zeros(4), 'vanila')

@@ -2,6 +2,7 @@
 import math
 import pickle
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,7 @@ def by_hand(t, n, iters, lr):
 
 
 def test_a_descent_by_hand_gives_the_same():
+    set_seed(3)
     t = teacher()
     set_seed(3)
     fake = dream(t, 12, size, iters=5, tv=1e-2, shifts=0, progress=False)
@@ -192,3 +194,13 @@ def test_joined_pickled_and_held_out():
     other = Dreams(torch.rand(2, 3, 4, 4), fake.y[:2], fake.logits[:2], fake.vocab, losses=fake.losses)
     with pytest.raises(ValueError, match='size and classes'): fake+other
     assert math.isclose(fake.as_intended, fake.logits.argmax(1).eq(fake.y).float().mean().item())
+
+
+def test_dreams_are_joined_with_or_without_a_record_of_their_losses():
+    x,y,z = torch.zeros(2, *size),torch.tensor([0, 1]),torch.zeros(2, 2)
+    def some(losses): return Dreams(x, y, z, ['a', 'b'], losses=losses)
+    table = pd.DataFrame(dict(label=[1., 2.]))
+    both = some(None)+some(None)
+    assert (len(both), both.losses, both.y.tolist())==(4, None, [0, 1, 0, 1])
+    assert [(some(a)+some(b)).losses.label.tolist() for a,b in ((table, None), (None, table), (table, table))]==[
+        [1, 2], [1, 2], [1, 2, 1, 2]]

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 
 from fasterai.core.schedule import cos
 from fasterai.distill.study.compare import Comparison, plot_compare
+from fasterai.distill.study.summary import plot_gains, summary
 from fasterai.distill.study.sweep import Sweep
 from fasterai.distill.training.loss_log import LossLog
 
@@ -67,3 +68,15 @@ def test_are_clear_on_light_and_dark(axs):
         assert ax.figure.get_facecolor()[3]==0 and ax.get_facecolor()[3]==0
         texts = [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
         for t in texts: assert 0.35<np.mean(to_rgb(t.get_color()))<0.65, t
+
+
+def test_gains_without_a_training_that_took_as_long():
+    "Two baselines of one seed took as long, which makes no pair of seeds"
+    rows = [dict(arm=a, epochs=5, seed=s, seconds=t, accuracy=0.8+0.1*(a=='kd')+0.01*s)
+            for a,t in (('alone', 5.), ('kd', 10.)) for s in range(3)]
+    rows.append(dict(arm='alone', epochs=10, seed=0, seconds=10., accuracy=0.85))
+    table = summary(pd.DataFrame(rows))
+    assert 'same_time' not in table
+    ax = plot_gains(table)
+    assert [c.get_label() for c in ax.containers]==['equal epochs']
+    assert ax.containers[0].lines[0].get_xdata().tolist()==pytest.approx([0.1])

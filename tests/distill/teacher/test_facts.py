@@ -11,7 +11,7 @@ from torch import nn
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import FitNet, Logits
 from fasterai.distill.study.advice import suggest_weights
-from fasterai.distill.teacher.facts import facts_of
+from fasterai.distill.teacher.facts import facts_of, other_channels
 from fasterai.distill.teacher.teacher import Teacher
 from helpers import learner
 
@@ -130,6 +130,14 @@ def test_a_teacher_of_other_channels_says_so():
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     with pytest.raises(ValueError, match='1 channels.*expects 3.*tfms='): learner(student, dls).fit(1, cbs=KD(net))
     learner(student, dls).fit(1, cbs=KD(Teacher(net, tfms=lambda x: x.expand(-1, 3, -1, -1))))
+
+
+@pytest.mark.parametrize('conv,grid', [(nn.Conv1d, [5]), (nn.Conv2d, [5, 5]), (nn.Conv3d, [5, 5, 5])])
+def test_the_remedy_for_one_channel_fits_series_and_volumes(conv, grid):
+    net,x = conv(3, 4, 2),torch.randn(2, 1, *grid)
+    said = other_channels(net, (x,))
+    remedy = eval(said.partition('tfms=')[2].rstrip(')') + ')')
+    assert remedy(x).shape==(2, 3, *grid) and net(remedy(x)).shape[1]==4
 
 
 def test_one_teacher_of_two_learners_keeps_each_ones_classes(capsys):

@@ -194,3 +194,13 @@ def test_random_numbers_of_a_network_in_eval_mode_are_given_back(x):
     torch.manual_seed(3)
     a,b = teacher(x)[0],teacher(x)[0]
     assert torch.equal(torch.rand(5), want) and torch.equal(a, b)
+
+def test_the_input_of_a_layer_that_is_called_by_keyword():
+    class Inner(nn.Linear):
+        def forward(self, hidden): return super().forward(hidden)
+    class Outer(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(4, 4),Inner(4, 3)
+        def forward(self, x): return self.b(hidden=self.a(x))
+    net,x = Outer(),torch.randn(2, 4)
+    for opts in {}, dict(compile=dict(backend='eager')):
+        assert Teacher(net, **opts)(x, layers=['b:input'])[1]['b:input'].equal(net.a(x).detach())

@@ -56,3 +56,10 @@ def test_pairs_of_any_kind(net, x):
         assert torch.equal(Renormalize(None, pair)(x), Renormalize(None, ([.5]*3, [.2]*3))(x))
     for size in np.array([8, 8]), L(8, 8), np.int64(8), [8, 8]:
         assert torch.equal(Teacher(net, size=size)(x)[0], Teacher(net, size=8)(x)[0])
+
+def test_a_size_of_any_whole_number():
+    x = torch.randn(2, 3, 8, 8)
+    want = resize_batch(x, 4)
+    for size in np.int64(4), (4, 4), [np.int64(4)]*2: assert resize_batch(x, size).equal(want)
+    assert resize_batch(x, np.int64(8)) is x
+    with pytest.raises(TypeError, match='expected a side in pixels'): resize_batch(x, 4.5)

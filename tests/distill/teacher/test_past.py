@@ -15,6 +15,7 @@ import fasterai.distill.teacher.past as past
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import Mutual, SoftTarget
 from fasterai.distill.teacher.past import LastBatch, PastEpoch
+from fasterai.distill.teacher.peers import Peers
 from helpers import data, learner, net
 
 
@@ -214,3 +215,13 @@ def test_who_draws_from_the_loader_in_between_changes_no_answer(event):
 
 
 def _rows_of(x, dls): return torch.stack([(dls.train_ds.tensors[0]==o).flatten(1).all(1).int().argmax() for o in x])
+
+
+def test_another_of_a_class_of_one_s_own_is_of_that_class():
+    class Epochs(PastEpoch): pass
+    class Batches(LastBatch): pass
+    class Others(Peers): pass
+    for own in Epochs(max_gb=0.5), Batches(), Others([torch.nn.Linear(2, 2)]):
+        other = own.another()
+        assert type(other) is type(own) and other is not own and other.learns is not own.learns
+        assert getattr(other, 'max_gb', 0.5)==0.5

@@ -5,8 +5,11 @@ import pytest
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.optimizer import SGD
 from torch import nn
 
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.study.one_run import fresh_callback
 from fasterai.distill.teacher.protocol import AdaptedTeacher, BaseTeacher, shared_with
 from fasterai.distill.teacher.teacher import Teacher, as_teacher
 from teacher_nets import make_net, net, plain, seed, x
@@ -121,3 +124,43 @@ def test_constants_among_the_buffers_may_be_shared():
             self.register_buffer('average', torch.zeros(4))
     base = Embeds().requires_grad_(False)
     assert shared_with(nn.Sequential(base, nn.Linear(4, 2)).train(), [base])==['average']
+
+
+# An object of one's own that learns
+
+class Learns:
+    "Twice the inputs by a factor that learns, and a note of what it was asked for"
+    always,anywhere,average = True,False,'none'
+    def __init__(self): self.learns,self.told = nn.Linear(2, 2, bias=False),[]
+    def answer(self, x):
+        with torch.enable_grad(): self.said = self.learns(x)
+        return self.said
+    def own_loss(self): self.told.append('own_loss'); return self.said.square().mean()
+    def reset(self): self.told.append('reset')
+    def another(self): return Learns()
+
+def test_all_that_an_object_has_of_the_protocol_is_used():
+    own,plain_one = as_teacher(Learns()),as_teacher(Says(logits))
+    assert (own.learns, own.always, own.anywhere, own.average)==(own.source.learns, True, False, 'none')
+    assert not own(torch.ones(3, 2))[0].requires_grad
+    assert own.own_loss('learn').requires_grad and own.reset() is None and own.source.told==['own_loss', 'reset']
+    other = own.another()
+    assert type(other) is AdaptedTeacher and other.source is not own.source
+    assert (plain_one.learns, plain_one.always, plain_one.anywhere, plain_one.ahead)==(None, False, True, None)
+    assert plain_one.own_loss('learn') is None and plain_one.reset() is None and plain_one.another() is plain_one
+
+def test_an_object_learns_in_a_fit():
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long)) for _ in range(3)]
+    mine = Learns()
+    kd = KnowledgeDistillationCallback(mine, weight=0.5)
+    learn = Learner(DataLoaders(batches, batches), nn.Linear(2, 2), nn.CrossEntropyLoss(), opt_func=SGD, cbs=kd)
+    before = mine.learns.weight.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=0.1)
+    assert mine.told.count('own_loss')==3
+    w = before.clone().requires_grad_()
+    for xb,_ in batches: # SGD on its own loss alone: the student's does not reach it
+        g, = torch.autograd.grad((xb@w.T).square().mean(), w)
+        w = (w-0.1*g).detach().requires_grad_()
+    assert torch.allclose(mine.learns.weight, w, atol=1e-6) and not torch.allclose(w, before, atol=1e-3)
+    assert kd.replace().teacher.source is not mine and fresh_callback(dict(teacher=mine)).teacher.source is not mine

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....core.task import Task
+from ....core.task import Task, known_axis
 
 # %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #c789c9b3
 def to_topk(
@@ -51,7 +51,7 @@ def class_axis(
         raise ValueError(f"topk={topk} keeps the likeliest of classes that exclude each other, and the answers here "
                          f"are {what} (average={average!r}, as the teacher or the student's loss function says); say "
                          "topk=None, which keeps all logits")
-    return 1 if axis is None else axis
+    return known_axis(axis)
 
 # %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #b50f58c2
 class Codec:
@@ -71,7 +71,10 @@ class Codec:
         self.layers = list(layers)
         self.logits = logits
 
-    def encode(self, pred, fm):
+    def encode(self,
+        pred:Tensor, # Logits `(B, C, ...)`; moot without `logits`
+        fm:dict,     # Maps `{layer: tensor}`, with those of `layers`
+    )->dict:
         "A dict of CPU tensors `(B, ...)`; ValueError if the answer does not fit"
         said = {f'map {o}':fm[o] for o in self.layers}
         if self.logits: said['pred'] = pred
@@ -89,14 +92,22 @@ class Codec:
 
     def _kept(self, name, t): return t.detach().as_subclass(Tensor).to(self.index if name=='idx' else self.dtype).cpu()
 
-    def n_classes(self, pred): return pred.shape[self.axis if self.topk else 1]
+    def n_classes(self,
+        pred:Tensor, # Logits
+    )->int: return pred.shape[self.axis if self.topk else 1]
 
-    def place(self, ndim):
+    def place(self,
+        ndim:int, # Axes of the logits, with the batch's
+    )->int|None:
         "Of the classes kept of logits with `ndim` axes, as a header has it: None for 1"
         axis = self.axis%ndim
         return axis if self.topk and self.logits and axis!=1 else None
 
-    def decode(self, rec, n_classes, device):
+    def decode(self,
+        rec:np.ndarray, # Rows with the fields
+        n_classes:int,  # Of the logits, where the likeliest are kept
+        device,         # Where the answer is to be
+    )->tuple:
         "The answer in float32, from an array with the fields"
         def get(name): return torch.from_numpy(np.ascontiguousarray(rec[name])).to(device)
         pred = get('pred').float() if self.logits else None

@@ -6,7 +6,6 @@
 __all__ = ['Report', 'this_part', 'WantedRows', 'WantedViews', 'Job', 'with_names_of']
 
 # %% ../../../../nbs/distill/teacher/recorded/job.ipynb #865faf20
-import json
 import os
 import time
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ import numpy as np
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 
-from ....core.files import whole_file
+from ....core.files import write_json
 from ..facts import facts_of
 from .codec import fields_of, index_type, soft_target_error
 from .layout import Layout, shards_for
@@ -122,7 +121,7 @@ class Job:
 @patch
 def settle(self:Job, xb):
     "Make the folder's header, or see that it is ours; ValueError where it is not"
-    probe,pred,fm = self.recorder._probe(xb)
+    probe,pred,fm = self.recorder.probe_of(xb)
     self._use_short_numbers(pred)
     header = {**self._header(pred, fm), 'probe':probe.about()}
     header['shards'] = shards_for(Layout.of(header), row_type(header['fields']).itemsize, self.report.parts)
@@ -131,7 +130,7 @@ def settle(self:Job, xb):
     header = with_names_of(was, header)
     by_probe = {o: was.get(o) for o in ('probe', 'shards', 'teacher')} # who the teacher is, it says itself
     why = differences(was, {**header, **by_probe})
-    why = why or probe.misfit(was, self.manifest.block, self.codec.dtype, lambda: self.recorder._probe(xb)[0])
+    why = why or probe.misfit(was, self.manifest.block, self.codec.dtype, lambda: self.recorder.probe_of(xb)[0])
     self._refuse(why)
     self.layout = Layout.of(self.manifest.header)
 
@@ -206,7 +205,9 @@ def _claim(self:Job, shard):
     file = self._part_file(shard)
     first,stop = self.layout.firsts[shard:shard+2]
     whole = self.path/shard_name(shard)
-    if whole.exists(): return open_piece(self.manifest, whole) and None
+    if whole.exists():
+        open_piece(self.manifest, whole) # ValueError where it is damaged, or another recording's
+        return None
     if not file.exists():
         create(file, shard_header(self.manifest, shard, first, int(stop-first)), b'', self.manifest.row.itemsize)
     f = self.leaving.enter_context(open(file, 'rb'))
@@ -326,5 +327,5 @@ def run(self:Job, xb)->Report:
         self.claim()
         self.tell_size()
         self.ask()
-    with whole_file(self.path/f'{part_name(r.part, r.parts)}.json') as f: f.write(json.dumps(asdict(r)).encode())
+    write_json(self.path/f'{part_name(r.part, r.parts)}.json', asdict(r), indent=None)
     return r

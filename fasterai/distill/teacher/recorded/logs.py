@@ -43,7 +43,7 @@ def open_log(manifest,
     refuse_others(manifest, header, file)
     if log_name(*header['part'])!=file.name:
         raise ValueError(f"recording: {file} is {log_name(*header['part'])} by its header; give it its name back")
-    return Piece(file, end, first, (file.stat().st_size-end)//manifest.row.itemsize, True)
+    return Piece(file, end, first, (file.stat().st_size-end)//manifest.row.itemsize)
 
 def logs_of(manifest)->list:
     "All logs of a recording, their rows numbered on from one to the next"
@@ -101,7 +101,7 @@ class Log:
         piece = open_log(manifest, file)
         self.n = _whole_rows(manifest, piece)
         os.truncate(file, piece.start+self.n*manifest.row.itemsize)
-        endless = Piece(file, piece.start, 0, 1<<62, True) # whatever is appended belongs to it
+        endless = Piece(file, piece.start, 0, 1<<62) # whatever is appended belongs to it
         self.store = Shards(manifest, [endless], write=True, n=self.n, keep=False)
 
     def append(self, keys, sig, said):

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from .codec import Codec, fields_of, index_type
+from .logs import key_field
 from .store import row_type
 
 # %% ../../../../nbs/distill/teacher/recorded/paper.ipynb #8af8840c
@@ -23,7 +24,7 @@ def row_bytes(
     "Bytes of a row of a recording"
     maps = {k:torch.zeros(1, *shape) for k,shape in (maps or {}).items()}
     said = Codec(topk, dtype, maps, index=index_type(classes)).encode(torch.zeros(1, classes), maps)
-    return row_type(fields_of(said) + [['key', 'int64', [2]]]*keyed).itemsize
+    return row_type(fields_of(said) + [key_field]*keyed).itemsize
 
 # %% ../../../../nbs/distill/teacher/recorded/paper.ipynb #28cf91df
 def plan_recording(

@@ -100,9 +100,9 @@ def _fewer_classes(self:Reader):
             "with it; train with the answers alone, RecordedTeacher(path)")
 
 @patch
-def _probe(self:Reader, xb):
+def probe_of(self:Reader, xb):
     "The teacher's answer is in the student's order: a probe is in that of the recording"
-    probe,pred,fm = super(Reader, self)._probe(xb)
+    probe,pred,fm = super(Reader, self).probe_of(xb)
     if pred is None or self.agreement.pick is None: return probe,pred,fm
     back = Agreement(np.argsort(self.agreement.pick).tolist())
     return Probe.of(xb, back.of_logits(pred, self.asked_axis), fm),pred,fm
@@ -113,8 +113,8 @@ def _in_students_order(self:Reader, pred):
 
 @patch
 def _other_teacher(self:Reader, xb):
-    probe,_,_ = self._probe(xb)
-    return probe.misfit(self.header, self.cache.manifest.block, self.cache.dtype, lambda: self._probe(xb)[0])
+    probe,_,_ = self.probe_of(xb)
+    return probe.misfit(self.header, self.cache.manifest.block, self.cache.dtype, lambda: self.probe_of(xb)[0])
 
 @patch
 def _other_in_rows(self:Reader, xb, keys):
@@ -174,8 +174,7 @@ def _read_rows(self:Reader, rows, tag): return self.store.read(self.store.rows_o
 # %% ../../../../nbs/distill/teacher/recorded/reader.ipynb #63b11636
 @patch
 def answer(self:Reader,
-    xb,         # The inputs of a batch, as the student sees them
-    trace=None, # Of the DataLoader that it comes from
+    xb, # The inputs of a batch, as the student sees them
 )->tuple:
     "`(pred, fm)`: from the shards if all of it is there, else from the teacher"
     if not self._is_on_record(xb, self.trace): return self._only_wanted(*self.ask_teacher(*xb))

@@ -6,7 +6,6 @@
 __all__ = ['Recorder']
 
 # %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #35abc21f
-import json
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +23,7 @@ from ...layers.capture import tensors_in
 from .codec import Codec, class_axis, fields_of
 from .probe import Probe, version_of
 from .replay import dry_run, refuse_company, replayed_mix, seeded
+from .shards import other_settings
 from .signature import batch_size, signature
 from .store import (Store, create, read_block, read_header, row_type,
                                                        size_text, whole_pages)
@@ -111,7 +111,7 @@ def _filled(xb, n):
     return apply(fill, tuple(xb))
 
 @patch
-def _probe(self:Recorder, xb):
+def probe_of(self:Recorder, xb):
     "A `Probe`, and the answer that it is made of"
     pred,fm = self.ask_teacher(*_filled(xb, max(self.trace.dl.bs, batch_size(xb))))
     return Probe.of(xb, pred, fm),pred,fm
@@ -126,18 +126,7 @@ def _header(self:Recorder, probe, pred, fm):
                 fields=fields_of(codec.encode(pred, fm)), probe=probe.about())
 
 # %% ../../../../nbs/distill/teacher/recorded/recorder.ipynb #c2a3898c
-_settings = dict(
-    samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
-    keeps="it keeps (topk, dtype) {}, here {}", layers="its feature maps are {}, here {}",
-    logits="its having logits is {}, here {}", rows="it has {} rows, here {}",
-    classes="its classes are {}, here {}",
-    axis="its class axis (None: 1) is {}, here {}", fields="its rows are {}, here {}")
-
-def _other_settings(was, ours):
-    "How a header's settings differ from ours"
-    def same(o): return json.dumps(was.get(o))==json.dumps(ours[o])
-    def short(o): return str(o)[:200]
-    return ', '.join(msg.format(short(was.get(o)), short(ours[o])) for o,msg in _settings.items() if not same(o))
+_settings = 'samples','views','keeps','layers','logits','rows','classes','axis','fields'
 
 @patch
 def _misfit(self:Recorder, path, ours, probe, again):
@@ -145,17 +134,17 @@ def _misfit(self:Recorder, path, ours, probe, again):
     was,end = read_header(path)
     if was is None: return None,0
     block = read_block(path, end, len(probe.block))
-    why = _other_settings(was, ours) or probe.misfit(was, block, self.cache.dtype, again)
+    why = other_settings(was, ours, _settings) or probe.misfit(was, block, self.cache.dtype, again)
     return why,end
 
 @patch
 def _find_file(self:Recorder, xb):
     "Open the file, or make one; ValueError if there is another's. Where that is impossible, the cache gives up"
     cache = self.cache
-    probe,pred,fm = self._probe(xb)
+    probe,pred,fm = self.probe_of(xb)
     try: self.header = self._header(probe, pred, fm)
     except ValueError as e: return cache.give_up(str(e))
-    try: self.store = self._open_file(cache.file(), probe, lambda: self._probe(xb)[0])
+    try: self.store = self._open_file(cache.file(), probe, lambda: self.probe_of(xb)[0])
     except OSError as e: return cache.give_up(f"cannot open {cache.path or 'a temporary file'}: {e}")
     self.undo.callback(self.store.close)
 

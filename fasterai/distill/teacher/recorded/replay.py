@@ -122,11 +122,20 @@ class Once:
     changed = ("cache: the same samples, drawn twice, gave different inputs: "
                "something in the dataset or the transforms is random; use cache=Replay(k=8), or take it out")
 
-    def trace(self, dl, passes=0): return Trace(dl)
+    def trace(self,
+        dl,       # A fastai DataLoader
+        passes=0, # Epochs drawn so far, which do not matter here
+    ): return Trace(dl)
 
-    def some_rows(self, n, some): return np.linspace(0, n-1, min(some, n)).astype(int).tolist()
+    def some_rows(self,
+        n,    # Of so many
+        some, # As many, or all
+    ): return np.linspace(0, n-1, min(some, n)).astype(int).tolist()
 
-    def check_types(self, dl, mixers):
+    def check_types(self,
+        dl,     # A fastai DataLoader
+        mixers, # The callbacks that mix its samples
+    ):
         "ValueError if transforms of `dl` or the `mixers`, MixUp and the like, are random"
         found = random_tfms(dl)+[type(cb).__name__ for cb in mixers]
         if not found: return
@@ -139,12 +148,18 @@ class Views:
                "a transform has a random generator of its own, which Replay cannot set; "
                "draw from Python's, NumPy's or PyTorch's")
 
-    def __init__(self, k, seed=0):
+    def __init__(self,
+        k,      # Inputs of a sample, which come round every `k` epochs
+        seed=0, # From which all that is random in them follows
+    ):
         if k<1: raise ValueError(f"k must be at least 1, got {k}")
         self.k = k
         self.seed = seed
 
-    def trace(self, dl, passes=0):
+    def trace(self,
+        dl,       # A fastai DataLoader
+        passes=0, # Epochs drawn so far
+    ):
         "Warns if the epochs that come round leave samples out"
         trace = ViewTrace(dl, self.k, self.seed, passes)
         n = len(dl.dataset) if hasattr(dl.dataset, '__len__') else 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['manifest_name', 'HOLE', 'WHOLE', 'DAMAGED', 'SKIPPED', 'with_check', 'checked_header', 'identity', 'Manifest',
            'is_recording', 'make_manifest', 'try_lock', 'part_lock', 'part_name', 'Piece', 'shard_name', 'shard_header',
-           'open_piece', 'refuse_others', 'differences', 'pieces_of', 'Shards']
+           'open_piece', 'refuse_others', 'other_settings', 'differences', 'pieces_of', 'Shards']
 
 # %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #b23d5226
 import errno
@@ -140,7 +140,6 @@ class Piece:
     start:int   # Byte at which its rows begin
     first:int   # Number of its first row
     n:int       # Of rows
-    whole:bool  # Is it finished?
 
 def shard_name(
     shard:int, # Its number
@@ -158,12 +157,10 @@ def shard_header(
 def open_piece(
     manifest:Manifest, # Of the recording
     file:Path,         # A shard, whole or not
-    sealed:bool=True,  # Must all of its rows have room?
 )->Piece:
     "What the file holds; ValueError where it is damaged, or another recording's"
     header,end = checked_header(file)
     refuse_others(manifest, header, file)
-    whole = not file.name.endswith('.part')
     named = file.name.removesuffix('.part')
     if shard_name(header['shard'])!=named:
         raise ValueError(f"recording: {file} is {shard_name(header['shard'])} by its header; give it its name back")
@@ -171,7 +168,7 @@ def open_piece(
     short = size-file.stat().st_size
     if short>0:
         raise ValueError(f"recording: {file} was cut short by {size_text(short)}; delete it, and record again")
-    return Piece(file, end, header['first'], header['rows'], whole)
+    return Piece(file, end, header['first'], header['rows'])
 
 def refuse_others(
     manifest:Manifest, # Of the recording
@@ -188,22 +185,30 @@ _settings = dict(
     kind="it is recorded by {}, here by {}",
     samples="it has {} samples, the data {}", views="its views (number, seed) are {}, here {}",
     keeps="it keeps (topk, dtype) {}, here {}", layers="its feature maps are {}, here {}",
-    logits="its having logits is {}, here {}", classes="its classes are {}, here {}",
+    logits="its having logits is {}, here {}", rows="it has {} rows, here {}", classes="its classes are {}, here {}",
     axis="its class axis (None: 1) is {}, here {}", names="its classes, in the order of the logits, are {}, here {}",
     fields="its rows are {}, here {}", batches="its batches (size, last one dropped, processes) are {}, here {}",
     teacher="its teacher is {}, here {}", shards="it has {} shards, here {}")
 
-def differences(
-    was:dict,      # Header of a recording
-    ours:dict,     # What is compared with it
-    only=_settings # Which settings are
+_of_recordings = tuple(o for o in _settings if o!='rows') # those of a shard are its own
+
+def other_settings(
+    was:dict,  # Header of a file
+    ours:dict, # What is compared with it
+    only,      # Names of the settings that are
 )->str:
-    "In words; empty where there are none"
+    "How they differ, in words; empty where they do not"
     def same(o): return json.dumps(was.get(o))==json.dumps(ours.get(o))
     def short(o): return str(o)[:200]
-    told = [_settings[o].format(short(was.get(o)), short(ours.get(o))) for o in only if not same(o)]
-    if told: return ', '.join(told)
-    return _other_probe(was.get('probe') or {}, ours.get('probe') or {})
+    return ', '.join(_settings[o].format(short(was.get(o)), short(ours.get(o))) for o in only if not same(o))
+
+def differences(
+    was:dict,           # Header of a recording
+    ours:dict,          # What is compared with it
+    only=_of_recordings # Which settings are
+)->str:
+    "Those of the settings, else those of the probe, in words; empty where there are none"
+    return other_settings(was, ours, only) or _other_probe(was.get('probe') or {}, ours.get('probe') or {})
 
 def _other_probe(a, b):
     if a.get('inputs')!=b.get('inputs'): return 'samples do not look as they did: the data or the transforms differ'
@@ -212,13 +217,12 @@ def _other_probe(a, b):
 # %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #3bf08821
 def pieces_of(
     manifest:Manifest, # Of the recording
-    parts:bool=True,   # Those that are not finished, too?
 )->list:
     "All shards in the order of their rows. A shard that is finished hides its unfinished double"
     found = {}
     for file in sorted(manifest.path.glob('shard-*')):
         name = file.name.removesuffix('.part')
-        if name in found or not parts and file.name!=name: continue
+        if name in found: continue
         try: found[name] = open_piece(manifest, file)
         except FileNotFoundError: # finished just now, and renamed
             found[name] = open_piece(manifest, manifest.path/name)

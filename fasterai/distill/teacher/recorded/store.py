@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
+
+from ....core.files import beside
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #ab757d98
 magic = b'\x89fasterai teacher cache 2\n'
@@ -103,16 +104,15 @@ def create(
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free<size: raise OSError(f"needs {size_text(size)}, {size_text(free)} are free")
-    fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    tmp = beside(path)
     try:
-        with open(fd, 'wb') as f:
-            os.fchmod(f.fileno(), 0o644)
+        with open(tmp, 'xb') as f:
             _reserve(f.fileno(), size)
             f.write(head)
             f.seek(start)
             f.write(block)
         _name(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
 
 def _reserve(fd, size):
     "Room for `size` bytes, all 0"
@@ -208,7 +208,10 @@ class Store:
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #22677efd
 @patch
-def read(self:Store, rows, tag):
+def read(self:Store,
+    rows:np.ndarray, # Numbers of rows
+    tag:int,         # Under which they were written
+)->tuple:
     "What is stored in `rows`, and which of them are whole and of this `tag`"
     rec = np.zeros(len(rows), self.row) if self.kept is None else self.kept[rows]
     there = rec['tag']==tag
@@ -264,7 +267,12 @@ def missing(self:Store):
 
 # %% ../../../../nbs/distill/teacher/recorded/store.ipynb #33158004
 @patch
-def write(self:Store, rows, tag, sig, said):
+def write(self:Store,
+    rows:np.ndarray, # Numbers of rows
+    tag:int,         # Under which they can be read, not 0
+    sig:np.ndarray,  # Signature of each row's input
+    said:dict,       # The fields of the answers, from `Codec.encode`
+):
     "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
     if self.cannot_write is not None: raise self.cannot_write
     rec = np.zeros(len(rows), self.row)

@@ -33,7 +33,7 @@ class StreamJob(Job):
 
 @patch
 def settle(self:StreamJob, xb):
-    probe,pred,fm = self.recorder._probe(xb)
+    probe,pred,fm = self.recorder.probe_of(xb)
     self._use_short_numbers(pred)
     header = self._header(pred, fm)
     header['fields'] = [*header['fields'], key_field]

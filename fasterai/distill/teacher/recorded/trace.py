@@ -37,7 +37,6 @@ class Trace:
     "Makes `dl` say which rows its batches are made of (`rows`, after each batch), until `close`"
     replaced = 'create_batches','after_batch'
     tag = 1        # what a row is stored under; 0 is an empty one
-    view = 0
 
     def __init__(self,
         dl, # A fastai DataLoader, with an index for each sample
@@ -71,7 +70,9 @@ class Trace:
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #884dfa36
 @patch
-def create_batches(self:Trace, rows):
+def create_batches(self:Trace,
+    rows, # Numbers of rows, in the order in which they are drawn
+):
     "What a worker does with its share of the rows"
     drawn = ((r, self.dl.do_item(r)) for r in rows)
     for pairs in self.dl.chunkify(p for p in drawn if p[1] is not None): yield self._batch(pairs)
@@ -82,7 +83,11 @@ def _batch(self:Trace, pairs):
     return self.dl.do_batch(list(items)),_Rows(rows)
 
 @patch
-def after_batch(self:Trace, transforms, b):
+def after_batch(self:Trace,
+    transforms, # `dl`'s own `after_batch`
+    b,          # What a worker made
+):
+    "The batch through its transforms, and its `rows`"
     if not (isinstance(b, (tuple, list)) and len(b)==2 and isinstance(b[1], _Rows)): return transforms(b)
     self.rows = b[1].rows
     b = tuple(b[0]) if self.dl.pin_memory and type(b[0]) is list else b[0]  # pinning makes lists of tuples
@@ -109,13 +114,17 @@ def rows_of(self:Trace,
 
 # %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #8742f041
 @patch
-def make(self:Trace, rows):
+def make(self:Trace,
+    rows, # Numbers of rows
+):
     "The items of `rows` as a batch with its numbers; None if all were skipped"
     pairs = [(r, o) for r in rows if (o:=self.dl.do_item(r)) is not None]
     return self._batch(pairs) if pairs else None
 
 @patch
-def draw(self:Trace, rows):
+def draw(self:Trace,
+    rows, # Numbers of rows
+):
     "The batch of `rows` through every transform, as an epoch would draw it"
     self.dl.before_iter()
     b = self.make(rows)

@@ -16,7 +16,8 @@ from ....core.files import read_json
 from .layout import Layout
 from .logs import KeyedShards, Log, logs_of, make_log, open_log
 from .shards import (DAMAGED, HOLE, SKIPPED, WHOLE, Manifest, Shards, differences,
-                                                      is_recording, make_manifest, open_piece, shard_header, shard_name)
+                                                      is_recording, make_manifest, open_piece, pieces_of, shard_header,
+                                                      shard_name)
 from .store import create, size_text
 
 # %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #92275af0
@@ -109,16 +110,22 @@ def describe_recording(
     h = manifest.header
     (topk,dtype),(k,seed) = h['keeps'],h['views']
     files = [o for o in manifest.path.iterdir() if o.name.startswith(('shard-', 'keys-'))]
-    logits = f"the {topk} largest of {h['classes']:,} and the rest as one" if topk else f"{h['classes']} logits"
     rows = h['total'] if h['total'] is not None else sum(o.n for o in logs_of(manifest))
     return {'recording': f'{manifest.path} ({manifest.id})',
             'teacher': f"{', '.join(h['teacher']['nets'])}, weights {h['teacher']['weights'] or 'unknown'}",
             'data': h['data'] + ('' if h['samples'] is None else f", {h['samples']:,} samples"),
             'views': f'{k}, seed {seed}, {_batches(h)}' if k else '1',
             'known by': 'the key of each sample' if h['kind']=='keys' else 'the index of each sample',
-            'answers': ', '.join([*[logits]*h['logits'], *(f'map of {o}' for o in h['layers'])]), 'topk': topk,
+            'answers': ', '.join([*[_logits(h)]*h['logits'], *(f'map of {o}' for o in h['layers'])]), 'topk': topk,
             'dtype': dtype.removeprefix('torch.'), 'rows': f"{rows:,} of {size_text(manifest.row.itemsize)}",
             'bytes': size_text(sum(o.stat().st_size for o in files)), 'files': _files(files), **_reports(manifest.path)}
+
+def _logits(h):
+    "What is kept of those of a row"
+    topk,_ = h['keeps']
+    if topk: return f"the {topk} largest of {h['classes']:,} and the rest as one"
+    shape = next(shape for name,_,shape in h['fields'] if name=='pred')
+    return f"{'x'.join(map(str, shape))} logits"
 
 def _batches(h):
     bs,drop_last,processes = h['batches']
@@ -178,7 +185,7 @@ def _merge_shards(sources, target):
 # %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #42785909
 def _good_rows(manifest):
     "Rows that are whole, some megabytes at a time"
-    from_shards = Shards(manifest, _readable_pieces(manifest), keep=False)
+    from_shards = Shards(manifest, pieces_of(manifest), keep=False)
     step = max(1, (1<<24)//manifest.row.itemsize)
     for piece in from_shards.pieces:
         for i in range(piece.first, piece.first+piece.n, step):
@@ -187,12 +194,6 @@ def _good_rows(manifest):
             good = (states==WHOLE) | (states==SKIPPED)
             yield rows[good],rec[good]
     from_shards.close()
-
-def _readable_pieces(manifest):
-    files = sorted(manifest.path.glob('shard-*'))
-    names = {o.name for o in files}
-    return [open_piece(manifest, o) for o in files if o.name.removesuffix('.part')==o.name or
-            o.name.removesuffix('.part') not in names]
 
 def _merge_logs(sources, target):
     log = Log(target, make_log(target, 0, 1))

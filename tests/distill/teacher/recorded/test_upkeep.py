@@ -4,6 +4,8 @@ import os, shutil
 import numpy as np
 import pytest
 import torch
+from fastai.data.core import TfmdDL
+from torch import nn
 
 from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.layout import Layout, shards_for
@@ -11,6 +13,7 @@ from fasterai.distill.teacher.recorded.paper import plan_recording, row_bytes
 from fasterai.distill.teacher.recorded.recorded import Recording
 from fasterai.distill.teacher.recorded.shards import Manifest
 from fasterai.distill.teacher.recorded.upkeep import check_recording, describe_recording, info_text, merge_recordings
+from fasterai.distill.teacher.teacher import Teacher as Asked
 from recording import BS, N, Blobs, Teacher, loaders, train
 
 fp32 = dict(dtype=torch.float32)
@@ -116,3 +119,14 @@ class TestPaper:
         assert plan.GB.tolist()==[pytest.approx(8*14.2e6*43712/1e9, abs=.1), pytest.approx(8*14.2e6*112/1e9, abs=.1)]
         assert plan['hours on 8 GPUs'].tolist()==[pytest.approx(8*14.2e6/500/8/3600, abs=.1)]*2
         assert row_bytes(40_000, topk=20)==152 and row_bytes(10, maps={'a': (2, 3)})==24+20+12
+
+def test_logits_of_tokens_are_described_by_their_shape(tmp_path):
+    class OfTokens(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(4, 11)
+        def forward(self, x): return self.l(x)
+    samples = [(torch.randn(6, 4), torch.zeros(6, dtype=torch.long)) for _ in range(8)]
+    dl = TfmdDL(samples, bs=4, shuffle=True, num_workers=0, device='cpu')
+    record(Asked(OfTokens(), axis=-1), dl, tmp_path/'tokens')
+    record(Teacher(classes=4), loaders().train, tmp_path/'rows')
+    said = [describe_recording(tmp_path/o)['answers'] for o in ('tokens', 'rows')]
+    assert said==['6x11 logits', '4 logits']
