@@ -22,7 +22,7 @@ from fastai.vision.utils import verify_images
 from fastcore.basics import using_attr
 from PIL import Image
 
-# %% ../../nbs/data/images.ipynb #212554dc
+# %% ../../nbs/data/images.ipynb #c5e67f8a
 _splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
 
 def _split_of(path, f):
@@ -31,7 +31,8 @@ def _split_of(path, f):
 
 def _labels(files, pattern):
     if pattern is None: return [f.parent.name for f in files]
-    found = [re.search(pattern, f.name) for f in files]
+    try: found = [re.search(pattern, f.name) for f in files]
+    except re.error as e: raise ValueError(f"pattern {pattern!r} is no regular expression: {e}") from e
     missed = [f.name for f,m in zip(files, found) if m is None or not m.groups()]
     if missed:
         raise ValueError(f"pattern {pattern!r} finds no class (its first group) in {len(missed)} of {len(files)} file "

@@ -41,7 +41,7 @@ def whole_numbers(
 
 def _first(value, other): return other if value is None else value
 
-# %% ../../../nbs/distill/command/options.ipynb #376d6ed1
+# %% ../../../nbs/distill/command/options.ipynb #f5a152ec
 @dataclass(frozen=True)
 class Pictures:
     "A folder of images as `image_dls` takes it; without one, the digits"
@@ -53,7 +53,8 @@ class Pictures:
     workers:int=None
 
     def __post_init__(self):
-        for name,n in dict(size=self.size, bs=self.batch_size).items(): whole_numbers(name, n)
+        whole_numbers('size', self.size)
+        whole_numbers('bs', self.batch_size, least=2) # for BatchNorm
         if self.workers is not None: whole_numbers('workers', self.workers, 0)
 
     @property
@@ -189,7 +190,7 @@ class Training:
     @property
     def rate(self)->float: return _first(self.lr, 1e-2 if self.digits else 1e-3)
 
-# %% ../../../nbs/distill/command/options.ipynb #892a4a6c
+# %% ../../../nbs/distill/command/options.ipynb #6194b132
 @dataclass(frozen=True)
 class Plan:
     "What the command was asked to do"
@@ -207,6 +208,10 @@ class Plan:
            budget=None, out=None, workers=None):
         """The plan of the command's arguments; ValueError for what no loss, network or training can be, ImportError
         where a package is missing"""
+        texts = dict(path=path, teacher=teacher, student=student, pattern=pattern, out=out,
+                     teacher_weights=teacher_weights)
+        empty = [k for k,v in texts.items() if v=='']
+        if empty: raise ValueError(f"{empty[0]} is empty: give a value, or leave it out")
         pictures = Pictures(None if path is None else str(path), size, bs, pattern, augment, workers)
         digits = pictures.digits
         weights = None if teacher_weights is None else str(teacher_weights)

@@ -40,7 +40,7 @@ def _unobserved(net):
     finally:
         for m,forward,backward in kept: m._forward_hooks,m._backward_hooks = forward,backward
 
-# %% ../../../nbs/distill/teacher/following.ipynb #ac92686c
+# %% ../../../nbs/distill/teacher/following.ipynb #bd470d73
 def average_of(
     student:nn.Module,  # Where the average begins
     buffers:str='copy', # As in `EMA`
@@ -50,9 +50,9 @@ def average_of(
     _refuse_what_cannot_be_copied(student)
     try:
         with _unobserved(student): start = bare_copy(student)
+        averaged = _Average(start, use_buffers=buffers=='average')
     except Exception as e:
         raise ValueError(f"EMA cannot follow a {name_of(student)}, which cannot be copied: {e}") from e
-    averaged = _Average(start, use_buffers=buffers=='average')
     averaged.update_parameters(student) # the first time, this copies
     return averaged.train()
 

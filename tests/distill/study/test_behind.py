@@ -227,7 +227,7 @@ def test_finished_networks_of_before_are_found(tmp_path, monkeypatch):
     one,learn = OneByOne(1, path=tmp_path),made()
     new = one._file('a', learn, 0, None)
     with monkeypatch.context() as m: # as names were without code
-        for name in 'behind','code_of_learner': m.setattr(chain, name, lambda *a: '')
+        for name in 'behind','code_of_learner','rows_text': m.setattr(chain, name, lambda *a: '')
         before = one._file('a', learn, 0, None)
     before.touch()
     assert one._file('a', learn, 0, None)==before!=new

@@ -20,6 +20,7 @@ from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.study.distil_answer import BETTER, NO_BETTER, NOT_DECIDED
 from fasterai.distill.study.one_run import fresh_callback
 from fasterai.distill.study.should_i_distil import should_i_distil
+from fasterai.distill.teacher.following import EMA
 from helpers import data, flags, n_hooks, net, same, state
 
 
@@ -188,6 +189,8 @@ def test_the_probe_leaves_out_what_its_advice_names():
     assert only.answer==NOT_DECIDED and only.arm=='alone' and only.leading is only.interval is None
     assert only.cost['runs']==0 and 'No arm had pairs' in repr(only)
     only.plot()
+    found = ask(arms=dict(average=dict(teacher=EMA(), loss=SoftTarget, weight=.5)), dls=dls, pairs=1, epochs=1)
+    assert found.arms==['average'] and not found.left_out # which is the student's own at its start
 
 def test_nothing_is_left_behind():
     t = net(6)
