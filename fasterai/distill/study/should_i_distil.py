@@ -48,7 +48,7 @@ def _learner(make_student, dls, kwargs):
     kwargs = dict(metrics=accuracy) | kwargs
     return lambda: Learner(dls, make_student(), **{**kwargs, 'cbs': deepcopy(kwargs.get('cbs'))})
 
-# %% ../../../nbs/distill/study/should_i_distil.ipynb #aea197a0
+# %% ../../../nbs/distill/study/should_i_distil.ipynb #9f2c7bf4
 _asleep,_fights = 0.05,-0.1
 
 def _why_not(study, arm):
@@ -57,9 +57,9 @@ def _why_not(study, arm):
         set_seed(0)
         kd = fresh_callback(study.arms[arm])
         terms = suggest_weights(study.make_learner(), kd).table.drop('task')
-    if kd.teacher.learns is not None and terms.gradient.eq(0).all(): return None # an average begins as the student
     asleep,fights = terms.pull.lt(_asleep) | terms.gradient.eq(0),terms.cosine.lt(_fights)
     if not len(terms) or not (asleep|fights).all(): return None
+    if kd.teacher.learns is not None and asleep.all(): return None # it may begin as the student, as an average does
     if asleep.all(): return f"asleep, pulls {terms.pull.max():.2g} times as hard as the task"
     return f"fights the task, the cosine of their gradients is {terms.cosine.min():.2f}"
 
