@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Entropy', 'adapt']
 
-# %% ../../../nbs/distill/methods/adapt.ipynb #65425fe4
+# %% ../../../nbs/distill/methods/adapt.ipynb #27a0e77c
 import math
 import warnings
 from copy import copy
@@ -30,9 +30,8 @@ from ..study.one_run import fit_one_cycle, quiet
 from ..teacher.following import EMA, fitted_decay
 from ..teacher.frozen import bare_copy
 from ..teacher.network import name_of
-from ..training.lesson import full_precision
 
-# %% ../../../nbs/distill/methods/adapt.ipynb #300cc0c3
+# %% ../../../nbs/distill/methods/adapt.ipynb #c7e2dc43
 @as_loss
 def Entropy(
     pred:Tensor,       # Logits `(B, C, ...)`
@@ -41,9 +40,9 @@ def Entropy(
     below:float=None,  # Only answers whose entropy is below this share of the greatest, log C; EATA's is 0.4
 )->Tensor: # Scalar
     "Mean entropy of the answers. Wang et al. (TENT), ICLR 2021, arXiv 2006.10726"
-    z = full_precision(pred).movedim(axis, -1).flatten(0, -2)
+    z = pred.float().movedim(axis, -1).flatten(0, -2)
     logp = z.log_softmax(1)
-    h = -(logp.exp()*logp.masked_fill(logp==-torch.inf, 0)).sum(1) # of classes that cannot be
+    h = -(logp.exp()*logp).sum(1)
     keep = torch.ones_like(h) if below is None else (h<below*math.log(z.shape[1])).to(h)
     loss = (h*keep).sum()/keep.sum().clamp(min=1)
     return loss+balance*imbalance(z) if balance else loss
