@@ -39,12 +39,12 @@ def _labels(files, pattern):
                          f"names, for example {missed[0]!r}")
     return [m[1] for m in found]
 
-# %% ../../nbs/data/images.ipynb #0b7d81dc
+# %% ../../nbs/data/images.ipynb #a7059b23
 def _readable(path):
     "The images below `path` that can be opened, sorted; what cannot is printed"
     files = get_image_files(path)
-    results = {f.parent for f in path.rglob('plan.json')} # of `fasterai_distill`, whose figures are no pictures
-    files = [f for f in files if results.isdisjoint(f.parents)]
+    results = {f.parent for f in path.rglob('plan.json') if '"training_images"' in f.read_text(errors='replace')}
+    files = [f for f in files if f.parent not in results] # of `fasterai_distill`, whose figures are no pictures
     if not files: raise ValueError(f"no images in {str(path)!r}")
     bad = set(verify_images(files))
     for f in bad: print(f"skipped {f}: {_what_is_wrong(f)}")
@@ -80,7 +80,7 @@ def _check_sides(labels, sides):
     new = ', '.join(sorted(valid-train)[:5])
     if new: raise ValueError(f"classes {new} are in the validation images but not in the training ones")
 
-# %% ../../nbs/data/images.ipynb #f2846c68
+# %% ../../nbs/data/images.ipynb #b855c717
 class AnyDepth(PILImage):
     "An image of three channels, whatever depth the file has"
     @classmethod
@@ -93,7 +93,7 @@ class AnyDepth(PILImage):
 
 def _in_8_bits(a):
     "Whole numbers up to 65535 as such up to 255; those that need no more are left. Floats up to 1 as shares of 255"
-    if a.dtype.kind=='f' and a.max()<=1: a = a*255
+    a = (255*a if a.dtype.kind=='f' and a.max()<=1 else a).clip(0)
     return (a if a.max()<256 else a.astype(np.int64).clip(0, 65535)//257).astype(np.uint8)
 
 # %% ../../nbs/data/images.ipynb #0683d571

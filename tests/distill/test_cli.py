@@ -214,7 +214,8 @@ def test_figures_of_results_among_the_pictures_are_no_class(images, tmp_path):
     shutil.copytree(images, tmp_path/'images')
     results = tmp_path/'images'/'train'/'distilled'
     results.mkdir()
-    (results/'plan.json').write_text('{}')
+    (results/'plan.json').write_text('{"training_images": 24}')
+    for d in tmp_path/'images',tmp_path/'images'/'train'/'red': (d/'plan.json').write_text('{"mine": 1}')
     Image.new('RGB', (20, 20)).save(results/'seeds.png')
     dls = image_dls(tmp_path/'images', size=16, bs=8, num_workers=0)
     assert list(dls.vocab)==['blue', 'red'] and len(dls.train_ds)==24

@@ -275,7 +275,7 @@ def _give_back(self:Remember, session):
     own,of_ce = session.fit.notes.get('loss_funcs', (None, None))
     if of_ce is not None and self.learn.loss_func is of_ce: self.learn.loss_func = own
 
-# %% ../../../nbs/distill/methods/continual.ipynb #d887bd2e
+# %% ../../../nbs/distill/methods/continual.ipynb #d93e6f74
 @torch.no_grad()
 def align_head(
     learn:Learner, # Trained on the new classes
@@ -288,6 +288,7 @@ def align_head(
         raise ValueError(f"n_new must leave old and new among the {head.out_features} rows of {name!r}, got {n_new}")
     old,new = head.weight[:-n_new],head.weight[-n_new:]
     length = new.norm(dim=1).mean()
-    gamma = old.norm(dim=1).mean()/length if length else length+1 # rows of zeros stay
+    if not length: return 1. # rows of zeros stay what they are
+    gamma = old.norm(dim=1).mean()/length
     new *= gamma
     return gamma.item()

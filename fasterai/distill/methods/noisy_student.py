@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NoisyStudent', 'noisy_student']
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #c584d104
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #83ccc3ca
 import time
 from contextlib import nullcontext
+from numbers import Number
 from pathlib import Path, PurePath
 from typing import Callable, Sequence
 
@@ -93,11 +94,11 @@ def _refuse_flat(loss_func):
     raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
                      "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
-# %% ../../../nbs/distill/methods/noisy_student.ipynb #29ae38d6
+# %% ../../../nbs/distill/methods/noisy_student.ipynb #d0f9e7b9
 @patch
 def _setting(self:_Rounds, i, learn):
     if self.path is None: return ''
-    items = [str(o) if isinstance(o, (str, PurePath, int, float)) else type(o).__name__ for o in self.items]
+    items = [str(o) if isinstance(o, (str, PurePath, Number)) else type(o).__name__ for o in self.items]
     code = behind(self.fit) + code_of_learner(learn) + self.rows + digest_of(self.items).hexdigest()
     return setting_text(epochs=self.epochs[:i+1], items=items, seed=self.seed, **self.labels, fit=self.fit,
                         student=learner_text(learn), data=self.data, code=code)

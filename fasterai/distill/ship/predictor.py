@@ -65,7 +65,7 @@ def _in_batch(x, size, corners):
         return _between(fewer, m, corners) @ _averages(n, fewer) if shrinks else _between(n, m, corners)
     return along(x.shape[1], size[0]) @ x @ along(x.shape[2], size[1]).T
 
-# %% ../../../nbs/distill/ship/predictor.ipynb #07945d7d
+# %% ../../../nbs/distill/ship/predictor.ipynb #a71b1ddb
 def _opened(image, how):
     "A picture of the right mode, from a file, a picture or an array of bytes"
     if isinstance(image, np.ndarray): image = _from_array(image)
@@ -94,7 +94,7 @@ def _from_array(a):
 
 def _in_8_bits(a):
     "Whole numbers up to 65535 as such up to 255; those that need no more are left. Floats up to 1 as shares of 255"
-    if a.dtype.kind=='f' and a.max()<=1: a = a*255
+    a = (255*a if a.dtype.kind=='f' and a.max()<=1 else a).clip(0)
     return Image.fromarray((a if a.max()<256 else a.astype(np.int64).clip(0, 65535)//257).astype(np.uint8))
 
 def prepare(

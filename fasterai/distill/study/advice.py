@@ -67,7 +67,7 @@ def _pull(learn, kd, xb, yb, params):
         rows[name] = loss.item(),g.norm().item(),(g@g_task/norms).item() if norms>0 else math.nan
     return rows
 
-# %% ../../../nbs/distill/study/advice.ipynb #041f2339
+# %% ../../../nbs/distill/study/advice.ipynb #d69178ef
 def _dark(logits, T): return float(1-(logits/T).softmax(-1).amax(-1).mean())
 
 def _evenness(logits):
@@ -87,14 +87,16 @@ def _flat_logits(learn, kd, pred):
     if kd.teacher.average=='stack' and axis>=0: axis += 1
     return pred.as_subclass(torch.Tensor).movedim(axis, -1).flatten(0, -2).float()
 
-def _logits(kd, xb, pred):
+def _logits(learn, kd, xb):
     "The teacher's own, past the cache of a fit that may be running; None of nobody"
     ask = getattr(kd.teacher, 'compute', kd.teacher.answer)
-    return ask(*xb, **named(ask, dict(pred=pred)))[0]
+    if not named(ask, dict(pred=None)): return ask(*xb)[0]
+    pred = learn.model(*seen_by_student(learn, xb)) # of which this teacher speaks
+    return ask(*xb, pred=logits_of(pred, kd.recipe.select, 'student'))[0]
 
-def _one_answer(learn, kd, xb, pred):
+def _one_answer(learn, kd, xb):
     "The teacher's logits; the average of several that it does not average itself"
-    z = _logits(kd, xb, pred)
+    z = _logits(learn, kd, xb)
     return ensemble_logits(list(z), axis=_class_axis(learn)) if kd.teacher.average=='stack' else z
 
 @contextmanager
@@ -119,7 +121,7 @@ def _on_soft_targets(term, logits):
 
 def _labels(y, pred): return y.squeeze(-1) if y.ndim==pred.ndim==2 else y # a tabular learner's labels are (N, 1)
 
-# %% ../../../nbs/distill/study/advice.ipynb #725d8974
+# %% ../../../nbs/distill/study/advice.ipynb #b852c68b
 def _is_about_the_task(learn, kd):
     "Are the teacher's classes the student's? Where a loss looks at logits, the teacher has seen to it"
     if any('teacher_pred' in t.needs for t in kd.terms): return True
@@ -135,8 +137,7 @@ def _judge(learn, kd, n):
         for xb,yb in _batches(learn, _validation_data(learn), n):
             if not yb: return None
             pred = learn.model(*seen_by_student(learn, xb))
-            z = logits_of(pred, kd.recipe.select, 'student')
-            pair = z,_one_answer(learn, kd, xb, z)
+            pair = logits_of(pred, kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
             if pair[1] is None: return None
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1
@@ -188,16 +189,15 @@ def _kwargs(kd, weights):
     for t in kd.recipe.replace().terms: loss[t.loss] = loss.get(t.loss, 0)+weights[t.name]
     return {**kd.recipe.arguments(), 'loss': loss, 'weight': 1., 'task_weight': 1.}
 
-# %% ../../../nbs/distill/study/advice.ipynb #b40b1577
+# %% ../../../nbs/distill/study/advice.ipynb #b460fd5b
 def _probe(learn, kd, params, n_batches):
     "Each batch's pulls, and the teacher's logits (N, C), or None if no term looks at them"
     pulls,logits = [],[]
     with _as_in_training(learn.model), training_data(learn, kd.teacher, shuffle=True) as dl:
         for xb,yb in _batches(learn, dl, n_batches):
             pulls.append(_pull(learn, kd, xb, yb, params))
-            if not any('teacher_pred' in t.needs for t in kd.terms): continue
-            z = logits_of(learn.model(*seen_by_student(learn, xb)), kd.recipe.select, 'student')
-            if (said := _logits(kd, xb, z)) is not None: logits.append(said)
+            said = _logits(learn, kd, xb) if any('teacher_pred' in t.needs for t in kd.terms) else None
+            if said is not None: logits.append(said)
     if not pulls: raise ValueError("the training data has not a single full batch")
     return pulls,torch.cat([_flat_logits(learn, kd, z) for z in logits]) if logits and logits[0].ndim>1 else None
 

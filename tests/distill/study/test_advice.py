@@ -22,7 +22,7 @@ from fasterai.distill.methods.exits import DeepSupervision
 from fasterai.distill.methods.itself import SelfDistillation, kinds
 from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.recorded import RecordedTeacher
-from helpers import data, learner
+from helpers import data, learner, net
 
 def _dls(x, y, bs=None):
     return DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=bs or len(x), shuffle=s, num_workers=0) for s in (True, False)),
@@ -207,6 +207,17 @@ def test_who_teaches_itself_is_weighed_too(kind):
     learn = learner(dls=data(n=64))
     table = suggest_weights(learn, SelfDistillation(kind)).table
     assert table.loc['task', 'gradient']>0 and table.gradient.notna().all()
+
+
+def test_the_student_runs_once_a_batch_unless_its_teacher_repeats_it():
+    learn,seen = learner(dls=data(n=64)),[]
+    learn.model.register_forward_hook(lambda *o: seen.append(learn.model.training))
+    counts = []
+    for kd in KD(net(6), SoftTarget),SelfDistillation('last_batch'):
+        del seen[:]
+        suggest_weights(learn, kd, n_batches=3)
+        counts.append(sum(seen))
+    assert counts==[3, 6]
 
 
 def test_exits_are_weighed_too():
