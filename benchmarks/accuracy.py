@@ -19,6 +19,7 @@ import re
 import resource
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkstemp
@@ -44,6 +45,7 @@ from fasterai.distill.teacher.recorded.record import record
 from fasterai.distill.teacher.recorded.recorded import RecordedTeacher
 from fasterai.distill.teacher.teacher import Teacher, resize_batch
 from fasterai.distill.training.views import StudentSees
+from fastcore.foundation import L
 from fastcore.script import call_parse
 from settings import SETTINGS
 from torch import nn
@@ -101,9 +103,17 @@ SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD',
                 'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
 
 
+class Bfloat16(MixedPrecision):
+    "fastai's is for GPUs; this is for any device"
+    def __init__(self): super().__init__(AMPMode.BF16)
+    def before_fit(self):
+        device,self.scales = self.dls.device.type,L()
+        self.autocast,self.learn.scaler = torch.autocast(device, torch.bfloat16),torch.GradScaler(device, enabled=False)
+
+
 def learner(s, dls, net, size=None):
     "As all of a setting's are; the network sees pictures of `size` pixels"
-    cbs = [MixedPrecision(AMPMode.BF16)] if s.amp and dls.device.type=='cuda' else []
+    cbs = [Bfloat16()] if (s.amp if dls.device.type=='cuda' else s.amp_on_cpu) else []
     if size: cbs.append(StudentSees(partial(resize_batch, size=size)))
     return Learner(dls, net, CrossEntropyLossFlat(), opt_func=s.opt, lr=s.lr, metrics=accuracy, cbs=cbs, wd=s.wd)
 
@@ -120,6 +130,7 @@ def fit(learn, epochs, cbs=None):
 def trained_teacher(s, dls, path):
     "The teacher, from `path` if it is there, else trained; and its accuracy"
     same_start(dls, 0)
+    s = replace(s, amp_on_cpu=False)  # several settings share it
     net = s.teacher(dls.c).to(dls.device, memory_format=torch.channels_last)
     if not path.exists():
         learn = learner(s, getattr(dls, 'teacher', dls), net, s.teacher_size)
@@ -202,6 +213,12 @@ def commit():
     return git('rev-parse', '--short', 'HEAD') + ('+' if edited else '')
 
 
+def device_name(s, device, threads):
+    "What computes, as a run's line has it"
+    if device.type=='cuda': return torch.cuda.get_device_name()
+    return f'cpu, {threads} threads' + (', bfloat16' if s.amp_on_cpu else '')
+
+
 def plan(s, known, only, epochs):
     "(loss, epochs) of a seed, what the comparison needs most first"
     for o in only:
@@ -254,7 +271,7 @@ def main(
     if any(loss in of_probe for loss,_ in todo): known |= suggested(s, dls, answers(s, dls, net))
     teacher = answers(s, dls, net, models/f'answers-{s.teacher_name or setting}')
     about = dict(setting=setting, teacher=weights_of(net), teacher_accuracy=100*acc,
-                 device=torch.cuda.get_device_name() if device.type=='cuda' else f'cpu, {threads} threads',
+                 device=device_name(s, device, threads),
                  torch=torch.__version__, fastai=fastai.__version__, commit=commit())
     arms = {k:r for k,r in known.items() if k in {loss for loss,_ in todo}}
     runs = study(s, dls, teacher, arms, out or here/'results'/f'accuracy-{setting}.csv', about)

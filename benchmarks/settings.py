@@ -89,6 +89,7 @@ class Setting:
     longer:tuple = (1.5, 2) # Lengths of the student without a teacher, to compare at equal time
     teacher_epochs:int = None
     amp:bool = True         # bfloat16 on a GPU
+    amp_on_cpu:bool = False # and the students on a CPU, which pays for large ones on a CPU that computes in it
     fit_teacher:Callable = None # `fit_teacher(learn)`; None: as a student alone, for `teacher_epochs`
     size:int = None         # Pixels that the student sees, if not those of the data
     teacher_size:int = None # and the teacher
@@ -144,7 +145,7 @@ students = dict(
     mobilenet=dict(student=cifar_nets.mobilenetv1, lr=1e-2, ab=12.3, stages=mobilenet_stages,
                    before=['stages.1.1.5:input', 'stages.2.1.5:input', 'stages.3.2.5:input']),
     resnet18=dict(student=lambda c: models.resnet18(num_classes=c), lr=1e-3, ab=6.1, stages=resnet_stages,
-                  before=[f'{o}.1.relu:input' for o in resnet_stages]))
+                  amp_on_cpu=True, before=[f'{o}.1.relu:input' for o in resnet_stages]))
 shifted = ShiftFlip(8)
 photo_sets = dict(
     imagenette=dict(data=partial(photographs.part_of_folder, n_train=1000, n_valid=600, augment=shifted),

@@ -91,6 +91,19 @@ def test_every_setting_trains_with_the_losses_that_need_its_layers(name, images,
         assert r['seconds']>0, loss
 
 
+@pytest.mark.parametrize('name,dtype', [('breeds_resnet18', torch.bfloat16), ('breeds_mobilenet', torch.float32)])
+def test_only_large_students_compute_in_bfloat16_on_a_cpu(name, dtype, images):
+    s = SETTINGS[name]
+    s,seen = replace(s, data=partial(s.data, bs=4)),set()
+    dls = s.data(images/s.folder, device=torch.device('cpu'))
+    learn = accuracy.learner(s, dls, s.student(dls.c), s.size)
+    learn.model.register_forward_hook(lambda m, x, out: seen.add(out.dtype))
+    accuracy.fit(learn, 1)
+    assert seen=={dtype} and learn.get_preds()[0].dtype==torch.float32 and not torch.is_autocast_enabled('cpu')
+    assert all(p.dtype==torch.float32 for p in learn.model.parameters())
+    assert accuracy.device_name(s, dls.device, 1)==('cpu, 1 threads' + (', bfloat16' if s.amp_on_cpu else ''))
+
+
 @pytest.fixture(scope='module')
 def photos(images):
     "A setting of photographs, its data and its teacher before any training"
