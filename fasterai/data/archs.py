@@ -17,6 +17,7 @@ from torch import nn, Tensor
 from torchvision import models as tv
 
 from .digits import digits_net
+from ..core.heads import last_layer, put_module, with_outputs
 from ..core.names import unknown_name
 
 # %% ../../nbs/data/archs.ipynb #22cb5065
@@ -74,16 +75,11 @@ def with_new_head(
     c:int,           # Classes that it is to have
 )->nn.Module:
     "`model` itself, with a last layer for `c` classes. ValueError where there is no layer to change"
-    last = [(n,m) for n,m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and _width(m)==1000]
+    last = last_layer(model, width=1000)
     if not last: raise ValueError(f"{type(model).__name__} has no layer of 1000 classes to change")
-    name,old = last[-1]
-    if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, c, old.bias is not None)
-    else: new = nn.Conv2d(old.in_channels, c, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
-    parent,_,child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, new)
+    name,old = last
+    put_module(model, name, with_outputs(old, c))
     return model
-
-def _width(m): return m.out_features if isinstance(m, nn.Linear) else m.out_channels
 
 # %% ../../nbs/data/archs.ipynb #b2874945
 _inside = 'model','state_dict','model_state_dict'

@@ -20,7 +20,7 @@ from fastai.torch_core import trainable_params
 from torch import Tensor
 
 from ...core.names import unknown_name
-from ...core.task import seen_by_student, split_batch
+from ...core.task import refuse_plain, seen_by_student, split_batch
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.names import unwrap
 from ..loss.base import as_loss
@@ -50,6 +50,7 @@ def Entropy(
 # %% ../../../nbs/distill/methods/adapt.ipynb #92ff4edd
 def _batches(learn, items, bs):
     "A loader of the items, shuffled, in whole batches. Warns of small ones"
+    refuse_plain(items if hasattr(items, 'batch_sampler') else learn.dls.valid, 'adapt')
     dl = items if isinstance(items, TfmdDL) else learn.dls.test_dl(items)
     n = len(dl.dataset)
     bs = min(bs, n)

@@ -22,6 +22,7 @@ from fastai.torch_core import TensorImage, TensorImageBW
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ...core.heads import last_layer
 from ...core.names import unknown_name
 from ...core.task import logits_of
 from ..distillation_callback import KnowledgeDistillationCallback
@@ -82,17 +83,16 @@ def picture_generator(
         nn.Conv2d(width, c, 3, 1, 1), nn.BatchNorm2d(c, affine=False) if bounds is None else Between(*bounds))
 
 # %% ../../../nbs/distill/methods/data_free.ipynb #de760924
-def _last_linear(net):
+def _into_head(net):
     "The name of what goes into the head"
-    names = [n for n,m in net.named_modules() if isinstance(m, nn.Linear)]
-    if not names: raise ValueError("method='dafl' looks at what goes into the last nn.Linear, and the teacher has none")
-    return f'{names[-1]}:input'
+    if head := last_layer(net, kinds=nn.Linear): return f'{head[0]}:input'
+    raise ValueError("method='dafl' looks at what goes into the last nn.Linear, and the teacher has none")
 
 class PictureLoss:
     "What a generator's pictures are judged by, in the `way` given"
     def __init__(self, still, way):
         self.still,self.way = still,way
-        self.features = Capture(still.net, _last_linear(still.net) if way.act else ())
+        self.features = Capture(still.net, _into_head(still.net) if way.act else ())
 
     def __call__(self,
         x:Tensor,          # Pictures, with a graph to the generator

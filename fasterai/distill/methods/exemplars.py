@@ -15,12 +15,12 @@ from fastai.torch_core import TensorCategory
 from fastcore.basics import GetAttr, patch
 from torch import Tensor, nn
 
-from ...core.task import seen_by_student, split_batch
+from ...core.task import loader_like, refuse_plain, seen_by_student, split_batch
 from ...data.unlabelled import Extended, with_train
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import unwrap
 from ..loss.base import unit
-from .continual import classes_of, head_of, same_beginning
+from .continual import classes_of, head_of, head_of_learner, same_beginning
 
 # %% ../../../nbs/distill/methods/exemplars.ipynb #26a61af1
 class _Still(GetAttr):
@@ -36,8 +36,8 @@ def features_of(
 )->tuple[Tensor,Tensor]:
     "What goes into the head, at length 1 `(N, D)`, and labels `(N,)`, in the order of `dataset`"
     dataset = learn.dls.train_ds if dataset is None else dataset
-    dl = learn.dls.valid.new(_Still(dataset), shuffle=False, drop_last=False)
-    layer = f'{head_of(learn.model)[0]}:input'
+    dl = loader_like(learn.dls.valid, _Still(dataset), shuffle=False, drop_last=False)
+    layer = f'{head_of_learner(learn)[0]}:input'
     features,labels = [],[]
     with as_found(learn.model), Capture(learn.model, [layer], detach=True) as c:
         for b in dl:
@@ -99,7 +99,7 @@ def add(self:Exemplars,
     for c in new:
         own = (labels==c).nonzero().flatten()
         picked = own[herd(features[own], n)].tolist()
-        self.rows[c] = [tuple(dataset[i])[:learn.dls.train.n_inp] for i in picked]
+        self.rows[c] = [split_batch(learn.dls, tuple(dataset[i]))[0] for i in picked]
     self.classes = classes
     return self
 
@@ -117,6 +117,7 @@ def join(self:Exemplars,
     "`dls` with what was kept among the training rows. ValueError for classes in another order, or nothing kept"
     if not self.rows: raise ValueError("nothing has been kept yet: `add` comes first")
     same_beginning(self.classes, classes_of(dls), 'dls')
+    refuse_plain(dls.train, 'Exemplars')
     inputs,labels = self._listed()
     return with_train(dls, dls.train.new(Extended(dls.train_ds, inputs, labels, dls.train.n_inp)))
 
@@ -132,7 +133,7 @@ class NearestMean(nn.Module):
         self.register_buffer('means', means)
 
     def forward(self, *xb):
-        layer = f'{head_of(self.model)[0]}:input'
+        layer = f'{head_of(self.model, len(self.means))[0]}:input'
         with Capture(self.model, [layer]) as c: self.model(*xb)
         f = unit(c.maps[layer].as_subclass(Tensor).float())
         return -torch.cdist(f, self.means).square()
@@ -143,7 +144,7 @@ def nearest_mean(
 )->Learner:
     """A Learner of a copy of the model that answers by the nearest mean, for `validate`, `predict` and `export`.
     Rebuffi et al. (iCaRL), CVPR 2017, arXiv 1611.07725. ValueError for a class without examples"""
-    n = head_of(learn.model)[1].out_features
+    n = head_of_learner(learn)[1].out_features
     lacking = [c for c in range(n) if c not in memory.rows]
     if lacking: raise ValueError(f"memory has no examples of column {', '.join(map(str, lacking))}: `add` them first")
     inputs,labels = memory._listed()

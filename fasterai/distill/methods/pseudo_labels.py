@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastcore.basics import noop, patch, store_attr, tuplify
 from torch import Tensor
 
-from ...core.task import logits_of, task_of
+from ...core.task import logits_of, refuse_plain, task_of
 from ..teacher.facts import facts_of
 from ...data.unlabelled import Extended, inputs_of, labelled_part, with_train
 
@@ -90,6 +90,7 @@ def pseudo_labels(
     """`items` with the labels that `learn` gives them (Lee, ICML 2013 workshop). ValueError where none reaches
     `threshold`, or the predictions are not of one class a row"""
     if not 0<=threshold<=1: raise ValueError(f"threshold must be a probability, 0 to 1, got {threshold}")
+    refuse_plain(learn.dls.valid, 'pseudo_labels')
     probs = _probabilities(learn, items)
     sure = probs.amax(1)
     if not (sure>=threshold).any():

@@ -25,7 +25,7 @@ from torch import nn
 
 from ...core.chatter import without_chatter
 from ...core.files import whole_file
-from ...core.task import logits_of, split_batch, views_of
+from ...core.task import loader_like, logits_of, split_batch, views_of
 from ..layers.int8 import as_int8, as_reference
 from ..layers.names import unwrap
 from .describe import describe, first_batch, input_names, refuse_other_than_learner
@@ -155,7 +155,7 @@ def _calibration(learn, names, n, least=32):
     ds = dls.train.dataset
     as_in_validation = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
     with streams_kept(), as_in_validation:
-        dl = dls.train.new(bs=min(32, n), shuffle=True, drop_last=False, num_workers=0)
+        dl = loader_like(dls.train, bs=min(32, n), shuffle=True, drop_last=False, num_workers=0)
         dl.rng = random.Random(0)
         for b in dl:
             xb = split_batch(dls, tuplify(b))[0]

@@ -10,6 +10,8 @@ import numpy as np
 from fastai.data.core import DataLoaders
 from fastcore.basics import GetAttr
 
+from ...core.task import refuse_plain
+
 # %% ../../../nbs/distill/ship/halving.ipynb #5808ab2d
 def halving(
     n:int,        # Candidates
@@ -45,6 +47,7 @@ def split_training(
 )->DataLoaders:
     "The training set in two. ValueError for a share that leaves no batch to train on, or nothing to judge by"
     n = len(dls.train_ds)
+    refuse_plain(dls.train, 'a search')
     order,k = np.random.default_rng(seed).permutation(n),round(share*n)
     if not 0<k<=n-dls.train.bs: raise ValueError(f"share={share:.3g} of {n} samples leaves {n-k} to train on in "
                                                  f"batches of {dls.train.bs}, and {k} to judge by")

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...core.heads import put_module
 from ...core.names import unknown_name
 from ..layers.capture import as_found, first_tensor
 
@@ -181,8 +182,7 @@ def lsq_quantized(
     if idle or not inputs: raise ValueError(f"layers: {', '.join(idle) or 'none of them'} did not run on the batches")
     order = list(inputs)
     for name,x in inputs.items():
-        parent,_,child = name.rpartition('.')
         layer = QuantizedLayer(model.get_submodule(name), max(bits, ends) if name in (order[0], order[-1]) else bits)
         layer.input_fake_quant.calibrate(x)
-        setattr(model.get_submodule(parent), child, layer.train(model.training))
+        put_module(model, name, layer.train(model.training))
     return model

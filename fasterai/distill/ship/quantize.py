@@ -15,7 +15,7 @@ from fastcore.basics import tuplify
 from torch import nn
 
 from ...core.leaving import watch
-from ...core.task import seen_by_student, split_batch, views_of
+from ...core.task import loader_like, seen_by_student, split_batch, views_of
 from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quantizers,
                                           freeze_statistics, observe, quantized_layers)
 from ..layers.names import as_names, unwrap
@@ -114,7 +114,7 @@ def calibration_batches(
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     with streams_kept():
-        for b in dls.valid.new(dls.train_ds):
+        for b in loader_like(dls.valid, dls.train_ds):
             found.append(seen_by_student(learn, to_device(split_batch(dls, tuplify(b))[0], device)))
             if len(found)==n: break
     seen = sum(map(find_bs, found))

@@ -20,7 +20,7 @@ from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
 from ...core.names import unknown_name
-from ...core.task import known_axis, logits_of, seen_by_student, split_batch, task_of
+from ...core.task import known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
@@ -37,8 +37,7 @@ def _as_in_training(model):
     with as_found(model), torch.enable_grad(): yield model.train()
 
 def _validation_data(learn):
-    dl = learn.dls[1]
-    return dl.new(shuffle=True) if hasattr(dl, 'new') else dl
+    return loader_like(learn.dls[1], shuffle=True)
 
 def _batches(learn, dl, n):
     "The first `n` batches, as (inputs, targets), on the model's device"

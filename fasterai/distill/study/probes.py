@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ...core.task import logits_of, split_batch
+from ...core.task import loader_like, logits_of, split_batch
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from .one_run import streams_kept
@@ -50,7 +50,7 @@ def embeddings_of(
     select:Callable=None, # From the model's output to the embeddings `(B, D)`; None: the output itself
 )->tuple[np.ndarray,np.ndarray]:
     "Embeddings `(N, D)` and classes `(N,)`. Raises ValueError for data without one class for each sample"
-    dl = dl.new(shuffle=False, drop_last=False)
+    dl = loader_like(dl, shuffle=False, drop_last=False)
     found = []
     with streams_kept(), as_found(learn.model), _for_validation(dl.dataset):
         for b in dl:

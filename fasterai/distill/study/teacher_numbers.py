@@ -17,7 +17,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import tuplify
 from torch import nn
 
-from ...core.task import full_inputs, known_axis, split_batch, task_of
+from ...core.task import full_inputs, known_axis, loader_like, split_batch, task_of
 from .one_run import measure, measured
 from ..teacher.protocol import BaseTeacher, accepted
 from ..teacher.teacher import as_teacher
@@ -46,7 +46,7 @@ def training_data(
     "Inside, a DataLoader of the training data; the training's own, in its own order, if the teacher knows no others"
     dl = learn.dls[0]
     if teacher.anywhere:
-        yield dl.new(**new) if hasattr(dl, 'new') else dl
+        yield loader_like(dl, **new)
         return
     in_training = contextmanager(replacing_yield)(learn, 'training', True)
     with asked_by(learn, teacher, logits=False), in_training, _order_kept(dl): yield dl

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from torchvision import models as tv
 
+from ...core.heads import last_layer, put_module, with_outputs
 from ...core.names import unknown_name
 from ...data.archs import available_archs, load_weights
 from .facts import agree, facts_of
@@ -68,29 +69,20 @@ def _has_imagenet_classes(model):
     return infer_imagenet_subset(model)=='imagenet-1k'
 
 # %% ../../../nbs/distill/teacher/pretrained.ipynb #6811f52c
-def _head(model):
-    "Name of the last layer, whose outputs are the classes"
-    heads = [n for n,m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return heads[-1]
-
-def _with_outputs(model, c):
+def _with_head(model, c):
     "`model` with a new head for `c` classes, or with none"
-    if hasattr(model, 'reset_classifier'): model.reset_classifier(c)
-    else: _replace(model, _head(model), c)
+    if hasattr(model, 'reset_classifier'):
+        model.reset_classifier(c)
+        return model
+    name,head = last_layer(model)
+    put_module(model, name, with_outputs(head, c))
     return model
-
-def _replace(model, name, c):
-    old = model.get_submodule(name)
-    conv = isinstance(old, nn.Conv2d)
-    new = nn.Identity() if not c else nn.Conv2d(old.in_channels, c, 1) if conv else nn.Linear(old.in_features, c)
-    parent,_,last = name.rpartition('.')
-    setattr(model.get_submodule(parent), last, new)
 
 def body_and_head(
     model:nn.Module, # Whose last layer is its head
 )->list[list]:
     "Its parameters in two groups, for `splitter=` of a Learner: `fine_tune` begins with the head"
-    head = list(model.get_submodule(_head(model)).parameters())
+    head = list(last_layer(model)[1].parameters())
     return [[p for p in model.parameters() if not any(p is o for o in head)],head]
 
 # %% ../../../nbs/distill/teacher/pretrained.ipynb #308a2103
@@ -108,7 +100,7 @@ def pretrained_teacher(
     ValueError for an unknown name, or for a file that cannot be read safely or holds the weights of another network"""
     model,known = _network(name, pretrained and weights is None)
     if weights is not None: load_weights(model, weights, by_order)
-    if c is not None: model = _with_outputs(model, c)
+    if c is not None: model = _with_head(model, c)
     elif not isinstance(classes, str): known['classes'] = classes
     elif _has_imagenet_classes(model): known['classes'] = imagenet_classes(classes)
     return Teacher(model.eval(), **{**known, **kwargs})

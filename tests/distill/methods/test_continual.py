@@ -343,3 +343,18 @@ def test_new_classes_are_learned_as_if_there_were_no_rows_of_others(loss):
     pred,y = torch.randn(12, 5, generator=g),torch.arange(12)%5
     new = y>=3
     assert NewClasses(loss, 3)(pred, y).item()==pytest.approx(loss(pred[new, 3:], y[new]-3).item(), rel=1e-6)
+
+
+class TwoHeads(nn.Module):
+    "One of 3 classes, and one registered after it that helps in training alone"
+    def __init__(self): super().__init__(); self.body,self.head,self.aux = net(c=8),nn.Linear(8, 3),nn.Linear(8, 7)
+    def forward(self, x): return self.head(self.body(x))
+
+
+def test_the_head_is_the_one_with_as_many_outputs_as_the_data_have_classes():
+    learn = learner(TwoHeads(), named(['b', 'a', 'c']))
+    grow_head(learn, named(['b', 'a', 'c', 'd'], ['d']))
+    assert (learn.model.head.out_features, learn.model.aux.out_features)==(4, 7)
+    before = learn.model.aux.weight.clone()
+    assert align_head(learn, 1)>0 and torch.equal(learn.model.aux.weight, before)
+    assert learn.model(learn.dls.one_batch()[0]).shape[1]==4

@@ -51,7 +51,7 @@ def record(
     if processes<1: raise ValueError(f"processes: expected 1 or more, got {processes}")
     learn,part = _as_learner(dl),this_part(part)
     dl = innermost(learn.dls.train)
-    stream = not dl.indexed
+    stream = not getattr(dl, 'indexed', True) # PyTorch's own is refused next
     check_dl(dl, 'recording', stream)
     cache = _settings(path, topk, maps, dtype, _as_views(views, stream, key))
     with _own_words(): cache.views.check_types(dl, [])
