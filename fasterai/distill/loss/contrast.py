@@ -19,12 +19,17 @@ from .learning import LearnedLoss
 
 # %% ../../../nbs/distill/loss/contrast.ipynb #9eed6671
 def _classes(target, n):
-    "Labels `(B,)` from labels or from soft or one-hot targets `(B, C)`"
-    if target is None: return None
+    """Labels `(B,)` from labels or from soft or one-hot targets `(B, C)`; None where these are no classes: numbers, or
+    yes and no for each class"""
+    if not isinstance(target, torch.Tensor): return None
     target = target.as_subclass(torch.Tensor)
-    if target.ndim==2: target = target[:,0] if target.shape[1]==1 else target.argmax(1)
-    if target.shape==(n,): return target
+    if target.ndim==2 and target.shape[1]==1: target = target[:,0]
+    if target.ndim==2: target = target.argmax(1) if _is_one_class_a_row(target) else None
+    elif target.is_floating_point(): target = None
+    if target is None or target.shape==(n,): return target
     raise ValueError(f"CRD takes one label per sample, ({n},), got a target of {tuple(target.shape)}; leave target out")
+
+def _is_one_class_a_row(shares): return torch.allclose(shares.double().sum(1), shares.new_ones(len(shares)).double())
 
 def _same_class(y, others):
     "Which of `others` (K,) are known to be of the class of each of `y` (B,): `(B, K)`"

@@ -19,6 +19,7 @@ from ...core.task import logits_of, seen_by_student, split_batch
 from ..layers.adapters import token_grid
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import layer_pairs
+from .teacher_numbers import asked_by
 from ..teacher.facts import facts_of
 from ..teacher.teacher import as_teacher
 
@@ -43,8 +44,9 @@ def _ask_student(learn, xb, layers=()):
     with as_found(model), Capture(model, layers, kind='layer of the student') as c: pred = model(*xb)
     return _plain(logits_of(pred, who='student')),[_plain(m) for m in c.maps.values()]
 
-def _ask_teacher(teacher, xb, layers=()):
-    pred,fm = as_teacher(teacher)(*xb, layers=layers)
+def _ask_teacher(teacher, learn, xb, layers=()):
+    "The same of the teacher, who sees the batch of the student as in a fit"
+    with asked_by(learn, as_teacher(teacher), layers) as ask: pred,fm = ask(*xb, layers=layers)
     return _plain(pred),[_plain(m) for m in fm.values()]
 
 def _plain(t): return t.detach().as_subclass(torch.Tensor).float().cpu()
@@ -145,7 +147,7 @@ def plot_attention(
     imgs,xb = _images(student, b),_inputs(student, b)
     if imgs is None:
         raise ValueError(f"plot_attention needs images (B, 1 or 3, H, W), got inputs of shape {tuple(b[0].shape)}")
-    fs,ft = _ask_student(student, xb, ls)[1],_ask_teacher(teacher, xb, lt)[1]
+    fs,ft = _ask_student(student, xb, ls)[1],_ask_teacher(teacher, student, xb, lt)[1]
     axs = new_axes(len(items), 1+2*len(ls), size=(1.5, 1.6))
     for row,img in zip(axs, imgs): _show(row[0], img)
     for j,(n_s,n_t,s,t) in enumerate(zip(ls, lt, fs, ft)):
@@ -179,7 +181,7 @@ def plot_similarity(
     b = _batch(student, range(min(items, len(student.dls.valid.dataset))) if isinstance(items, int) else items)
     xb,(ls,lt) = _inputs(student, b),layer_pairs(pairs)
     order = _plain(b[-1]).argsort(stable=True) if b[-1].ndim==1 else torch.arange(len(xb[0]))
-    (pred_s,fs),(pred_t,ft) = _ask_student(student, xb, ls),_ask_teacher(teacher, xb, lt)
+    (pred_s,fs),(pred_t,ft) = _ask_student(student, xb, ls),_ask_teacher(teacher, student, xb, lt)
     if not ls:
         ls = lt = ['predictions']
         fs,ft = [pred_s],[pred_t]

@@ -27,10 +27,11 @@ from ..teacher.teacher import as_teacher
 def asked_by(
     learn:Learner,       # The student's
     teacher:BaseTeacher, # In a fit or not
-    logits:bool=True,    # Will logits be asked for?
+    layers=(),           # Names of layers whose maps will be asked for
+    logits:bool=True,    # Will logits?
 ):
     "Inside, a function that asks the teacher about batches of the student's data; no cache is filled"
-    question = dict(layers=(), logits=logits, record=False)
+    question = dict(layers=layers, logits=logits, record=False)
     try:
         teacher.begin(learn, **accepted(teacher.begin, question))
         yield getattr(teacher, 'compute', teacher.answer)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from ...core.names import unknown_name
 from ...core.task import logits_of
-from ..layers.capture import Capture
+from ..layers.capture import Capture, attributes_kept
 from ..layers.names import as_names, unwrap
 from .forward import device_of, evaluating, same_rng
 from .protocol import BaseTeacher
@@ -55,7 +55,8 @@ def answer(self:Oneself,
     listening = Capture(net, as_names(layers), detach=True)
     still = evaluating(list(net.modules())) if self.mode=='eval' else nullcontext()
     buffers = {k:b.clone() for k,b in net.named_buffers()}
-    with same_rng(device_of(xb)), still, listening: out = functional_call(net, buffers, xb)
+    kept = attributes_kept(net.modules()) # a recurrent network has its hidden state in one
+    with kept, same_rng(device_of(xb)), still, listening: out = functional_call(net, buffers, xb)
     maps = listening.maps
     listening.clear()
     return logits_of(out, self.select, 'student').float() if logits else None, maps

@@ -206,7 +206,7 @@ class PastEpoch(PastSelf):
 def _from_labels(target, pred):
     "Labels as logits; where a picture has none, what the student says"
     now = pred.detach().float()
-    if target is None or target.is_floating_point(): return now
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape!=now.shape[:1]: return now
     y = target.as_subclass(Tensor).long().unsqueeze(1)
     is_class = (y>=0) & (y<now.shape[1])
     sure = torch.full_like(now, -torch.inf).scatter(1, y.where(is_class, 0), 0.)

@@ -75,9 +75,10 @@ def facts_for(
     target,         # Labels of the batch
     n:int,          # Number of samples in it
 )->dict:
-    "Those of `facts` that the loss is told: not the ignored label, where it would leave out samples for no need"
-    label_each = isinstance(target, Tensor) and target.shape==(n,)
-    if not label_each or 'target' in term.required: return facts
+    """Those of `facts` that the loss is told: not the ignored label, where it would leave out samples for no need, or
+    there are several targets"""
+    of_positions = target is None or isinstance(target, Tensor) and target.shape!=(n,)
+    if of_positions or 'target' in term.required: return facts
     return {k:v for k,v in facts.items() if k!='ignore_index'}
 
 # %% ../../../nbs/distill/training/lesson.ipynb #ce528211

@@ -7,10 +7,13 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
+from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fasterai.core.schedule import lin
 from fasterai.distill.losses import *
@@ -240,3 +243,17 @@ def test_no_hidden_synchronisation():
     late.order = -20
     try: learn.fit(1, cbs=[kd, Strict('error', 'after_loss'), late])
     finally: torch.cuda.set_sync_debug_mode('default')
+
+
+def test_two_targets_of_a_task_that_ignores_a_label():
+    x,y = torch.randn(16, 3, 8, 8),torch.arange(16)%3
+    ds = TensorDataset(x, y, y)
+    ds.n_inp = 1
+    def both(pred, a, b): return F.cross_entropy(pred, a)+F.cross_entropy(pred, b)
+    both.ignore_index = -100
+    dls,teacher = DataLoaders.from_dsets(ds, ds, bs=16, num_workers=0),net(c=3).eval()
+    learn = learner(net(c=3), dls, loss_func=both)
+    before = copy.deepcopy(learn.model).train()
+    kd = KD(teacher, Logits)
+    learn.fit(1, 0., cbs=kd)
+    assert kd.log.history.distill_loss[0]==pytest.approx(F.mse_loss(before(x), teacher(x)).item(), rel=1e-4)

@@ -146,7 +146,16 @@ def test_crd_takes_labels_in_any_usual_form():
     for same in (y[:,None], F.one_hot(y), .8*F.one_hot(y)+.2/3):
         torch.testing.assert_close(loss(**d, target=same), want)
     assert loss(**d)!=want
-    with pytest.raises(ValueError, match='one label per sample'): loss(**d, target=torch.zeros(4, 5, 5))
+    with pytest.raises(ValueError, match='one label per sample'): loss(**d, target=torch.zeros(4, 5, 5).long())
+
+def test_crd_takes_what_is_no_class_for_none():
+    d = dict(fm_s=maps((4, 6)), fm_t=maps((4, 7)))
+    loss = CRD(dim=3).build(**d)
+    want = loss(**d)
+    several = torch.tensor([[0, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]])
+    numbers = torch.tensor([1., 1., 2., 1.])
+    for other in (several, several.float(), numbers, numbers[:, None], (numbers.long(), numbers.long())):
+        assert loss(**d, target=other)==want
 
 def test_crd_with_a_bank():
     n,k,T = 9,4,.5

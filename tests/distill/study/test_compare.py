@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import CategoryMap
+from fastai.data.transforms import CategoryMap, Normalize
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import DiceMulti, F1Score, R2Score, RocAucBinary, accuracy, accuracy_multi, error_rate, mse
@@ -311,3 +311,18 @@ def test_table_is_a_dataframe(y):
     assert isinstance(t, Comparison)
     assert t.to_csv() and 'accuracy vs alone' in t._repr_html_()
     assert type(t[['accuracy']]) is pd.DataFrame
+
+
+def test_plots_show_the_teacher_what_a_fit_shows():
+    def of(mean, std):
+        dls = digits_dls(64, n_valid=40, device='cpu')
+        for dl in dls.loaders: dl.after_batch.add(Normalize.from_stats([mean], [std], cuda=False))
+        return Learner(dls, digits_net(4), metrics=accuracy)
+    teacher,student,seen = of(.5, .1),of(0., 3.),[]
+    hook = teacher.model.register_forward_pre_hook(lambda m, x: seen.append(x[0].clone()))
+    plot_attention(student, teacher, [('0', '1')], [0, 1])
+    plot_similarity(student, teacher, items=2)
+    hook.remove()
+    want = (torch.stack([student.dls.valid_ds[i][0] for i in (0, 1)])-.5)/.1
+    def plain(x): return x.as_subclass(torch.Tensor)
+    for x in seen: torch.testing.assert_close(plain(x), plain(want), rtol=1e-4, atol=1e-4)

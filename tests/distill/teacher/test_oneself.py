@@ -15,6 +15,7 @@ from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.loss.consistency import Consistency
 from fasterai.distill.losses import *
 from fasterai.distill.methods.fixmatch import StrongView, fixmatch
+from fasterai.distill.teacher.forward import same_rng
 from fasterai.distill.teacher.oneself import Oneself
 from fasterai.distill.training.views import StudentSees
 from helpers import Boom, GradsAt, data, learner, n_hooks, net, same, state
@@ -78,6 +79,23 @@ def test_an_answer_leaves_no_trace(mode):
     t.end()
     t.end()
     with pytest.raises(RuntimeError, match='has no student'): t.answer(x)
+
+
+def test_a_hidden_state_is_the_student_s_own():
+    class Remembers(nn.Module):
+        "As fastai's recurrent networks do: its state is an attribute"
+        def __init__(self): super().__init__(); self.cell,self.hidden = nn.GRU(4, 3, batch_first=True),None
+        def forward(self, x):
+            out,h = self.cell(x, self.hidden)
+            self.hidden = h.detach()
+            return out[:, -1]
+    learn,t = learner(Remembers()),Oneself()
+    learn.model(torch.randn(2, 5, 4))
+    before = learn.model.hidden
+    t.begin(learn)
+    with same_rng(torch.device('cpu')): want = copy.deepcopy(learn.model)(torch.ones(2, 5, 4))
+    assert torch.equal(t.answer(torch.ones(2, 5, 4))[0], want) and learn.model.hidden is before
+    t.end()
 
 
 def test_weight_0_is_plain_training_bit_for_bit():

@@ -198,3 +198,10 @@ class TestWeightsDigest:
         a,b = nn.Linear(2, 2),nn.Linear(2, 2)
         assert weights_digest(nn.Sequential(a, b))!=weights_digest(nn.Sequential(b, a))
         assert weights_digest(nn.ModuleDict(dict(x=a)))!=weights_digest(nn.ModuleDict(dict(y=a)))
+
+
+@pytest.mark.parametrize('dtype', [torch.long, torch.double, torch.float32, torch.uint8])
+def test_a_column_of_a_table_has_any_stride(dtype):
+    x = torch.arange(24).to(dtype)
+    assert (sig(x[None].T)==sig(x[:, None].clone())).all() and x[None].T.stride()==(1, 24)
+    assert (sig(x.view(2, 12).T)==sig(x.view(2, 12).T.contiguous())).all()
