@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.core.task._order': ('core/task.html#_order', 'fasterai/core/task.py'),
                                     'fasterai.core.task._viewers': ('core/task.html#_viewers', 'fasterai/core/task.py'),
                                     'fasterai.core.task.copied': ('core/task.html#copied', 'fasterai/core/task.py'),
+                                    'fasterai.core.task.first_of': ('core/task.html#first_of', 'fasterai/core/task.py'),
                                     'fasterai.core.task.full_inputs': ('core/task.html#full_inputs', 'fasterai/core/task.py'),
                                     'fasterai.core.task.known_axis': ('core/task.html#known_axis', 'fasterai/core/task.py'),
                                     'fasterai.core.task.loader_like': ('core/task.html#loader_like', 'fasterai/core/task.py'),

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.learner import AvgMetric, Learner, mk_metric, replacing_yield
-from fastai.torch_core import apply, to_detach
+from fastai.torch_core import apply, find_bs, to_detach
 from fastcore.basics import noop, tuplify
 from fastcore.foundation import L
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -27,7 +27,7 @@ from torch import nn
 from ...core.names import unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
-from ...core.task import one_batch, seen_by_student, split_batch, task_of
+from ...core.task import first_of, one_batch, seen_by_student, split_batch, task_of
 from ..layers.capture import as_found
 from ..loss.base import kl_div
 from .measure import model_cost
@@ -282,8 +282,8 @@ def _first_inputs(dl):
 def _cost_of(learners, dls, min_time):
     "What each model costs, on batches of one size, so that throughput and memory compare"
     xbs = {n: _first_inputs(dls[n]) for n in learners}
-    bs = min(len(xb[0]) for xb in xbs.values())
-    xbs = {n: seen_by_student(l, tuple(x[:bs] for x in xbs[n])) for n,l in learners.items()}
+    bs = min(map(find_bs, xbs.values()))
+    xbs = {n: seen_by_student(l, first_of(xbs[n], bs)) for n,l in learners.items()}
     return {n: model_cost(l.model, xbs[n], min_time) for n,l in learners.items()}
 
 # %% ../../../nbs/distill/study/compare.ipynb #701de04d

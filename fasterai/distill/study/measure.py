@@ -10,11 +10,13 @@ import weakref
 
 import numpy as np
 import torch
+from fastai.torch_core import find_bs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...core.cost import flops
+from ...core.task import first_of
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 
@@ -120,7 +122,7 @@ def model_cost(
     with an `own_cost`, what that gives. Leaves modes and buffers as they were; ValueError without a tensor in `x`"""
     xs = _as_batch(model, x)
     if hasattr(model, 'own_cost'): return model.own_cost(xs, min_time, threads)
-    one,bs = tuple(t[:1] for t in xs),len(xs[0])
+    one,bs = first_of(xs, 1),find_bs(xs)
     latency,p90 = latency_ms(model, one, min_time, threads)
     batch_ms = latency_ms(model, xs, min_time, threads)[0]
     return dict(params=n_params(model), size_mb=size_mb(model), macs=macs(model, one),
@@ -131,7 +133,7 @@ def model_cost(
 def _as_batch(model, x):
     "Plain copies of the inputs where the model is: a slice would hold on to its whole batch"
     xs = _xs(x)
-    if not xs or not all(isinstance(t, torch.Tensor) and t.ndim and len(t) for t in xs):
+    if not xs or not all(isinstance(t, torch.Tensor) and t.ndim and len(t) for t in tree_leaves(xs)):
         got = f"{type(x).__name__} {getattr(x, 'shape', '')}"
         raise ValueError(f"x must be a batch with at least one sample, or a tuple of such, got {got}")
-    return to_model(model, tuple(t.detach().as_subclass(torch.Tensor).clone() for t in xs))
+    return to_model(model, tree_map(lambda t: t.detach().as_subclass(torch.Tensor).clone(), xs))

@@ -146,3 +146,14 @@ def test_ece_by_loops():
     slow = sum(abs(sum(c for c,_ in b)-sum(r for _,r in b)) for b in bins)/300
     assert ece(probs, targs)==pytest.approx(slow, abs=1e-9)
     with pytest.raises(ValueError, match=r'\(N, C\)'): ece(probs[:, 0], targs)
+
+
+def test_inputs_in_a_dict_cost_what_they_cost_alone():
+    class OfDict(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, b): return self.net(b['x'])
+    net,x = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)),torch.randn(8, 6)
+    names = 'params','macs','batch_size','peak_mb'
+    plain,nested = model_cost(net, x, 1e-3),model_cost(OfDict(net), {'x':x}, 1e-3)
+    assert [nested[k] for k in names]==[plain[k] for k in names] and plain['macs']==36
+    with pytest.raises(ValueError, match='at least one sample'): model_cost(OfDict(net), {'x':'text'})
