@@ -187,12 +187,14 @@ def test_exits_of_a_series_are_convolutions_over_its_positions():
 class SeveralTargets(nn.Module):
     def forward(self, p, y, *_): return F.cross_entropy(p, y)
 
-@pytest.mark.parametrize('column', [False, True])
-def test_accuracies_by_labels_in_a_column_and_without_the_ignored(column):
+@pytest.mark.parametrize('form', ['plain', 'column', 'soft'])
+def test_accuracies_by_labels_in_a_column_or_soft_and_without_the_ignored(form):
     torch.manual_seed(0)
     y = torch.randint(3, (32,))
-    y[::4] = -100
-    kd,learn = DeepSupervision(['0']),learner(dls=data(y=y.unsqueeze(1) if column else y))
+    if form!='soft': y[::4] = -100
+    given = F.one_hot(y, 3).float() if form=='soft' else y.unsqueeze(1) if form=='column' else y
+    kd = DeepSupervision(['0'])
+    learn = learner(dls=data(y=given), loss_func=nn.CrossEntropyLoss() if form=='soft' else None)
     learn.fit(1, cbs=kd)
     x = learn.dls.valid_ds.tensors[0]
     learn.model.eval()
