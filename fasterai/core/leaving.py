@@ -7,6 +7,7 @@ __all__ = ['Fit', 'FitWatch', 'watch', 'unwatch']
 
 # %% ../../nbs/core/leaving.ipynb #2c72d828
 from contextlib import ExitStack
+from functools import partial
 
 from fastai.learner import Learner
 from fastcore.foundation import L
@@ -20,18 +21,28 @@ class Fit:
         self.notes = {}   # what its owners tell each other
 
 class FitWatch:
-    "Stands around the fits of `learn`; `fits` are those that are running, the innermost last"
-    def __init__(self, learn): self.learn,self.owners,self.fits = learn,[],[]
+    """Stands around the fits of `learn` and their batches; `fits` are those that are running, the innermost last, and
+    `batch` is what to undo when the innermost batch is over"""
+    def __init__(self, learn):
+        self.learn,self.owners = learn,[]
+        self.fits,self.batch = [],ExitStack()
 
     def __call__(self, f, event_type, *args, **kwargs):
-        run = type(self.learn)._with_events
-        if event_type!='fit': return run(self.learn, f, event_type, *args, **kwargs)
+        run = partial(type(self.learn)._with_events, self.learn, f, event_type, *args, **kwargs)
+        if event_type=='batch': return self._run_batch(run)
+        if event_type!='fit': return run()
         self._refuse_strangers()
         fit = Fit()
         with fit.leaving:
             self.fits.append(fit)
             fit.leaving.callback(self.fits.remove, fit)
-            return run(self.learn, f, event_type, *args, **kwargs)
+            return run()
+
+    def _run_batch(self, run):
+        outer,self.batch = self.batch,ExitStack()
+        try:
+            with self.batch: return run()
+        finally: self.batch = outer
 
     def _refuse_strangers(self):
         for o in self.owners:

@@ -23,6 +23,7 @@ from .layers.matching import match_feature_layers
 from .layers.names import get_model_layers, get_module_by_name
 from .layers.places import place_of
 from .losses import SoftTarget
+from .teacher.forward import evaluating
 from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
 from .training.learned import remember
@@ -269,14 +270,16 @@ def terms_on(self:KnowledgeDistillationCallback,
     xb:tuple,  # Inputs of a batch, on the student's device
     yb:tuple,  # Its targets
 )->tuple:
-    "`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs"
+    """`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs. In a fit learned losses
+    learn nothing by it, be it a judge's step or a queue's next entry: they do from the fit's own batches"""
     self._refuse_teacherless()
     session = Session(self, learn, self.session if self.session and self.session.learn is learn else None)
+    judges = [o.base for o in self.terms if isinstance(o.base, nn.Module) and session.outer]
     with session.stack:
         session.meet(record=False)
         with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
         pred,said = self.parts_of(learn, pred)
-        return learn.loss_func(pred, *yb),session.lesson(xb, yb, said)
+        with evaluating(judges): return learn.loss_func(pred, *yb),session.lesson(xb, yb, said)
 
 @patch
 def parts_of(self:KnowledgeDistillationCallback, learn, pred)->tuple:

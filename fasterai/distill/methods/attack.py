@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...core.names import unknown_name
 from ...core.task import known_axis, logits_of, seen_by_student, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
-from ..layers.capture import as_found
+from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from ..loss.base import kl_div
 from ..teacher.inputs import statistics_of
@@ -165,7 +165,8 @@ def _logits(self:Attack, xb):
 @patch
 def _output(self:Attack, xb):
     "Of the bare student, as it sees the batch"
-    return unwrap(self.learn.model)(*seen_by_student(self.learn, xb))
+    net = unwrap(self.learn.model)
+    return net(*to_model(net, seen_by_student(self.learn, xb)))
 
 @patch
 def _by_label(self:Attack, xb):
@@ -207,7 +208,9 @@ def differentiable(
         raise ValueError("against='both' asks how the teacher's answer moves, which takes one network that runs as it "
                          "is: give the network itself as the teacher, or attack against='teacher'")
     net,axis = nets[0],known_axis(teacher.axis)
-    def ask(*xb): return net.agreement.of_logits(logits_of(net.source(*net.inputs(xb)), teacher.select), axis)
+    def ask(*xb):
+        out = net.source(*to_model(net.source, net.inputs(xb)))
+        return net.agreement.of_logits(logits_of(out, teacher.select), axis)
     return ask
 
 # %% ../../../nbs/distill/methods/attack.ipynb #415bab84

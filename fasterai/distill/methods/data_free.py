@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'Way', 'Between', 'picture_generator', 'PictureLoss', 'Imagin
 # %% ../../../nbs/distill/methods/data_free.ipynb #a2f6ec8e
 import math
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Callable
 
@@ -18,18 +18,19 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorImage, TensorImageBW
 from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ...core.heads import last_layer
 from ...core.names import unknown_name
-from ...core.task import logits_of
+from ...core.task import logits_of, seen_by_student
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture
 from ..layers.names import unwrap
 from ..losses import SoftTarget
-from .dream import Still, checked_size, dream, pixel_bounds, refuse_without_statistics, vocab_of
+from .dream import (Still, checked_size, dream, pixel_bounds, refuse_broken,
+                                            refuse_without_statistics, vocab_of)
+from .dreams import picture_type, refuse_other_pictures
 from .priors import BatchNormGap, disagreement, imbalance, inactivity
 from ..teacher.forward import evaluating
 from ..teacher.teacher import Teacher
@@ -97,7 +98,7 @@ class PictureLoss:
     def __call__(self,
         x:Tensor,          # Pictures, with a graph to the generator
         y:Tensor,          # Intended classes; None: the teacher's own choice
-        student:nn.Module, # In eval mode
+        student:Callable,  # From pictures to what the student says, in eval mode
         adv:float,         # Weight of the disagreement
     )->Tensor:
         way = self.way
@@ -162,9 +163,10 @@ def _adam(params, lr): return torch.optim.Adam(params, lr, betas=(0.5, 0.999))
 # %% ../../../nbs/distill/methods/data_free.ipynb #37693af5
 @patch
 def _learn_to_imagine(self:Imagine, n):
-    student = unwrap(self.learn.model)
+    net = self.learn.model
+    def student(x): return unwrap(net)(*seen_by_student(self.learn, (x,)))
     device = next(self.generator.parameters()).device
-    with evaluating(list(student.modules())), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with evaluating(list(net.modules())), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         learn = self._from_noise if self.way.lr_z else self._step
         for _ in range(1 if self.way.lr_z else self.way.steps): learn(n, student)
 
@@ -232,8 +234,7 @@ class _Nothing:
     def new_empty(self): return type(self)(0, self.size)
     def __getitem__(self, i):
         if i and i>=self.n: raise IndexError(i) # an empty one shows what it would hold
-        picture = TensorImageBW if self.size[0]==1 else TensorImage
-        return picture(torch.randn(self.size)),0
+        return picture_type(self.size[0])(torch.randn(self.size)),0
 
 def data_free_learner(
     teacher,              # A Module, a Learner, or a `Teacher` of one network
@@ -250,18 +251,27 @@ def data_free_learner(
     way:dict=None,        # What to change of the method's numbers, such as `dict(steps=10)`
     **kwargs              # For the `Learner`
 )->Learner:
-    """A Learner of `student` to which no data are given: train it with `fit_one_cycle`. ValueError for an unknown
-    method, and for a teacher without BatchNorm where the method looks at its statistics"""
-    if method not in WAYS: raise ValueError(unknown_name('method', method, WAYS))
-    size,still,how = checked_size(size),Still(teacher),replace(WAYS[method], **(way or {}))
+    """A Learner of `student` to which no data are given: train it with `fit_one_cycle`. TypeError for a student that is
+    no network, ValueError for an unknown method, numbers that do not fit, a teacher without BatchNorm where the method
+    looks at its statistics, and real pictures of other classes or another normalisation"""
+    refuse_broken(bs=bs, n_batches=n_batches, nz=nz)
+    if not isinstance(student, nn.Module): raise TypeError(f"student: expected a network, got {type(student).__name__}")
+    size,still,how = checked_size(size),Still(teacher),_way(method, way or {})
     refuse_without_statistics(still, how.bn)
+    if valid is not None: refuse_other_pictures(valid, still.facts)
     nothing = TfmdDL(_Nothing(bs*n_batches, size), bs=bs, num_workers=0)
     dls = DataLoaders(nothing, valid or TfmdDL(_Nothing(0, size), bs=bs, num_workers=0), device=still.device)
     learn = Learner(dls, student, **{'loss_func': CrossEntropyLossFlat(), **kwargs})
-    said = Teacher(still.net, select=still.select) # of the same pictures, so there is nothing to agree on
+    said = Teacher(still.net, tfms=still.asked.tfm, select=still.select) # of the same pictures: nothing to agree on
     kd = KnowledgeDistillationCallback(said, loss, weight=1., task_weight=0.)
     learn.add_cbs([Imagine(still, size, how, nz, bounds), kd])
     return learn
+
+def _way(method, changes):
+    "The method's numbers with the user's. ValueError for an unknown name"
+    if method not in WAYS: raise ValueError(unknown_name('method', method, WAYS))
+    for k in changes.keys()-asdict(WAYS[method]): raise ValueError(unknown_name('way', k, asdict(WAYS[method])))
+    return replace(WAYS[method], **changes)
 
 # %% ../../../nbs/distill/methods/data_free.ipynb #e4e15743
 class DataFreeDistillation:

@@ -7,7 +7,7 @@ __all__ = ['detection_dls', 'detection_loss', 'LossesInValidation', 'detect', 'M
 
 # %% ../../../nbs/distill/methods/detection.ipynb #417a2fc5
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from fastai.callback.core import Callback
@@ -16,6 +16,7 @@ from fastai.learner import Learner, Metric
 from fastcore.foundation import L
 from torch import Tensor, nn
 
+from ...core.leaving import watch
 from ..layers.capture import as_found
 
 # %% ../../../nbs/distill/methods/detection.ipynb #21cf7769
@@ -92,14 +93,12 @@ def _giving_losses(model):
         for m,was in zip(parts, before): m.training = was
 
 class LossesInValidation(Callback):
-    "Let a detector return its losses in the validation, too"
-    def __init__(self): self.around = ExitStack()
+    "Let a detector return its losses in the validation, too; it is as it was, however a batch ends"
+    def before_validate(self): watch(self.learn, self)
     def before_batch(self):
-        if not self.training: self.around.enter_context(_giving_losses(self.model))
-    def after_pred(self): self.around.close()
-    def after_batch(self): self.around.close()
-    def before_epoch(self): self.around.close()
-    def __getstate__(self): return {**vars(self), 'around': ExitStack()}
+        if not self.training: watch(self.learn, self).batch.enter_context(_giving_losses(self.model))
+    def after_pred(self):
+        if not self.training: watch(self.learn, self).batch.close()
 
 # %% ../../../nbs/distill/methods/detection.ipynb #a617aca7
 def detect(

@@ -86,9 +86,9 @@ def _judge(width, hidden):
     return nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2),
                          nn.Linear(hidden, 1))
 
-def _penalty(judge, t, s):
-    "Squared distance of its slope from 1, between the teacher's and the student's"
-    share = torch.rand(len(t), *[1]*(t.ndim-1), device=t.device, dtype=t.dtype)
+def _penalty(judge, t, s, seed=0):
+    "Squared distance of its slope from 1, between the teacher's and the student's; where, `seed` says"
+    share = torch.rand(len(t), *[1]*(t.ndim-1), generator=torch.Generator().manual_seed(seed)).to(t)
     x = torch.lerp(s, t, share).requires_grad_()
     slope, = torch.autograd.grad(judge(x).sum(), x, create_graph=True)
     return (slope.norm(dim=-1)-1).square().mean()
@@ -141,7 +141,7 @@ def _build(self:Discriminator, like):
     if self.judges is not None and widths==[o.net[0].in_features for o in self.judges]: return self
     with torch.random.fork_rng(devices=[]): # the student's random numbers are not touched
         judges = [Opponent(_judge(w, self.hidden), self.lr) for w in widths]
-    self.judges = nn.ModuleList(judges).to(like[0].device)
+    self.judges = nn.ModuleList(judges).to(like[0]) # its device and precision
     return self
 
 @patch
@@ -154,7 +154,7 @@ def _play(self:Discriminator, pairs):
 def _train_judge(self:Discriminator, judge, s, t):
     def loss():
         d = discriminator_loss(judge(t), judge(s), self.game)
-        return d + self.penalty*_penalty(judge, t, s) if self.penalty else d
+        return d + self.penalty*_penalty(judge, t, s, int(judge.steps)) if self.penalty else d
     for _ in range(self.steps): judge.descend(loss)
 
 # %% ../../../nbs/distill/methods/discriminator.ipynb #43dd5a5c

@@ -16,6 +16,7 @@ from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.layout import spatial
 from ..losses import SoftTarget
+from ..training.lesson import full_precision, target_of
 from ..training.views import seen_by_student
 
 # %% ../../../nbs/distill/methods/exits.ipynb #b99032f5
@@ -54,11 +55,19 @@ def exit_loss(
     alpha:float=0.1,       # Share of the teacher
     ignore_index:int=None, # Label of the rows to leave out
 )->Tensor: # Scalar
-    "(1-α) CE + α T² KL of one exit. BYOT: Zhang et al., ICCV 2019, arXiv 1905.08094"
-    ignore = -100 if ignore_index is None else ignore_index
-    labels = target if target.is_floating_point() else target.long()
+    "(1-α) CE + α T² KL of one exit. BYOT: Zhang et al., ICCV 2019, arXiv 1905.08094. TypeError for several targets"
+    ignore = _ignored(ignore_index)
+    labels = _one_target(target)
+    if not labels.is_floating_point(): labels = labels.long()
     taught = SoftTarget(pred, whole, T=T, target=target, ignore_index=ignore_index)
     return (1-alpha)*F.cross_entropy(pred, labels, ignore_index=ignore) + alpha*taught
+
+def _ignored(ignore_index): return -100 if ignore_index is None else ignore_index # as PyTorch has it
+
+def _one_target(y):
+    if isinstance(y, Tensor): return y
+    got = f"{len(y)} of them" if isinstance(y, tuple) else type(y).__name__
+    raise TypeError(f"exits learn one target, a tensor of classes, got {got}")
 
 # %% ../../../nbs/distill/methods/exits.ipynb #e14418f8
 class Exits(nn.Module):
@@ -87,7 +96,7 @@ class Exits(nn.Module):
         width = pooled(maps[-1]).shape[1] if self.hint else self.width or max(pooled(o).shape[1] for o in maps)
         with torch.random.fork_rng(devices=[]):
             exits = [Exit(o.shape, width, pred.shape[1]) for o in maps[:len(maps)-self.hint]]
-        self.exits = nn.ModuleList(exits).train(self.training)
+        self.exits = nn.ModuleList(exits).to(maps[0].dtype).train(self.training)
 
     def forward(self,
         pred,              # The network's logits `(B, C)`
@@ -159,17 +168,22 @@ def exit_accuracies(self:DeepSupervision,
     learn,   # The student's Learner, after a fit with this callback
     dl=None, # Labelled data; None: the validation set
 )->dict:
-    "Share of right answers for each layer's exit, and for the `whole`; leaves model and exits as they were"
+    """Share of right answers for each layer's exit, and for the `whole`, among the rows that have a label; leaves model
+    and exits as they were. TypeError for several targets"""
     if not self.exits: raise ValueError("there are no exits yet: train with this callback first")
     dl = learn.dls.valid if dl is None else dl
     right = dict.fromkeys([*self.exits, 'whole'], 0)
-    n = 0
+    n,ignored = 0,_ignored(task_of(learn.loss_func).ignore_index)
     with as_found(learn.model, *self.exits.values()), Capture(learn.model, list(self.exits)) as seen:
         for b in dl:
-            xb,(y,) = split_batch(learn.dls, b)
+            xb,yb = split_batch(learn.dls, b)
+            y = _one_target(target_of(yb, learn.loss_func, 0, soft=False))
+            if y.is_floating_point(): y = y.argmax(1)
             whole = logits_of(learn.model(*to_model(learn.model, seen_by_student(learn, xb))), self.recipe.select)
-            maps = spatial(seen.maps, seen.layouts).values() # as in the training
+            maps = spatial(full_precision(seen.maps), seen.layouts).values() # as in the training
             said = {k:leave(x)[0] for (k,leave),x in zip(self.exits.items(), maps)}
-            for k,z in {**said, 'whole': whole}.items(): right[k] += (z.argmax(1)==y.to(z.device)).sum().item()
-            n += len(y)
+            labelled = y!=ignored
+            for k,z in {**said, 'whole': whole}.items():
+                right[k] += (z.argmax(1).to(y.device)==y)[labelled].sum().item()
+            n += labelled.sum().item()
     return {k:v/n for k,v in right.items()}

@@ -8,6 +8,7 @@ __all__ = ['keep_layers']
 # %% ../../../nbs/distill/methods/keep_layers.ipynb #e651fbca
 import warnings
 from copy import deepcopy
+from operator import index
 from typing import Iterable
 
 from torch import nn
@@ -27,8 +28,8 @@ def _layer_list(model, name):
 
 def _numbers(keep, n):
     "`keep` as numbers from 0. Raises TypeError for what are no numbers, ValueError for none, equal or unknown ones"
-    if isinstance(keep, (int, str)) or not all(isinstance(i, int) for i in keep):
-        raise TypeError(f"keep must be numbers of layers, such as [0, 2, 4], got {keep!r}")
+    try: keep = list(map(index, keep))
+    except TypeError: raise TypeError(f"keep must be numbers of layers, such as [0, 2, 4], got {keep!r}") from None
     if not keep: raise ValueError("keep is empty: name at least one layer")
     for i in keep:
         if not -n<=i<n: raise ValueError(f"keep: there are {n} layers, numbered from 0 to {n-1}, got {i}")
@@ -74,7 +75,7 @@ def keep_layers(
     name"""
     model = unwrap(model)
     n = len(_layer_list(model, name))
-    keep = _numbers(keep if isinstance(keep, (int, str)) else list(keep), n)
+    keep = _numbers(keep, n)
     student = deepcopy(model)
     layers = get_module_by_name(student, name)
     names,kept = list(layers._modules),list(layers)

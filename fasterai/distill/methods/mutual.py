@@ -22,6 +22,7 @@ from ..losses import SoftTarget
 from ..teacher.ensemble import ensemble_logits
 from ..teacher.peers import Peers
 from ..teacher.teacher import Teacher
+from ..training.lesson import full_precision
 
 # %% ../../../nbs/distill/methods/mutual.ipynb #1492445b
 class MutualLearning(KnowledgeDistillationCallback):
@@ -34,7 +35,7 @@ class MutualLearning(KnowledgeDistillationCallback):
     _stateattrs = (*KnowledgeDistillationCallback._stateattrs, 'given', 'answers')
 
     def __init__(self,
-        peers,                # A network or several, of any architecture
+        peers,                # A network (a Module or a Learner) or a list of them, of any architecture
         loss:Callable|str|list|dict=partial(SoftTarget, T=3), # On the logits of two networks
         weight:float=1.,      # Of the mutual loss, beside 1 for the task's
         target:str='each',    # Who is followed: 'each' of the others; or 'mean' or 'min' of all, as in `several`
@@ -58,8 +59,9 @@ class MutualLearning(KnowledgeDistillationCallback):
         "Ask the peers in validation, too"
         super().after_pred()
         self.answers = None
-        if self.teaching and not self.learn.training and self._metric() is not None:
-            self.answers = self.teacher.answer(*full_inputs(self.learn))[0]
+        if not self.teaching or self.learn.training or self._metric() is None: return
+        outs = self.teacher.outputs(*full_inputs(self.learn))
+        self.answers = [full_precision(self.parts_of(self.learn, o)[0]) for o in outs]
 
 # %% ../../../nbs/distill/methods/mutual.ipynb #9266b214
 @patch(as_prop=True)
@@ -89,9 +91,11 @@ def replace(self:MutualLearning,
 
 # %% ../../../nbs/distill/methods/mutual.ipynb #e679251d
 class _Instead(GetAttr):
-    "A Learner with another prediction"
+    "A Learner with another prediction, and the loss of that"
     _default = 'learn'
     def __init__(self, learn, pred): self.learn,self.pred = learn,pred
+    @property
+    def loss(self): return self.learn.loss_func(self.pred, *self.learn.yb)
 
 class _OfOther(Metric):
     "A metric of predictions that are not the student's: `pred(learn)`, or None where there are none"
@@ -135,5 +139,7 @@ def _of_peer(self:MutualLearning, learn, i): return None if self.answers is None
 @patch
 def _of_all(self:MutualLearning, learn):
     if self.answers is None: return None
-    own,task = logits_of(learn.pred, self.recipe.select, 'student'),task_of(learn.loss_func)
-    return ensemble_logits([own, *self.answers], axis=known_axis(task.axis), average=task.average or 'none')
+    logits = [logits_of(o, self.recipe.select, 'student') for o in (learn.pred, *self.answers)]
+    if logits[0] is not learn.pred: return None # the metric is of more than logits
+    task = task_of(learn.loss_func)
+    return ensemble_logits(logits, axis=known_axis(task.axis), average=task.average or 'none')

@@ -76,11 +76,17 @@ def competition(
     zt:Tensor,   # Teacher's
     T:float=3.,  # Temperature
 )->Tensor: # Scalar, from 0 to 1
-    "1 less the Jensen-Shannon divergence of the softened answers, mean over the batch"
+    "1 less the Jensen-Shannon divergence of the softened answers, mean over the batch. ValueError for unequal shapes"
+    _refuse_unequal(zs, zt)
     ls,lt = (z.float()/T for z in (zs, zt))
     middle = (ls.softmax(1)+lt.softmax(1)).div(2).clamp(min=torch.finfo(ls.dtype).tiny).log()
     js = (kl_div(middle, ls, 1).mean() + kl_div(middle, lt, 1).mean())/2
     return 1-js.clamp(0, 1)
+
+def _refuse_unequal(zs, zt):
+    if zs.shape==zt.shape: return
+    raise ValueError("student and teacher must give logits of the same shape, got "
+                     f"{tuple(zs.shape)} and {tuple(zt.shape)}")
 
 # %% ../../../nbs/distill/methods/priors.ipynb #79fa19a5
 def disagreement(
@@ -88,7 +94,8 @@ def disagreement(
     zt:Tensor,         # Teacher's
     masked:bool=False, # Count only where both name the same class? The others count as 0
 )->Tensor: # Scalar, at most 0
-    "Less the KL divergence from the teacher's answer to the student's, mean over the batch"
+    "Less the KL divergence from the teacher's answer to the student's, mean over the batch. ValueError as above"
+    _refuse_unequal(zs, zt)
     kl = kl_div(zs.float(), zt.float(), 1)
     if masked: kl = kl*(zs.argmax(1)==zt.argmax(1))
     return -kl.mean()

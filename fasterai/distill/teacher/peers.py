@@ -16,6 +16,7 @@ from ...core.task import logits_of
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
 from .forward import device_of, same_rng
+from .given import as_list
 from .network import devices_of, name_of
 from .protocol import BaseTeacher, shared_with
 
@@ -25,10 +26,10 @@ class Peers(BaseTeacher):
     for weights that two of them share, or equal starts"""
     average,always = 'stack',True
     def __init__(self,
-        nets,        # A network or several, of any architecture, with the student's classes
+        nets,        # A Module or a Learner, or a list of them, of any architecture, with the student's classes
         select=None, # From a network's output to its logits; of the student's too
     ):
-        nets = [nets] if isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList) else list(nets)
+        nets = as_list(nets)
         self.learns = nn.ModuleList([_as_network(o) for o in nets])
         if not nets: raise ValueError("peers is empty: give at least one network beside the student")
         self.select = select
@@ -41,10 +42,14 @@ class Peers(BaseTeacher):
     def answer(self, *xb, layers=(), logits=True):
         "The logits of all peers `(K, B, C, ...)` without a graph; no maps. ValueError for shapes that differ"
         self.outs = []
-        with torch.set_grad_enabled(self.learns.training), same_rng(device_of(xb) or torch.device('cpu')):
-            outs = [net(*xb) for net in self.learns]
+        outs = self.outputs(*xb)
         if self.learns.training: self.outs = outs
         return ensemble_logits([self._logits(o) for o in outs], average='stack').detach(), {}
+
+    def outputs(self, *xb)->list:
+        "What each of them returns, in training with its graph"
+        with torch.set_grad_enabled(self.learns.training), same_rng(device_of(xb) or torch.device('cpu')):
+            return [net(*xb) for net in self.learns]
 
     def _logits(self, out, who='peer'): return logits_of(out, self.select, who)
 

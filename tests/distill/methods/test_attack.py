@@ -15,8 +15,10 @@ from fasttransform import Transform
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.loss.embeddings import Queue
 from fasterai.distill.losses import FitNet, SoftTarget
 from fasterai.distill.methods.attack import Attack, pgd, pixel_space
+from fasterai.distill.methods.discriminator import Discriminator
 from fasterai.distill.training.views import StudentSees
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
@@ -261,3 +263,22 @@ def test_predictions_under_attack_and_without_labels():
     attacked,_ = learn.get_preds(cbs=Attack(.1))
     assert not torch.allclose(clean, attacked) and torch.allclose(clean, learn.get_preds()[0])
     assert F.cross_entropy(attacked.log(), y)>F.cross_entropy(clean.log(), y)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('against', ['label', 'teacher', 'both'])
+def test_networks_of_other_precisions(against, dtype):
+    learn = learner(net().to(dtype), pixels())
+    for dl in learn.dls.loaders: dl.dataset.tensors = dl.dataset.tensors[0].to(dtype),dl.dataset.tensors[1]
+    see = See()
+    learn.fit(1, cbs=[KD(teacher().to(dtype)), small(against=against, natural=.5), see])
+    x,clean = see.seen[0]
+    assert x.dtype==dtype and .09<(x-clean).abs().max()<.11
+
+
+def test_the_clean_share_is_no_second_lesson_for_what_learns():
+    learn = learner(dls=pixels())
+    kd = KD(teacher(), [Discriminator(), Queue(64)], weight=.5)
+    learn.fit(1, cbs=[kd, small(natural=.5)])
+    judge,queue = (o.base for o in kd.terms)
+    assert judge.judges[0].steps==len(learn.dls.train) and queue.filled.sum()==len(learn.dls.train_ds)==32

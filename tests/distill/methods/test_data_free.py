@@ -16,7 +16,9 @@ from torch import nn
 from fasterai.distill.losses import SoftTarget
 from fasterai.distill.methods.data_free import WAYS, DataFreeDistillation, PictureLoss, data_free_learner
 from fasterai.distill.methods.dream import Still
-from helpers import Boom, data, flags, n_hooks, net, same, state
+from fasterai.distill.teacher.teacher import Teacher
+from fasterai.distill.training.views import StudentSees
+from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
 
 size = 3,8,8
@@ -118,6 +120,22 @@ def test_validation_is_of_real_images_or_none():
     free_learner(teacher(), metrics=accuracy).fit(1)
 
 
+def test_student_and_teacher_see_what_they_have_learned_to_see():
+    class OneChannel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+        def forward(self, x):
+            assert x.shape[1]==1
+            return self.net(x.expand(-1, 3, -1, -1))
+    t = Teacher(OneChannel(), tfms=lambda x: x[:, :1])
+    learn = free_learner(t, OneChannel(), method='dfq', n_batches=2, cbs=StudentSees(lambda x: x[:, 1:2]))
+    learn.fit(1)
+    x,_ = learn.imagine.next_batch(4)
+    kd = learn.knowledge_distillation_callback if hasattr(learn, 'knowledge_distillation_callback') else learn.cbs[-1]
+    torch.testing.assert_close(kd.teacher(x)[0], learn.imagine.judge.still(x))
+
+
 def test_exported_without_the_teacher(tmp_path):
     learn = free_learner(teacher())
     learn.fit(1)
@@ -132,6 +150,15 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="no BatchNorm"): free_learner(flat)
     free_learner(flat, method='dafl').fit(1)
     with pytest.raises(ValueError, match='unknown method'): free_learner(teacher(), method='zkst')
+    with pytest.raises(ValueError, match="unknown way 'step'; did you mean 'steps'"):
+        free_learner(teacher(), way=dict(step=3))
+    for wrong in dict(bs=0), dict(n_batches=2.), dict(nz=0):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number from 1 on"):
+            free_learner(teacher(), **wrong)
+    with pytest.raises(TypeError, match='student: expected a network, got Learner'):
+        free_learner(teacher(), learner())
+    with pytest.raises(ValueError, match='same shape, got .8, 4. and .8, 3.'):
+        free_learner(teacher(), net(c=4), method='dfq').fit(1)
     no_head = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match='the last nn.Linear'): free_learner(no_head, method='dafl')
 

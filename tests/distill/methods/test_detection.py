@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import SGD
 from fastcore.basics import noop
@@ -253,3 +253,23 @@ def test_scenes_come_from_their_seed_and_never_overlap():
     assert not torch.equal(a[0][0], digit_scenes(5, seed=1, valid=True)[0][0])
     for x,t in a: assert 1<=len(t['boxes'])<=4 and t['boxes'].max()<=64 and t['labels'].min()>=1
     with pytest.raises(ValueError, match='32 or more'): digit_scenes(1, size=8)
+
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), RuntimeError('out of memory'), CancelValidException()], ids=repr)
+def test_a_validation_that_ends_badly_leaves_mode_and_random_numbers(exc):
+    class Bad(Callback):
+        order = 99
+        def before_batch(self): self.model.forward = self.fail
+        def fail(self, *_):
+            del self.model.forward
+            assert torch.initial_seed()==0 and self.model.training
+            raise exc
+    learn,drawn = learner(metrics=None),[]
+    for cbs in None,Bad():
+        torch.manual_seed(7)
+        try: learn.validate(cbs=cbs)
+        except (KeyboardInterrupt, RuntimeError): pass
+        drawn.append(torch.rand(2))
+        assert not any(m.training for m in learn.model.modules())
+        assert 'boxes' in learn.model([digit_scenes(1)[0][0]])[0]
+    assert torch.equal(*drawn)

@@ -12,7 +12,7 @@ from torch import nn
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import SoftTarget
 from fasterai.distill.methods.discriminator import Discriminator, MapDiscriminator, discriminator_loss, student_loss
-from helpers import Boom, flags, learner, n_hooks, net, same, state
+from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
 KD = KnowledgeDistillationCallback
 teacher = partial(net, width=8, seed=1)
@@ -162,3 +162,18 @@ def test_refusals_and_names():
                                   lambda z, loss: Discriminator(loss=loss)])
 def test_an_unknown_game_is_refused(play):
     with pytest.raises(ValueError, match="unknown loss 'vanila'.*vanilla"): play(torch.zeros(4), 'vanila')
+
+
+@pytest.mark.parametrize('game', ['hinge', 'vanilla', 'wgan'])
+def test_it_plays_in_the_student_s_precision_and_draws_nothing_of_its_stream(game):
+    def trained(dtype, cbs=None):
+        dls = data()
+        for dl in dls.loaders: dl.dataset.tensors = dl.dataset.tensors[0].to(dtype),dl.dataset.tensors[1]
+        learn = learner(net(head=(nn.Dropout(),)).to(dtype), dls)
+        torch.manual_seed(3)
+        learn.fit(1, cbs=cbs)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    for dtype in torch.float32, torch.float64:
+        kd = KD(teacher().to(dtype), Discriminator(loss=game), weight=1e-12, task_weight=1.)
+        torch.testing.assert_close(trained(dtype, kd), trained(dtype), atol=1e-6, rtol=0)
+        assert kd.terms[0].base.judges[0].net[0].weight.dtype==dtype

@@ -2,18 +2,26 @@
 import math
 import pickle
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.torch_core import set_seed
+from fastai.data.core import Datasets
+from fastai.data.transforms import Categorize, Normalize
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage, set_seed
 from torch import nn
 
 import fasterai.distill.methods.dream as room
+from fasterai.distill.methods.data_free import data_free_learner
 from fasterai.distill.methods.dream import Dreams, Still, dream
 from fasterai.distill.methods.priors import (BatchNormGap, competition, disagreement, imbalance, inactivity,
                                              statistics_gap, total_variation)
 from fasterai.distill.teacher.teacher import Teacher
+from fasterai.distill.training.views import StudentSees
 from helpers import flags, n_hooks, net, same, state
 
 
@@ -174,11 +182,63 @@ def test_bounds_and_normalisation():
     assert torch.allclose(z, fake.logits, atol=1e-4)
 
 
+def named(vocab, stats=None, said=None, model=None):
+    "A Learner of pictures of classes `vocab`; all of class `said`"
+    x,y = torch.rand(12, *size),[said or vocab[i%len(vocab)] for i in range(12)]
+    tfms = [[lambda i: TensorImage(x[i])], [lambda i: y[i], Categorize(vocab=vocab, sort=False)]]
+    normalize = [Normalize.from_stats(*stats, cuda=False)] if stats else None
+    dls = Datasets(range(12), tfms, splits=[range(12)]*2).dataloaders(bs=4, num_workers=0, device='cpu',
+                                                                     after_batch=normalize)
+    return Learner(dls, net() if model is None else model, CrossEntropyLossFlat(), metrics=accuracy)
+
+half = 3*[.5],3*[.25]
+
+
+@pytest.mark.parametrize('said', [dict(tfms=lambda x: 2*x-1), dict(size=16)])
+def test_what_a_teacher_is_shown_it_is_shown_here(said):
+    t = Teacher(teacher().eval(), **said)
+    fake = dream(t, 4, size, iters=2, bounds=(0, 1), progress=False)
+    torch.testing.assert_close(t(fake.x)[0], fake.logits)
+    learn = named('abc')
+    learn.add_cb(StudentSees(lambda x: x.flip(1)))
+    torch.testing.assert_close(Still(learn)(fake.x), learn.model.eval()(fake.x.flip(1)))
+
+
+@pytest.mark.parametrize('make', [
+    lambda t, valid: dream(t, 12, size, iters=1, progress=False).dls(4, valid=valid, device='cpu'),
+    lambda t, valid: data_free_learner(t, net(), size, bs=4, n_batches=1, valid=valid)])
+def test_pictures_to_judge_by_are_of_the_same_classes_and_normalisation(make):
+    t = named('abc', half, model=teacher())
+    make(t, named('abc', half).dls.valid)
+    make(t.model, named('cab').dls.valid) # of a bare network nothing is known
+    with pytest.raises(ValueError, match="valid: its classes are c, a, b, the teacher's a, b, c"):
+        make(t, named('cab', half).dls.valid)
+    for other in None, (3*[.5], 3*[.5]):
+        with pytest.raises(ValueError, match='valid: .*normalised'): make(t, named('abc', other).dls.valid)
+    with pytest.raises(ValueError, match='valid: .*normalised'):
+        make(named('abc', model=teacher()), named('abc', half).dls.valid)
+
+
+def test_a_student_that_competes_is_asked_about_the_teachers_data():
+    s = named('cab', half)
+    facts = Still(named('abc', (3*[.2], 3*[.5]), model=teacher())).facts
+    x = torch.randn(4, *size)
+    want = s.model.eval()(((x*.5+.2)-.5)/.25)[:, [1, 2, 0]]
+    torch.testing.assert_close(Still(s).about(facts)(x), want)
+    with pytest.raises(ValueError, match='same shape, got .4, 4. and .4, 3.'):
+        dream(teacher(), 4, size, iters=1, adi=1., student=net(c=4), progress=False)
+    with pytest.raises(ValueError, match="student: its classes are a, b, x, the teacher's a, b, c"):
+        dream(named('abc', model=teacher()), 4, size, iters=1, adi=1., student=named('abx'), progress=False)
+
+
 def test_what_is_refused():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(ValueError, match="no BatchNorm.*What remains.*zskt"): dream(flat, 8, size)
     with pytest.raises(ValueError, match='size must be'): dream(teacher(), 8, 28)
-    with pytest.raises(ValueError, match='n must be 2 or more'): dream(teacher(), 1, size)
+    for wrong in dict(n=1), dict(n=1e2), dict(iters=0), dict(iters=100.), dict(bs=0):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number from"):
+            dream(teacher(), **dict(n=8, size=size) | wrong)
+    assert dream(teacher(), 4, np.array(size), iters=1, progress=False).x.shape==(4, *size)
     with pytest.raises(ValueError, match='lower lr, got 1e\\+30'):
         dream(teacher(), 8, size, iters=3, lr=1e30, progress=False)
     with pytest.raises(TypeError, match='one network'): dream([teacher(), teacher()], 8, size)
@@ -190,9 +250,15 @@ def test_joined_pickled_and_held_out():
     assert len(both)==24 and torch.equal(both.x[12:], fake.x) and len(both.losses)==4
     dls = both.dls(4, valid=0.25, device='cpu')
     assert (len(dls.train_ds), len(dls.valid_ds))==(18, 6) and list(dls.vocab)==[0, 1, 2]
+    assert [len(both.dls(bs, device='cpu').train) for bs in (4, 64)]==[4, 1] # 19 pictures: whole batches, if there are
     with pytest.raises(ValueError, match='valid must be a share'): fake.dls(valid=1.)
     other = Dreams(torch.rand(2, 3, 4, 4), fake.y[:2], fake.logits[:2], fake.vocab, losses=fake.losses)
-    with pytest.raises(ValueError, match='size and classes'): fake+other
+    with pytest.raises(ValueError, match='size, classes and normalisation'): fake+other
+    half = torch.full((1, 3, 1, 1), .5)
+    other = Dreams(fake.x, fake.y, fake.logits, fake.vocab, (half, half))
+    assert len(other+other)==24
+    for a,b in (fake, other), (other, fake):
+        with pytest.raises(ValueError, match='normalisation'): a+b
     assert math.isclose(fake.as_intended, fake.logits.argmax(1).eq(fake.y).float().mean().item())
 
 

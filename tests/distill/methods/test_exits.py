@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.methods.exits import DeepSupervision, Exits
-from helpers import Boom, learner, n_hooks, net, same, state
+from helpers import Boom, data, learner, n_hooks, net, same, state
 
 
 logits = torch.tensor([[[1.6905, -0.4659, 0.0328], [0.4075, -0.7889, 0.0021], [-0.0009, -1.7547, 1.0177],
@@ -182,3 +182,43 @@ def test_exits_of_a_series_are_convolutions_over_its_positions():
     learn.model.eval(), kd.exits['a'].eval()
     with torch.no_grad(): z = kd.exits['a'](learn.model.a(x).unsqueeze(-1))[0]
     assert found['a']==pytest.approx((z.argmax(1)==y).float().mean().item())
+
+
+class SeveralTargets(nn.Module):
+    def forward(self, p, y, *_): return F.cross_entropy(p, y)
+
+@pytest.mark.parametrize('form', ['plain', 'column', 'soft'])
+def test_accuracies_by_labels_in_a_column_or_soft_and_without_the_ignored(form):
+    torch.manual_seed(0)
+    y = torch.randint(3, (32,))
+    if form!='soft': y[::4] = -100
+    given = F.one_hot(y, 3).float() if form=='soft' else y.unsqueeze(1) if form=='column' else y
+    kd = DeepSupervision(['0'])
+    learn = learner(dls=data(y=given), loss_func=nn.CrossEntropyLoss() if form=='soft' else None)
+    learn.fit(1, cbs=kd)
+    x = learn.dls.valid_ds.tensors[0]
+    learn.model.eval()
+    with torch.no_grad(): want = (learn.model(x).argmax(1)==y)[y>=0].float().mean().item()
+    found = kd.exit_accuracies(learn)
+    assert found['whole']==pytest.approx(want) and 0<=found['0']<=1
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_students_of_other_precisions(dtype):
+    dls = data()
+    for dl in dls.loaders: dl.dataset.tensors = dl.dataset.tensors[0].to(dtype),dl.dataset.tensors[1]
+    kd,learn = DeepSupervision(['0']),learner(net().to(dtype), dls)
+    learn.fit(1, cbs=kd)
+    assert all(0<=v<=1 for v in kd.exit_accuracies(learn).values())
+    assert next(kd.exits['0'].parameters()).dtype==(torch.float64 if dtype==torch.float64 else torch.float32)
+
+
+def test_of_several_targets_exits_know_none():
+    ds = TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16)%3, torch.arange(16)%3)
+    ds.n_inp = 1
+    dls = DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0)]*2, device='cpu')
+    kd = DeepSupervision(['0'])
+    several = learner(dls=dls, loss_func=SeveralTargets())
+    with pytest.raises(TypeError, match='one target.*got 2'): several.fit(1, cbs=kd)
+    learner().fit(1, cbs=kd)
+    with pytest.raises(TypeError, match='one target.*got 2'): kd.exit_accuracies(several)

@@ -1,4 +1,5 @@
 "A student made of its teacher's layers: a copy, with contiguous names, that its library can build again"
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,3 +152,11 @@ def test_of_encoder_and_decoder_the_right_number_is_told(kind, side, other, tmp_
     for s in n: assert len(again.get_submodule(layers.format(s)))==(2 if s==side else n[s])
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(*(m(input_ids=ids, decoder_input_ids=ids).logits for m in (small, again)))
+
+
+@pytest.mark.parametrize('keep', [np.arange(0, 4, 2), torch.tensor([0, 2]), iter([0, 2])], ids=type)
+def test_numbers_of_any_kind(keep):
+    t = Blocks()
+    s = keep_layers(t, 'encoder.layers', keep)
+    assert [equal(a, t.encoder['layers'][j]) for a,j in zip(s.encoder['layers'], (0, 2), strict=True)]==[True, True]
+    with pytest.raises(TypeError, match='keep must be numbers'): keep_layers(t, 'encoder.layers', np.array([0., 2.]))

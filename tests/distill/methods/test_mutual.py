@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.metrics import accuracy
+from fastai.metrics import Perplexity, accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
 
@@ -404,3 +404,37 @@ def test_advice_on_peers_and_on_a_stack():
     before,modes = state(b),flags(b)
     assert suggest_weights(learn, ml).table.loc['SoftTarget'].gradient>0
     assert same(before, state(b)) and flags(b)==modes and not ml.teacher.outs
+
+
+# What the peers' columns are of
+
+class Pair(nn.Module):
+    "A network that returns more than logits"
+    def __init__(self, net, form): super().__init__(); self.net,self.form = net,form
+    def forward(self, x):
+        z = self.net(x)
+        return (z, x) if self.form=='tuple' else dict(said=z, x=x)
+
+@pytest.mark.parametrize('form', ['tuple', 'dict'])
+def test_a_metric_is_given_what_it_gets_of_the_student(form):
+    def of(o): return o[0] if form=='tuple' else o['said']
+    def right(pred, y): return (of(pred).argmax(1)==y).float().mean()
+    a,b = (Pair(n, form) for n in nets())
+    learn = learner(a, loss_func=lambda pred, y: F.cross_entropy(of(pred), y), metrics=right)
+    ml = MutualLearning(b, select=of)
+    learn.fit(1, cbs=ml)
+    x,y = learn.dls.valid_ds.tensors
+    shown = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    with torch.no_grad(): assert shown['peer_1']==pytest.approx(right(ml.peers[0].eval()(x), y).item())
+    assert np.isnan(shown['ensemble'])
+
+def test_a_metric_of_the_loss_is_of_each_one_s_own():
+    learn,ml = learner(nets()[0], metrics=Perplexity()),MutualLearning(learner(nets()[1]))
+    learn.fit(1, cbs=ml)
+    x,y = learn.dls.valid_ds.tensors
+    shown = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    both = [m.eval()(x) for m in (learn.model, ml.peers[0])]
+    average = torch.stack([z.softmax(1) for z in both]).mean(0).log()
+    with torch.no_grad(): want = [F.cross_entropy(z, y).exp().item() for z in (*both, average)]
+    assert [shown[k] for k in ('perplexity', 'peer_1', 'ensemble')]==pytest.approx(want, rel=1e-5)
+    assert len({round(o, 6) for o in want})==3
