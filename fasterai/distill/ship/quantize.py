@@ -10,7 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, to_device, trainable_params
+from fastai.torch_core import find_bs, set_seed, to_device, trainable_params
 from fastcore.basics import tuplify
 from torch import nn
 
@@ -109,12 +109,14 @@ def calibration_batches(
     n:int=10,        # How many batches
     least:int=32,    # Samples that there must be
 )->list[tuple]:
-    "Inputs as the model of `learn` sees them. ValueError for too few samples, or no batch"
+    """Inputs as the model of `learn` sees them, drawn from all of the training set, the same each time. ValueError for
+    too few samples, or no batch"""
     if n<1: raise ValueError(f"n_batches must be 1 or more to calibrate on, got {n}")
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     with streams_kept():
-        for b in loader_like(dls.valid, dls.train_ds):
+        set_seed(0)
+        for b in loader_like(dls.valid, dls.train_ds, shuffle=True):
             found.append(seen_by_student(learn, to_device(split_batch(dls, tuplify(b))[0], device)))
             if len(found)==n: break
     seen = sum(map(find_bs, found))
