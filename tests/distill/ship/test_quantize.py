@@ -274,6 +274,9 @@ def test_refused(learn):
         quantize_aware(learn.model)
     with pytest.raises(ValueError, match='no layer that can be quantized'):
         quantize_aware(learner(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Softmax(1))))
+    for bits,dtype in ((8, torch.float64), (3, torch.bfloat16)):
+        with pytest.raises(ValueError, match=f"network's '0.0' computes in {dtype}: pass a Learner whose network and"):
+            quantize_aware(learner(net().to(dtype)), bits)
     for other in (quantize_aware(learn), quantize_aware(learn, 3), learner(quantize_aware(learn).to_int8())):
         with pytest.raises(ValueError, match='quantized already'): quantize_aware(other)
     q = quantize_aware(learn)
