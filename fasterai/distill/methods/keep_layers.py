@@ -7,13 +7,13 @@ __all__ = ['keep_layers']
 
 # %% ../../../nbs/distill/methods/keep_layers.ipynb #e651fbca
 import warnings
-from copy import deepcopy
 from typing import Iterable
 
 from torch import nn
 
 from ...core.names import unknown_name
 from ..layers.names import get_module_by_name, unwrap
+from ..teacher.frozen import bare_copy
 
 # %% ../../../nbs/distill/methods/keep_layers.ipynb #f3aded7e
 def _layer_lists(model):
@@ -75,7 +75,7 @@ def keep_layers(
     model = unwrap(model)
     n = len(_layer_list(model, name))
     keep = _numbers(keep if isinstance(keep, (int, str)) else list(keep), n)
-    student = deepcopy(model)
+    student = bare_copy(model)
     layers = get_module_by_name(student, name)
     names,kept = list(layers._modules),list(layers)
     layers._modules.clear()

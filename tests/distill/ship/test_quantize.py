@@ -92,7 +92,8 @@ def test_calibrated_on_all_of_the_data_though_files_are_sorted_by_class():
     "The first 64 pictures are dark, and the batches that are asked for are fewer than there are"
     x,y = torch.rand(256, 3, 8, 8, generator=torch.Generator().manual_seed(0)),torch.arange(256)//64%3
     x[:64] *= .1
-    learn = learner(net(8), DataLoaders(*[TfmdDL(TensorDataset(x, y), bs=32, shuffle=s, num_workers=0) for s in (1, 0)]))
+    loaders = [TfmdDL(TensorDataset(x, y), bs=32, shuffle=s, num_workers=0) for s in (True, False)]
+    learn = learner(net(8), DataLoaders(*loaders))
     learn.fit(3)
     xb = torch.cat([b[0] for b in calibration_batches(learn, 2)])
     assert len(xb)==64 and .2<(xb.amax((1, 2, 3))>.5).float().mean()<1
