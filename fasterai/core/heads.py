@@ -43,6 +43,8 @@ def put_module(
     name:str,        # Dotted, of one of its submodules
     new:nn.Module,   # To be there instead
 ):
-    "Replace a submodule, as `nn.Module.set_submodule` of later PyTorch does"
-    parent,_,child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, new)
+    "Replace a submodule, under each name that it has"
+    old = model.get_submodule(name)
+    for n in [n for n,m in model.named_modules(remove_duplicate=False) if m is old]:
+        parent,_,child = n.rpartition('.')
+        setattr(model.get_submodule(parent), child, new)

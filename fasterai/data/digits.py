@@ -14,6 +14,8 @@ from fastai.torch_core import TensorImageBW
 from sklearn.datasets import load_digits
 from torch import nn
 
+from ..core.names import whole_number
+
 # %% ../../nbs/data/digits.ipynb #2e19b5eb
 class _At:
     "Picks one item out of an array, as a fastai transform"
@@ -27,13 +29,12 @@ def digits_dls(
     n_valid:int=600,   # Number of validation images, always the same ones
 )->DataLoaders:
     """Handwritten digits: batches of images `(B, 1, 8, 8)` from 0 to 1, and labels 0 to 9. Raises ValueError where
-    there are not that many"""
+    there are not that many, or no full batch to train on"""
     d = load_digits()
-    n = len(d.target)-n_valid
-    if not 1<=n_valid<=len(d.target)-10:
-        raise ValueError(f"n_valid must be 1 to {len(d.target)-10}, got {n_valid}")
-    if not 10<=n_train<=n:
-        raise ValueError(f"n_train must be 10 to {n} with n_valid={n_valid}, got {n_train}")
+    n = len(d.target)
+    whole_number('n_valid', n_valid, 1, n-10)
+    whole_number('n_train', n_train, 10, n-n_valid, f' with n_valid={n_valid}')
+    whole_number('bs', bs, 1, n_train, ', the number of training images')
     order = np.random.default_rng(0).permutation(len(d.target))
     x = torch.tensor(d.images[order]/16, dtype=torch.float32)[:,None]
     y = d.target[order]

@@ -19,8 +19,10 @@ from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
-from fastcore.basics import using_attr
+from fastcore.basics import tuplify, using_attr
 from PIL import Image
+
+from ..core.names import whole_number
 
 # %% ../../nbs/data/images.ipynb #c5e67f8a
 _splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
@@ -68,6 +70,12 @@ def _sides(path, files):
     return zip(*[(f,s) for f,s in zip(files, sides) if s in ('train','valid')])
 
 # %% ../../nbs/data/images.ipynb #513efa64
+def _check_numbers(size, bs, valid_pct):
+    for o in tuplify(size): whole_number('size', o)
+    whole_number('bs', bs)
+    if not 0<=valid_pct<1:
+        raise ValueError(f"valid_pct must be a share of the images, from 0 to less than 1, got {valid_pct:g}")
+
 def _check_classes(path, counts, pattern):
     if len(counts)>1: return
     hint = f"pattern {pattern!r} finds no other"
@@ -109,8 +117,9 @@ def image_dls(
     **kwargs               # For `DataBlock.dataloaders`
 )->DataLoaders:
     """`DataLoaders` of the images in `path`, normalized with ImageNet's statistics. Raises FileNotFoundError or
-    ValueError for a folder that cannot train a classifier"""
+    ValueError for a folder that cannot train a classifier, ValueError for numbers out of range"""
     path = Path(path)
+    _check_numbers(size, bs, valid_pct)
     if not path.is_dir(): raise FileNotFoundError(f"no folder {str(path)!r}")
     files,sides = _sides(path, _readable(path))
     labels = _labels(files, pattern)

@@ -7,6 +7,7 @@ __all__ = ['fake_quantized', 'quantized_layers', 'fake_quantizers', 'observe', '
            'as_int8', 'as_reference']
 
 # %% ../../../nbs/distill/layers/int8.ipynb #77ab4d3d
+from contextlib import contextmanager
 from typing import Sequence
 
 import torch
@@ -65,21 +66,42 @@ def observe(
     "Let the observers look, or not"
     for m in fake_quantizers(model): m.observer_enabled[0] = int(on)
 
+# %% ../../../nbs/distill/layers/int8.ipynb #0ee5320a
+def _widen(quantizer, args):
+    "From the least to the most that it has been given"
+    seen,(low,high) = quantizer.activation_post_process,torch.aminmax(args[0])
+    seen.min_val.copy_(torch.minimum(seen.min_val, low))
+    seen.max_val.copy_(torch.maximum(seen.max_val, high))
+
+@contextmanager
+def _spanning(model):
+    "Ranges that are averages begin anew, and span what comes inside; none moves by itself"
+    moving = [m for m in fake_quantizers(model) if getattr(m.activation_post_process, 'averaging_constant', 1)<1]
+    seen,hooks = [m.activation_post_process for m in moving],[m.register_forward_pre_hook(_widen) for m in moving]
+    by = [o.averaging_constant for o in seen]
+    for o in seen:
+        o.reset_min_max_vals()
+        o.averaging_constant = 0.
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+        for o,k in zip(seen, by): o.averaging_constant = k
+
 def calibrate(
     model:nn.Module,          # From `fake_quantized`
-    batches:Sequence[tuple],  # Inputs
+    batches:Sequence[tuple],  # Inputs, each of which counts alike
 ):
-    "Set the ranges by what goes through the network in evaluation mode; nothing else in it changes"
-    quantizers = fake_quantizers(model)
+    """Set the ranges by what goes through the network in evaluation mode, those of activations from the least to the
+    most; nothing else in it changes"""
+    if not fake_quantizers(model): raise ValueError(f"{type(model).__name__} has no layer that can be quantized")
     modes = [(m, m.training) for m in model.modules()]
     observe(model.eval(), True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _spanning(model):
             for xb in batches: model(*(x.as_subclass(Tensor) for x in xb))
     finally:
         observe(model, False)
         for m,mode in modes: m.training = mode
-    if not quantizers: raise ValueError(f"{type(model).__name__} has no layer that can be quantized")
 
 # %% ../../../nbs/distill/layers/int8.ipynb #393be0b9
 def freeze_statistics(

@@ -7,7 +7,6 @@ __all__ = ['keep_layers']
 
 # %% ../../../nbs/distill/methods/keep_layers.ipynb #e651fbca
 import warnings
-from copy import deepcopy
 from operator import index
 from typing import Iterable
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from ...core.names import unknown_name
 from ..layers.names import get_module_by_name, unwrap
+from ..teacher.frozen import bare_copy
 
 # %% ../../../nbs/distill/methods/keep_layers.ipynb #f3aded7e
 def _layer_lists(model):
@@ -76,7 +76,7 @@ def keep_layers(
     model = unwrap(model)
     n = len(_layer_list(model, name))
     keep = _numbers(keep, n)
-    student = deepcopy(model)
+    student = bare_copy(model)
     layers = get_module_by_name(student, name)
     names,kept = list(layers._modules),list(layers)
     layers._modules.clear()

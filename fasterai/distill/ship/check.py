@@ -6,7 +6,6 @@
 __all__ = ['FileCheck', 'check_file', 'OnnxFile']
 
 # %% ../../../nbs/distill/ship/check.ipynb #f7b7776b
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +13,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 from ...core.task import task_of, views_of
-from ..layers.names import unwrap
-from .describe import first_batch, refuse_other_than_learner
+from .describe import first_batch, refuse_other_than_learner, threshold_of
 from .onnx_file import OnnxFile
 from ..study.compare import Comparison, compare, predictions
 from ..study.measure import model_cost
 from ..teacher.facts import facts_of
+from ..teacher.frozen import bare_copy
 
 # %% ../../../nbs/distill/ship/check.ipynb #db367c77
 _all_ = ['OnnxFile']
@@ -112,10 +111,9 @@ def _same_class(learn, pred, wanted):
     "For how many samples, all pixels of each; None where there are no classes"
     task = task_of(learn.loss_func)
     if task.average not in ('softmax', 'sigmoid'): return None
-    a,b = (o.argmax(task.axis) if task.average=='softmax' else o.sigmoid()>_thresh(learn) for o in (pred, wanted))
+    a,b = (o.argmax(task.axis) if task.average=='softmax' else o.sigmoid()>threshold_of(learn)
+           for o in (pred, wanted))
     return int((a==b).flatten(1).all(1).sum() if a.ndim>1 else (a==b).sum())
-
-def _thresh(learn): return getattr(learn.loss_func, 'thresh', .5)
 
 # %% ../../../nbs/distill/ship/check.ipynb #28fe4fa8
 def check_file(
@@ -146,7 +144,7 @@ def check_file(
 def _costs_of(learn, file, xb, min_time):
     "The costs that a file has, on the CPU, of both; of at most 64 samples at once"
     xb = tuple(x[:64] for x in xb)
-    model = deepcopy(unwrap(learn.model)).cpu().float().eval()
+    model = bare_copy(learn.model).cpu().float().eval()
     of_file = model_cost(file, xb, min_time, file.threads)
     for f in views_of(learn): xb = f(*xb)
     of_student = model_cost(model, xb, min_time, file.threads)

@@ -10,7 +10,6 @@ import json
 import random
 import tempfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from io import StringIO
@@ -27,11 +26,11 @@ from ...core.chatter import without_chatter
 from ...core.files import whole_file
 from ...core.task import loader_like, logits_of, split_batch, views_of
 from ..layers.int8 import as_int8, as_reference
-from ..layers.names import unwrap
-from .describe import describe, first_batch, input_names, refuse_other_than_learner
+from .describe import describe, first_batch, for_file, input_names, refuse_other_than_learner
 from .predictor import Predictor, open_session
 from .scales import has_scales, weights_as_integers
 from ..study.one_run import streams_kept
+from ..teacher.frozen import bare_copy
 
 # %% ../../../nbs/distill/ship/export.ipynb #d81f2e4e
 _all_ = ['Predictor']
@@ -56,7 +55,7 @@ class Shipped(nn.Module):
         select:Callable=None, # From the network's output to the logits; None: a tensor, a tuple's first, or `.logits`
     ):
         super().__init__()
-        self.model = deepcopy(unwrap(learn.model)).cpu().float()
+        self.model = bare_copy(learn.model).cpu().float()
         self.views,self.select = views_of(learn),select
         self.requires_grad_(False).eval()
 
@@ -159,7 +158,7 @@ def _calibration(learn, names, n, least=32):
         dl.rng = random.Random(0)
         for b in dl:
             xb = split_batch(dls, tuplify(b))[0]
-            yield {k: x.cpu().as_subclass(torch.Tensor)[:n-found].numpy() for k,x in zip(names, xb)}
+            yield {k: for_file(x)[:n-found].numpy() for k,x in zip(names, xb)}
             found += len(xb[0])
             if found>=n: return
     if found<least: raise ValueError(_too_few(f"the training set has {found} samples", least))

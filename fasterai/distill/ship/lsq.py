@@ -108,7 +108,7 @@ def _on_the_slow_path(*_):
     "Does nothing; with hooks inside, PyTorch's transformer layers call their layers, and do not read their weights"
 
 class QuantizedLayer(nn.Module):
-    "`layer` with its weight and its input on grids"
+    "`layer` with its weight and its input on grids; who asks for its weight or its size is told those of `layer`"
     def __init__(self,
         layer:nn.Module, # A convolution or a linear layer
         bits:int,        # Of both grids
@@ -123,6 +123,10 @@ class QuantizedLayer(nn.Module):
         weight = self.weight_fake_quant(self.layer.weight)
         x = self.input_fake_quant(x.as_subclass(Tensor))
         return functional_call(self.layer, {'weight':weight}, (x,))
+
+    def __getattr__(self, name):
+        own = name in vars(self).get('_modules', (name,)) # none yet while it is being copied
+        return super().__getattr__(name) if own else getattr(self.layer, name)
 
 # %% ../../../nbs/distill/ship/lsq.ipynb #365b3595
 _kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear

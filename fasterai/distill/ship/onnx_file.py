@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .predictor import description_of, open_session
+from .predictor import answers, batch_of, description_of, open_session
 from ..study.measure import latency_ms
 
 # %% ../../../nbs/distill/ship/onnx_file.ipynb #19ede935
@@ -28,30 +28,15 @@ class OnnxFile(nn.Module):
         self.threads = threads or torch.get_num_threads()
         self.session = open_session(path, self.threads)
         self.description = description_of(self.session, path)
-        self.batch = _batch_of(self.session) # samples that the file was made for; None: any
+        self.batch = batch_of(self.session) # samples that the file was made for; None: any
         self.place = nn.Parameter(torch.empty(0), requires_grad=False) # where fastai puts the batches
 
     def forward(self, *xb):
         _check_inputs(self, xb)
-        if self.batch in (None, len(xb[0])): return self._run(xb)
-        return torch.cat([self._run(part)[:n] for part,n in _in_parts(xb, self.batch)])
-
-    def _run(self, xb):
-        arrays = {i.name: _as_array(x) for i,x in zip(self.session.get_inputs(), xb)}
-        return torch.from_numpy(self.session.run(None, arrays)[0]).to(xb[0].device)
+        return torch.from_numpy(answers(self.session, [_as_array(x) for x in xb])).to(xb[0].device)
 
     def __reduce__(self): return OnnxFile,(self.path, self.threads)
     def extra_repr(self): return str(self.path)
-
-def _batch_of(session):
-    first = {o.shape[0] if o.shape else None for o in (*session.get_inputs(), session.get_outputs()[0])}
-    return n if len(first)==1 and isinstance(n:=first.pop(), int) else None
-
-def _in_parts(xb, n):
-    "Batches of `n`, the last one filled up with its last sample, and how many of each are samples"
-    for i in range(0, len(xb[0]), n):
-        part = [x[i:i+n] for x in xb]
-        yield [torch.cat([x, x[-1:].expand(n-len(x), *x.shape[1:])]) for x in part],len(part[0])
 
 def _as_array(x):
     x = x.detach().cpu().as_subclass(torch.Tensor)

@@ -10,7 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, to_device, trainable_params
+from fastai.torch_core import find_bs, set_seed, to_device, trainable_params
 from fastcore.basics import tuplify
 from torch import nn
 
@@ -20,7 +20,7 @@ from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quanti
                                           freeze_statistics, observe, quantized_layers)
 from ..layers.names import as_names, unwrap
 from .describe import refuse_other_than_learner
-from .lsq import QuantizedLayer, chosen_layers, lsq_quantized
+from .lsq import QuantizedLayer, chosen_layers, lsq_quantized, quantizable
 from ..study.one_run import measure, streams_kept
 from ..teacher.frozen import bare_copy
 from ..training.views import StudentSees
@@ -109,12 +109,14 @@ def calibration_batches(
     n:int=10,        # How many batches
     least:int=32,    # Samples that there must be
 )->list[tuple]:
-    "Inputs as the model of `learn` sees them. ValueError for too few samples, or no batch"
+    """Inputs as the model of `learn` sees them, drawn from all of the training set, the same each time. ValueError for
+    too few samples, or no batch"""
     if n<1: raise ValueError(f"n_batches must be 1 or more to calibrate on, got {n}")
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     with streams_kept():
-        for b in loader_like(dls.valid, dls.train_ds):
+        set_seed(0)
+        for b in loader_like(dls.valid, dls.train_ds, shuffle=True):
             found.append(seen_by_student(learn, to_device(split_batch(dls, tuplify(b))[0], device)))
             if len(found)==n: break
     seen = sum(map(find_bs, found))
@@ -130,19 +132,24 @@ def quantize_aware(
     n_batches:int=10,  # Batches of the training data to calibrate on
 )->QuantizedLearner:
     """A Learner of a calibrated copy that computes as if quantized; train it as any other. ValueError for networks that
-    cannot be traced (with 8 bits), unknown layers or backends, or too few samples; ImportError, with 8 bits, where
-    PyTorch's FX is gone and torchao is missing"""
+    cannot be traced (with 8 bits) or are not in fp32, unknown layers or backends, or too few samples; ImportError, with
+    8 bits, where PyTorch's FX is gone and torchao is missing"""
     refuse_other_than_learner(learn)
     if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
-    _refuse_quantized(learn.model)
+    _refuse_other_than_fp32(unwrap(learn.model))
     with streams_kept(): model = _quantized(learn, bits, backend, layers, n_batches)
     found = _like(learn, model, bits, backend)
     if found.quantized: return found
     raise ValueError(f"{type(unwrap(learn.model)).__name__} has no layer that can be quantized")
 
-def _refuse_quantized(model):
+def _refuse_other_than_fp32(model):
     if any(isinstance(m, (Int8, QuantizedLayer)) for m in model.modules()) or fake_quantizers(model):
         raise ValueError("the Learner's network is quantized already: pass the one in full precision")
+    for n in quantizable(model):
+        dtype = model.get_submodule(n).weight.dtype
+        if dtype!=torch.float32:
+            raise ValueError(f"learn: fake quantizers round in torch.float32, and the network's {n!r} computes in "
+                             f"{dtype}: pass a Learner whose network and inputs are torch.float32, `model.float()`")
 
 def _quantized(learn, bits, backend, layers, n_batches):
     model,batches = bare_copy(learn.model),calibration_batches(learn, n_batches)

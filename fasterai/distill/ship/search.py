@@ -22,14 +22,15 @@ from fastai.torch_core import set_seed
 from fastcore.basics import patch, tuplify
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import unknown_name, whole_number
 from ...core.plots import COLORS, GREY, look, new_axes
 from ...core.seeds import same_start
 from ...core.task import split_batch
 from .budget import check_budget, student_cost
 from .halving import halving, split_training
 from .space import check_space, need_optuna, proposals, size_of_space
-from ..study.one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet, streams_kept
+from ..study.one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
+                                            measured, quiet, streams_kept)
 from ..study.study import Study
 from ..study.summary import lower_is_better
 from ..teacher.protocol import BaseTeacher
@@ -39,8 +40,8 @@ from ..teacher.teacher import Teacher
 class Search:
     "Students that were tried: `table`, `best`, `plot()`; and `study`, in which the winner was judged"
     def __init__(self, make, space, budget, baseline, epochs, eta):
-        self.make,self.space,self.budget = make,check_space(space),check_budget(budget)
-        self.baseline,self.epochs,self.eta = baseline,epochs,eta
+        self.make,self.space,self.budget = maker('make', make),check_space(space),check_budget(budget)
+        self.baseline,self.epochs,self.eta = baseline,whole_number('epochs', epochs),whole_number('eta', eta, 2)
         self.rows = []
         self.study = None     # of the winner and the baseline, on new seeds
         self.metric = None    # by which is scored
@@ -92,7 +93,7 @@ class _Rungs(Callback):
     def after_epoch(self):
         done = self.learn.epoch+1
         if done not in self.at: return
-        self.trial.report(next(m.value for m in self.learn.metrics if m.name==self.search.metric), done)
+        self.trial.report(dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))[self.search.metric], done)
         self.stopped = self.trial.should_prune()
         if self.stopped: raise CancelFitException
 
@@ -200,7 +201,7 @@ def search_student(
     baseline:dict=None,   # Arguments of the student made by hand
     reference:nn.Module=None, # For 'latency'; None: the one made by hand, else the teacher
     lr:float=1e-2,        # Highest learning rate, for all
-    metrics=accuracy,     # The first of them scores
+    metrics=accuracy,     # The first of them scores; without any, the loss
     loss_func=None,       # Of the task; None: the data's
     opt_func=Adam,        # For all
     share:float=1/3,      # Of the training set, to score on
@@ -211,11 +212,12 @@ def search_student(
     progress=True,        # Show a bar? 'lines': a line per epoch
     **kd                  # For `KnowledgeDistillationCallback`
 )->Search:
-    """Search a student under a budget, distilled. ImportError without Optuna; ValueError for a space or budget that
-    makes no sense, that nothing fits, or that the baseline does not fit, and if every student fails"""
+    """Search a student under a budget, distilled. ImportError without Optuna; ValueError for a space, budget or number
+    that makes no sense, that nothing fits, or that the baseline does not fit, and if every student fails"""
     need_optuna()
+    whole_number('trials', trials)
     found = Search(make, space, budget, baseline, epochs, eta)
-    found.learner = partial(_learner, lr=lr, metrics=metrics, loss_func=loss_func, opt_func=opt_func)
+    found.learner = partial(Learner, lr=lr, metrics=metrics, loss_func=loss_func, opt_func=opt_func)
     if not isinstance(teacher, BaseTeacher): teacher = Teacher(teacher, cache=cache)
     found.arm = {'teacher':teacher, **kd}
     parts = split_training(dls, share, seed)
@@ -226,8 +228,6 @@ def search_student(
     found._judge(dls, range(seed+1, seed+1+seeds) if isinstance(seeds, int) else seeds, progress)
     return found
 
-def _learner(dls, model, **kwargs): return Learner(dls, model, **kwargs)
-
 def _reference(reference, make, baseline, teacher):
     if reference is not None: return reference
     if baseline is not None: return make(**baseline)
@@ -237,7 +237,7 @@ def _reference(reference, make, baseline, teacher):
 @patch
 def look_at(self:Search, dls, reference):
     "Find the metric, and how to measure what a student costs"
-    self.metric = self.learner(dls, reference).metrics[0].name
+    self.metric = chosen_metric(measured(self.learner(dls, reference)))
     xb = split_batch(dls, tuplify(dls.valid.one_batch()))[0]
     self.cost = partial(self._cost, reference, tuple(x[:16] for x in xb))
     if self.baseline is None: return

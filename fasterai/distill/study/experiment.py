@@ -25,7 +25,8 @@ from ...core.task import seen_by_student, split_batch
 from ..layers.capture import as_found
 from ..losses import SoftTarget
 from .measure import model_cost
-from .one_run import Ticks, fit_one_cycle, fresh_callback, measure, quiet
+from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
+                                            measured, quiet)
 from .study import Study
 from .summary import in_words, lower_is_better
 
@@ -50,7 +51,7 @@ class Experiment:
         make_student:Callable,     # Returns a new student
         loss:Callable=SoftTarget,  # Distillation loss, or several: see `KnowledgeDistillationCallback`
         lr:float=1e-3,             # Highest learning rate, for all
-        metrics=accuracy,          # fastai metrics; the first is the one that counts
+        metrics=accuracy,          # fastai metrics; the first is the one that counts, without any the loss
         loss_func:Callable=None,   # Of the task; None: the data's
         arms:dict=None,            # Name -> other arguments of the callback, for several ways to distil
         folder=None,               # Keeps runs and students, and an experiment goes on from it; None: in memory
@@ -58,6 +59,7 @@ class Experiment:
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
         _check_names(arms or {})
+        maker('make_student', make_student)
         store_attr(but='kd,arms')
         self.kd = kd
         self.arms = {k: dict(teacher=teacher, loss=loss) | kd | v for k,v in (arms or {'distilled': {}}).items()}
@@ -74,7 +76,7 @@ class Experiment:
         cbs = None if model is self.teacher else deepcopy(self.cbs)
         return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr, cbs=cbs)
 
-    def _metric(self): return self.learner(self.teacher).metrics[0].name
+    def _metric(self): return chosen_metric(measured(self.learner(self.teacher)))
 
 # %% ../../../nbs/distill/study/experiment.ipynb #0bc3b65e
 @patch

@@ -19,10 +19,11 @@ from fastai.torch_core import set_seed
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
+from ...core.names import whole_number
 from ..losses import Logits, SoftTarget
 from .advice import suggest_weights
 from .distil_answer import ALONE, NOT_DECIDED, DistilAnswer
-from .one_run import fit_one_cycle, fresh_callback, streams_kept
+from .one_run import fit_one_cycle, fresh_callback, maker, streams_kept
 from .study import Study
 from .summary import is_share, lower_is_better
 
@@ -45,6 +46,7 @@ def _arms(teacher, arms):
 
 def _learner(make_student, dls, kwargs):
     "What makes a student's Learner, as the study asks for it"
+    maker('make_student', make_student)
     kwargs = dict(metrics=accuracy) | kwargs
     return lambda: Learner(dls, make_student(), **{**kwargs, 'cbs': deepcopy(kwargs.get('cbs'))})
 
@@ -122,8 +124,7 @@ def _train(self:DistilAnswer, arm, epochs, seed): self.study.run(epochs, [seed],
 
 # %% ../../../nbs/distill/study/should_i_distil.ipynb #4882c90e
 def _check(epochs, pairs, alpha, finalists, hopeless):
-    for name,o in dict(epochs=epochs, pairs=pairs, finalists=finalists).items():
-        if not (isinstance(o, int) and o>0): raise ValueError(f"{name} must be a positive whole number, got {o!r}")
+    for name,o in dict(epochs=epochs, pairs=pairs, finalists=finalists).items(): whole_number(name, o)
     if not 0<alpha<.5: raise ValueError(f"alpha must be between 0 and 0.5, got {alpha}")
     if not 0<=hopeless<1: raise ValueError(f"hopeless must be a chance below 1, got {hopeless}")
 

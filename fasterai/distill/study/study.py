@@ -20,8 +20,8 @@ from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
 from .behind import behind, code_of_learner, judging, with_code
-from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, measure, measured,
-                                            quiet, refuse_no_validation, streams_kept)
+from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
+                                            measured, quiet, refuse_no_validation, streams_kept)
 from .run_log import RunLog
 from .setting import data_text, learner_text, rows_text, setting_text, teacher_text, weights_of
 from .students import Students
@@ -44,7 +44,7 @@ class Study:
         cols:list=None,         # Columns of the log, if they are not those
     ):
         if not arms: raise ValueError("arms is empty: name at least one way to train")
-        self.make_learner = make_learner
+        self.make_learner = maker('make_learner', make_learner)
         self.arms = dict(arms)
         self.rows = {k:dict(rows[k]) if rows else dict(arm=k) for k in arms}
         self.fit = fit

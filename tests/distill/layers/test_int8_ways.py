@@ -72,6 +72,24 @@ def test_neither(pictures, monkeypatch):
     with pytest.raises(ImportError, match='pip install torchao, or quantize with bits<8'):
         fake_quantized(net(), (pictures,))
 
+@pytest.mark.parametrize('way', ['FX', 'PT2E'])
+def test_ranges_span_all_batches_of_a_calibration_whichever_comes_first(pictures, way, monkeypatch):
+    pytest.importorskip(FX if way=='FX' else 'torchao')
+    if way=='PT2E': monkeypatch.setitem(sys.modules, FX, None)
+    model = net().eval()
+    def calibrated(*batches):
+        found = fake_quantized(deepcopy(model), (pictures,), 'qnnpack')
+        calibrate(found, [(b,) for b in batches])
+        return found.eval()
+    def scales(model):
+        return [m.scale.item() for m in fake_quantizers(model) if m.activation_post_process.averaging_constant<1]
+    dark = pictures*.1
+    a,b = calibrated(dark, pictures),calibrated(pictures, dark, dark)
+    assert scales(a)==pytest.approx(scales(b), rel=.05) and off(a(pictures), model(pictures))<.02
+    assert {m.activation_post_process.averaging_constant for m in fake_quantizers(a)}=={.01, 1.} # as the training moves
+    calibrate(a, [(dark,)]) # begins anew
+    assert any(new==pytest.approx(.1*old, rel=1e-3) for new,old in zip(scales(a), scales(b)))
+
 def test_plain_batchnorms_freeze():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
     freeze_statistics(model)

@@ -53,6 +53,15 @@ def test_a_wrapped_teacher_and_modes_are_as_they_were():
     assert type(s) is Blocks and not s.training and not any(p.requires_grad for p in s.parameters())
 
 
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+def test_weights_that_are_computed():
+    t = Blocks()
+    torch.nn.utils.weight_norm(t.head)
+    x = torch.randn(2, 3, 8, 8)
+    t(x).sum().backward()
+    assert torch.equal(keep_layers(t, 'encoder.layers', range(4))(x), t(x))
+
+
 def test_it_learns_from_its_teacher():
     t = Blocks().eval()
     learn = learner(keep_layers(t, 'encoder.layers', [0, 2]))

@@ -8,6 +8,7 @@ import torch
 from fastai.data.block import CategoryBlock
 import fastai.callback.schedule
 from fastai.losses import BCEWithLogitsLossFlat
+from fastai.metrics import accuracy
 from fastai.tabular.core import Categorify
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.model import TabularModel
@@ -19,6 +20,7 @@ pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.ship import export
+from fasterai.distill.ship.check import check_file
 from fasterai.distill.ship.export import export_student
 from fasterai.distill.ship.onnx_file import OnnxFile
 from helpers import data, flags, learner, net, same, state
@@ -102,6 +104,31 @@ def test_a_fixed_batch(tmp_path):
     torch.testing.assert_close(file(x), torch.cat([file(x[:3]), file(x[[3, 4, 4]])[:2]]))
     with pytest.raises(ValueError, match=r'made for \(3, 3, 8, 8\).*the batch has \(2, 3, 9, 8\)'):
         file(torch.randn(2, 3, 9, 8))
+
+
+class OldWeightNorm(nn.Module):
+    "Whose weight, after a step, is what came out of an operation"
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.utils.weight_norm(nn.Linear(192, 3))
+    def forward(self, x): return self.fc(x.flatten(1))
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize('make, dtype', [(net, torch.float64), (net, torch.bfloat16), (OldWeightNorm, torch.float32)])
+def test_other_floats_and_weights_that_are_computed(tmp_path, make, dtype):
+    "A file computes in fp32, be the student what it may; a step of the training was before"
+    dls = data()
+    for ds in (dls.train_ds, dls.valid_ds): ds.tensors = ds.tensors[0].to(dtype),ds.tensors[1]
+    learn = learner(make().to(dtype), dls, metrics=accuracy)
+    before,x = state(learn.model),dls.valid_ds[:][0]
+    learn.model.eval()(x).sum().backward()
+    with torch.no_grad(): want = learn.model.eval()(x).float()
+    for int8 in (False, True):
+        file = OnnxFile(export_student(learn, tmp_path/'s.onnx', int8=int8))
+        assert (file(x)-want).norm()<(.1 if int8 or dtype==torch.bfloat16 else 1e-5)*want.norm()
+        assert file.description['inputs'][0]['dtype']=='float32' and file.description['input']['height']==8
+    assert same(before, state(learn.model)) and check_file(file.path, learn, min_time=.01).same>=28
 
 
 # What cannot be written

@@ -107,6 +107,25 @@ def test_layers_that_do_not_run():
         lsq_quantized(nn.Sequential(nn.ReLU()), [(x,)], 4)
     with pytest.raises(ValueError, match='layers is empty'): lsq_quantized(Spare(), [(x,)], 4, [])
 
+class ReadsItsLayers(nn.Module):
+    "One layer under two names, and a forward that asks a layer for its weight and its size, as T5's does"
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 2)
+    def forward(self, x): return self.c(self.b(self.a(x.to(self.c.weight.dtype))))+0*self.c.out_features
+
+def test_a_layer_under_two_names_and_one_that_is_asked_for_its_weight():
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    model = ReadsItsLayers()
+    kept = deepcopy(model)
+    found = lsq_quantized(model, [(x,)], 8)
+    assert type(found.a) is QuantizedLayer and found.a is found.b and type(kept.b) is nn.Linear
+    assert found.c.weight is found.c.layer.weight and found.c.bias is found.c.layer.bias and (found.c.in_features==4)
+    assert 0<(found(x)-kept(x)).norm()/kept(x).norm()<.02
+    assert torch.equal(pickle.loads(pickle.dumps(found))(x), found(x)) and torch.equal(deepcopy(found)(x), found(x))
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'wieght'"): found.c.wieght
+
 @pytest.mark.parametrize('bits', [0, 1, 9, 2.5, '4'])
 def test_bits(bits):
     with pytest.raises(ValueError, match='whole number from 2 to 8'): LSQFakeQuant(bits)

@@ -12,6 +12,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize, RandomSplitter, get_image_files, parent_label
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
+from torch import nn
 
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
@@ -19,6 +20,7 @@ from fasterai.data.images import image_dls
 from fasterai.distill.ship.describe import describe
 from fasterai.distill.ship.export import export_student
 from fasterai.distill.ship.predictor import Predictor, description_of, prepare
+from helpers import data, learner
 from ship_helpers import quiet_learner, save_digits, small_net
 
 
@@ -76,6 +78,24 @@ def test_pictures_are_prepared_as_in_the_batch(pictures, item_tfms, batch_tfms):
     how = describe(quiet_learner(dls, small_net()))['input']
     x = dls.test_dl(list(dls.valid_ds.items)).one_batch()[0].numpy()
     for item,want in zip(dls.valid_ds.items, x): assert np.abs(prepare(item, how)-want).max()<1e-4
+
+
+@pytest.mark.parametrize('batch', [None, 1, 3])
+def test_numbers_for_names_a_half_for_a_threshold_and_batches_of_one_size(tmp_path, batch):
+    "Of tensors, with PyTorch's own losses"
+    y = torch.randint(0, 2, (32, 3)).float()
+    for loss_func,labels in ((nn.CrossEntropyLoss(), None), (nn.BCEWithLogitsLoss(), y)):
+        learn = learner(dls=data(y=labels), loss_func=loss_func)
+        predict = Predictor(export_student(learn, tmp_path/'s.onnx', batch=batch))
+        x = torch.rand(5, 3, 8, 8)
+        with torch.no_grad(): z = learn.model.eval()(x)
+        found,alone = predict.batch(list(x.numpy()), bs=4),predict(x[4].numpy())
+        probs = z.softmax(1) if labels is None else z.sigmoid()
+        assert np.abs(np.stack([p for *_,p in [*found, alone]])-probs[[0, 1, 2, 3, 4, 4]].numpy()).max()<1e-5
+        if labels is None: assert [o[:2] for o in found]==[(int(i), int(i)) for i in z.argmax(1)]
+        else: assert [o[0] for o in found]==[[i for i in range(3) if o[i]>.5] for o in probs]
+        said = predict.description
+        assert said['classes'] is None and said['output']['threshold']==(None if labels is None else .5)
 
 
 @pytest.fixture(scope='module')

@@ -90,6 +90,13 @@ def test_a_small_space_ends_and_says_why():
     with pytest.warns(UserWarning, match='1 trials instead of 3: of the 3 students in the space, 2 are over'):
         search(space=dict(width=[2, 30, 40]), baseline=None)
 
+@pytest.mark.parametrize('metrics', [None, []])
+def test_without_a_metric_the_loss_scores(metrics):
+    found = search(metrics=metrics, baseline=None)
+    t = found.table.query("state=='trained'")
+    assert found.metric=='valid_loss' and found.lowest and found.best['width']==t.width[t.score.idxmin()]
+    assert ((t.score>.5) & (t.score<3)).all() and set(found.table.state)<={'trained', 'stopped', 'over budget'}
+
 @pytest.mark.parametrize('space', [dict(width=(2, 120)), dict(width=[*range(100, 200), 2, 3, 4])])
 def test_rare_students_within_the_budget_are_found(space):
     "Three of some hundred fit: Optuna alone would not see them all"
@@ -138,10 +145,16 @@ def test_latency():
 def test_refused(monkeypatch):
     with pytest.raises(ValueError, match='the student made by hand is over the budget: params'):
         search(budget=dict(params=10))
-    made.clear()
     with pytest.raises(ValueError, match='no student of 6 fits it; the least that was seen is params='):
         search(budget=dict(params=10), baseline=None, reference=net())
+    made.clear()
     for space in ({}, dict(width=4), dict(width=(4, 2)), dict(width=[])):
         with pytest.raises(ValueError, match='space'): search_student(data(), net(), make, space)
+    for name,low in dict(trials=1, epochs=1, eta=2).items():
+        with pytest.raises(ValueError, match=f'{name} must be a whole number from {low} on, got {low-1}'):
+            search(**{name: low-1})
+    with pytest.raises(TypeError, match='make must be a function that makes a new one for each run, got Sequential'):
+        search_student(data(), net(), net(), dict(width=[2]))
+    assert not made
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r'fasterai-distill\[search\]'): search()

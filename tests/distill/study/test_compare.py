@@ -223,7 +223,7 @@ def test_unlike_learners_are_refused(y):
         with pytest.raises(ValueError, match=match): compare(dict(a=a, b=other), cost=False)
 
 def test_different_classes_are_refused():
-    a,b = digits_dls(50, n_valid=30, device='cpu'),digits_dls(50, n_valid=30, device='cpu')
+    a,b = digits_dls(50, 50, 'cpu', 30),digits_dls(50, 50, 'cpu', 30)
     b.valid.dataset.tls[1].tfms[1].vocab = CategoryMap(range(10), sort=False)
     b.valid.dataset.tls[1].tfms[1].vocab.items = [f'digit {i}' for i in range(10)]
     with pytest.raises(ValueError, match='know different classes'):
@@ -270,12 +270,12 @@ def test_vit_tokens_in_plot_attention():
         def forward(self, x):
             t = self.tok(x).flatten(2).mT
             return self.head(self.out(torch.cat([t.mean(1, keepdim=True), t], 1))[:, 0])
-    learn = Learner(digits_dls(50, n_valid=30, device='cpu'), digits_net(4))
+    learn = Learner(digits_dls(50, 50, 'cpu', 30), digits_net(4))
     axs = plot_attention(learn, ToTokens(), {'1':'out'}, items=[3])
     assert axs.shape==(1, 3) and axs[0, 2].images[1].get_array().shape==(4, 4)
 
 def test_similarity_rows_are_sorted_by_label_and_have_length_one():
-    learn = Learner(digits_dls(50, n_valid=30, device='cpu'), digits_net(4))
+    learn = Learner(digits_dls(50, 50, 'cpu', 30), digits_net(4))
     axs = plot_similarity(learn, digits_net(8), items=20)
     g = np.asarray(axs[0, 0].images[0].get_array())
     assert g.shape==(20, 20) and np.allclose((g**2).sum(1), 1, atol=1e-4)

@@ -210,6 +210,8 @@ def test_what_is_refused():
                          "'time' or 'epochs', got 'steps'": dict(equal='steps'),
                          'unknown metric': dict(metric='acuracy')}.items():
         with pytest.raises((ValueError, TypeError), match=match): ask(**dict(metrics=accuracy) | kwargs)
+    with pytest.raises(TypeError, match='make_student must be a function that makes a new one .*, got Sequential'):
+        should_i_distil(student(), net(6), data(), arms)
 
 
 @pytest.fixture

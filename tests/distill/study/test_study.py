@@ -174,6 +174,18 @@ def test_an_experiment_of_a_regression():
     assert exp.verdict().count('adjusted p')==2 and ' mse (95%' in exp.verdict()
 
 
+@pytest.mark.parametrize('metrics', [None, []])
+def test_an_experiment_without_a_metric_is_judged_by_its_loss(teacher, metrics):
+    exp = Experiment(_dls(), teacher, _net, lr=.05, metrics=metrics, loss_func=CrossEntropyLossFlat())
+    exp.run(1, 2, progress=False)
+    assert exp.table().columns[2]=='valid_loss' and ' valid_loss (95%' in exp.verdict()
+    assert exp.best[0]==exp.runs.distilled.min()
+
+def test_a_network_where_a_function_makes_one_is_refused(teacher):
+    for make_one,args in ((Experiment, (_dls(), teacher, _net())), (Study, (make(), {'alone':None}))):
+        with pytest.raises(TypeError, match='must be a function that makes a new one for each run, got (Seq|Learner)'):
+            make_one(*args)
+
 @pytest.mark.parametrize('name', ['teacher', 'alone', 'epochs', 'seed', 1, None])
 def test_names_that_an_experiment_has_are_refused_before_it_trains(teacher, name):
     with pytest.raises((ValueError, TypeError), match=f'arms: .*{name!r}'):
