@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from fasterai.core.seeds import same_start
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.data.unlabelled import mix_unlabelled
-from fasterai.distill.methods.continual import OneHotBCE
+from fasterai.distill.methods.columns import OneHotBCE
 from fasterai.distill.methods.exemplars import Exemplars
 from fasterai.distill.methods.noisy_student import noisy_student
 from fasterai.distill.methods.pseudo_labels import pseudo_labels
