@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from fasterai.core.seeds import same_start
 from fasterai.distill.loss.remember import LessForget, PooledOutput, weight_by_classes
-from fasterai.distill.methods.continual import OneHotBCE, Remember, grow_head
+from fasterai.distill.methods.columns import OneHotBCE
+from fasterai.distill.methods.continual import Remember, grow_head
 from fasterai.distill.methods.exemplars import Exemplars, nearest_mean
 from fasterai.distill.study.one_run import fit_one_cycle, quiet
 from families import learner, study

@@ -19,7 +19,8 @@ from .loss.transformers import HiddenStates, ViTKD, split_qkv
 from .methods.adapt import Entropy, adapt
 from .methods.assistants import assistants
 from .methods.attack import Attack
-from .methods.continual import OneHotBCE, Remember, align_head, grow_head
+from .methods.columns import OneHotBCE
+from .methods.continual import Remember, align_head, grow_head
 from .methods.data_free import DataFreeDistillation, data_free_learner
 from .methods.detection import detect, detection_dls, detector_learner
 from .methods.discriminator import Discriminator

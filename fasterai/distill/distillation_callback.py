@@ -279,7 +279,12 @@ def terms_on(self:KnowledgeDistillationCallback,
         session.meet(record=False)
         with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
         pred,said = self.parts_of(learn, pred)
-        with evaluating(judges): return learn.loss_func(pred, *yb),session.lesson(xb, yb, said)
+        with evaluating(judges): return self.task_loss(learn)(pred, *yb),session.lesson(xb, yb, said)
+
+@patch
+def task_loss(self:KnowledgeDistillationCallback, learn)->Callable:
+    "The loss function that labels train by, which a subclass may have of its own"
+    return learn.loss_func
 
 @patch
 def parts_of(self:KnowledgeDistillationCallback, learn, pred)->tuple:

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import trainable_params
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ...core.names import unknown_name
 from ...core.task import refuse_plain, seen_by_student, split_batch
+from ...data.unlabelled import items_dl
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.names import unwrap
 from ..loss.base import as_loss
@@ -51,7 +53,7 @@ def Entropy(
 def _batches(learn, items, bs):
     "A loader of the items, shuffled, in whole batches. Warns of small ones"
     refuse_plain(items if hasattr(items, 'batch_sampler') else learn.dls.valid, 'adapt')
-    dl = items if isinstance(items, TfmdDL) else learn.dls.test_dl(items)
+    dl = items if isinstance(items, DataLoader) else items_dl(learn.dls, items)
     n = len(dl.dataset)
     bs = min(bs, n)
     if bs<32:
@@ -124,14 +126,15 @@ def adapt(
     bs:int=64,             # Items in a batch, whose statistics are taken together
     loss:Callable=None,    # Of the training; None: `Entropy` for 'tent', `SoftTarget` at T=1 for 'ema'
 )->Learner:
-    """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm; warns of batches
-    under 32"""
+    """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm, no items or no
+    epochs; warns of batches under 32"""
     if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
+    if epochs is not None and epochs<1: raise ValueError(f"epochs must be 1 or more, got {epochs}")
     _refuse_without_statistics(learn)
     new,dl = _another(learn),_batches(learn, items, bs)
     _take_statistics(new, dl)
     if how := METHODS[method]:
-        n = epochs or how['epochs']
+        n = how['epochs'] if epochs is None else epochs
         kd = KnowledgeDistillationCallback(how['teacher'](n*len(dl)), loss or how['loss'], weight=1., task_weight=0.)
         _train(new, dl, kd, lr, n, how['whole'])
         _take_statistics(new, dl)

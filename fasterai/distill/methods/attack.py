@@ -170,8 +170,8 @@ def _output(self:Attack, xb):
 
 @patch
 def _by_label(self:Attack, xb):
-    learn = self.learn
-    return lambda xb: learn.loss_func(self._output(xb), *learn.yb).as_subclass(Tensor).sum()
+    loss,yb = self._task_loss,self.learn.yb
+    return lambda xb: loss(self._output(xb), *yb).as_subclass(Tensor).sum()
 
 @patch
 def _by_teacher(self:Attack, xb):
@@ -186,6 +186,12 @@ def _by_both(self:Attack, xb):
 # %% ../../../nbs/distill/methods/attack.ipynb #8d5d7e4b
 @patch(as_prop=True)
 def _axis(self:Attack): return known_axis(task_of(self.learn.loss_func).axis)
+
+@patch(as_prop=True)
+def _task_loss(self:Attack):
+    "The loss function that this batch is trained or judged by"
+    learn,kd = self.learn,self._distillation
+    return kd.task_loss(learn) if kd is not None and learn.training else learn.loss_func
 
 @patch(as_prop=True)
 def _distillation(self:Attack):
@@ -230,6 +236,6 @@ def _clean_loss(self:Attack):
     learn,kd = self.learn,self._distillation
     s = kd.teaching if kd is not None else None
     if s is None or not s.asks(True):
-        return learn.loss_func(learn.model(*seen_by_student(learn, self.clean)), *learn.yb).as_subclass(Tensor)
+        return self._task_loss(learn.model(*seen_by_student(learn, self.clean)), *learn.yb).as_subclass(Tensor)
     task,parts = kd.terms_on(learn, self.clean, learn.yb)
     return mixed(task.as_subclass(Tensor), [parts[o.name] for o in kd.terms], kd.recipe, s.weight)

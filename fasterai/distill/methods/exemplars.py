@@ -15,8 +15,8 @@ from fastai.torch_core import TensorCategory
 from fastcore.basics import GetAttr, patch
 from torch import Tensor, nn
 
-from ...core.task import loader_like, refuse_plain, seen_by_student, split_batch
-from ...data.unlabelled import Extended, with_train
+from ...core.task import class_of_each, has_class, loader_like, refuse_plain, seen_by_student, split_batch
+from ...data.unlabelled import Extended, refuse_table, with_rows, with_train
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import unwrap
 from ..loss.base import unit
@@ -41,10 +41,10 @@ def features_of(
     features,labels = [],[]
     with as_found(learn.model), Capture(learn.model, [layer], detach=True) as c:
         for b in dl:
-            xb,(y,) = split_batch(learn.dls, b)
+            xb,yb = split_batch(learn.dls, b)
             learn.model(*to_model(learn.model, seen_by_student(learn, xb)))
             features.append(unit(c.maps[layer].as_subclass(Tensor).float()))
-            labels.append(y.as_subclass(Tensor))
+            labels.append(class_of_each(yb, "pass a dataset with such labels"))
     return torch.cat(features),torch.cat(labels)
 
 # %% ../../../nbs/distill/methods/exemplars.ipynb #5855d4b8
@@ -90,10 +90,12 @@ def add(self:Exemplars,
 )->Exemplars:
     "Keep rows of the classes that are not there yet; returns self. ValueError for classes in another order"
     dataset = learn.dls.train_ds if dataset is None else dataset
+    refuse_table(dataset, 'dataset')
     classes = classes_of(learn.dls)
     same_beginning(self.classes, classes, 'learn')
     features,labels = features_of(learn, dataset)
-    new = [c for c in labels.unique().tolist() if c not in self.rows and c>=0]
+    known = labels[has_class(labels, learn.loss_func)].unique().tolist()
+    new = [c for c in known if c not in self.rows]
     n = self.each(len(self.rows)+len(new))
     self.rows = {c:rows[:n] for c,rows in self.rows.items()}
     for c in new:
@@ -119,7 +121,7 @@ def join(self:Exemplars,
     same_beginning(self.classes, classes_of(dls), 'dls')
     refuse_plain(dls.train, 'Exemplars')
     inputs,labels = self._listed()
-    return with_train(dls, dls.train.new(Extended(dls.train_ds, inputs, labels, dls.train.n_inp)))
+    return with_train(dls, with_rows(dls.train, Extended(dls.train_ds, inputs, labels, dls.train.n_inp)))
 
 # %% ../../../nbs/distill/methods/exemplars.ipynb #edb58c54
 class NearestMean(nn.Module):

@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import set_seed
 from fastcore.basics import patch, store_attr
 
 from ...core.files import whole_file
 from ...core.rows import digest_of
 from ...core.seeds import same_start
-from ...data.unlabelled import labelled_part
+from ...data.unlabelled import items_in, labelled_part
 from .pseudo_labels import pseudo_labels
 from ..study.behind import behind, code_of_learner
 from ..study.one_run import Ticks, fit_one_cycle, measure, quiet, streams_kept
@@ -73,7 +73,7 @@ def train(self:_Rounds,
     labels = teacher and self._labels(teacher)
     data = labels.dls(self.dls) if labels else self.dls
     learn = self.start(i, data)
-    if labels and labels.soft: _refuse_flat(learn.loss_func)
+    if self.labels['soft'] and (i or self._is_students_too(learn)): _refuse_flat(learn.loss_func)
     setting = self._setting(i, learn)
     if self.path and self.file(i).exists(): return learn, self._load(i, learn, setting)
     self.ticks.say(f'network {i}')
@@ -89,10 +89,17 @@ def train(self:_Rounds,
 def _labels(self:_Rounds, teacher):
     with quiet(teacher): return pseudo_labels(teacher, self.items, **self.labels)
 
+@patch
+def _is_students_too(self:_Rounds, learn):
+    "Will the students have the loss function of `learn`, the first one? Not if it is the data's, which theirs change"
+    return self.makers[0] is self.makers[1] and learn.loss_func is not getattr(learn.dls.train_ds, 'loss_func', None)
+
 def _refuse_flat(loss_func):
-    if not isinstance(loss_func, CrossEntropyLossFlat) or not loss_func.flatten: return
-    raise ValueError("soft=True gives probabilities as targets, which CrossEntropyLossFlat() takes for labels: make "
-                     "the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
+    "ValueError for one that takes labels alone"
+    flat = isinstance(loss_func, BaseLoss) and loss_func.flatten and loss_func.is_2d
+    if not flat and not isinstance(getattr(loss_func, 'func', loss_func), LabelSmoothingCrossEntropy): return
+    raise ValueError(f"soft=True gives probabilities as targets, which {type(loss_func).__name__} takes for labels: "
+                     "make the Learner without a loss_func, or with CrossEntropyLossFlat(flatten=False)")
 
 # %% ../../../nbs/distill/methods/noisy_student.ipynb #d0f9e7b9
 @patch
@@ -148,6 +155,7 @@ def noisy_student(
     """Train on labels, label `items`, train on both, and again. Xie et al., CVPR 2020, arXiv 1911.04252. ValueError for
     lists that do not fit, or a `path` with networks of other settings or files that are none"""
     n = _rounds_of(make_learner, rounds)
+    items_in(items, dls.train_ds) # refuses what is no list before the first training
     makers = list(make_learner) if isinstance(make_learner, (list, tuple)) else [make_learner]*(n+1)
     epochs = list(epochs) if isinstance(epochs, (list, tuple)) else [epochs]*(n+1)
     if len(epochs)!=n+1: raise ValueError(f"epochs must be one number, or {n+1} for {n} rounds, got {len(epochs)}")

@@ -12,14 +12,14 @@ from typing import Sequence
 
 import pandas as pd
 import torch
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastcore.basics import noop, patch, store_attr, tuplify
+from fastcore.basics import noop, patch, store_attr
 from torch import Tensor
 
 from ...core.task import logits_of, refuse_plain, task_of
 from ..teacher.facts import facts_of
-from ...data.unlabelled import Extended, inputs_of, labelled_part, with_train
+from ...data.unlabelled import Extended, inputs_of, items_dl, items_in, labelled_part, with_rows, with_train
 
 # %% ../../../nbs/distill/methods/pseudo_labels.ipynb #ecd8d5b8
 class PseudoLabels:
@@ -62,7 +62,7 @@ def dls(self:PseudoLabels,
     inputs = inputs_of(dl.dataset, self.items)
     n_classes = self.probs.shape[1] if self.soft else None
     extended = Extended(dl.dataset, inputs, self._targets(like), dl.n_inp, n_classes, guessed=True)
-    return with_train(base, dl.new(extended))
+    return with_train(base, with_rows(dl, extended))
 
 @patch
 def _targets(self:PseudoLabels, like):
@@ -91,6 +91,7 @@ def pseudo_labels(
     `threshold`, or the predictions are not of one class a row"""
     if not 0<=threshold<=1: raise ValueError(f"threshold must be a probability, 0 to 1, got {threshold}")
     refuse_plain(learn.dls.valid, 'pseudo_labels')
+    items = items_in(items, learn.dls.train_ds)
     probs = _probabilities(learn, items)
     sure = probs.amax(1)
     if not (sure>=threshold).any():
@@ -102,10 +103,7 @@ def pseudo_labels(
 # %% ../../../nbs/distill/methods/pseudo_labels.ipynb #2a8b5c84
 def _probabilities(learn, items):
     "Of each class, for each item `(N, C)`"
-    rows = inputs_of(learn.dls.train_ds, items) # refuses what is no list of items
-    own = isinstance(learn.dls.valid_ds, Datasets)
-    dl = learn.dls.test_dl(items) if own else learn.dls.valid.new([tuplify(o)[:learn.dls.n_inp] for o in rows])
-    z = logits_of(learn.get_preds(dl=dl, act=noop)[0])
+    z = logits_of(learn.get_preds(dl=items_dl(learn.dls, items), act=noop)[0])
     if z.ndim!=2 or z.shape[1]<2:
         raise ValueError(f"pseudo labels are classes, and the Learner's predictions have the shape {tuple(z.shape)}")
     if task_of(learn.loss_func).average in ('sigmoid', 'none') and not _is_one_a_row(learn.loss_func, z):

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastcore.basics import detuplify, tuplify
+from fastcore.basics import tuplify
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import nn
 
-from ...core.task import loader_like, logits_of, split_batch
+from ...core.task import class_of_each, has_class, loader_like, logits_of, split_batch
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from .one_run import streams_kept
@@ -35,30 +35,26 @@ def _as_rows(x):
     raise ValueError(f"embeddings must be (B, D), got {tuple(x.shape)}: pass select=, a function from the model's "
                      "output to them, for example select=lambda o: o.mean((2, 3)) for maps")
 
-def _classes_of(yb):
-    y = detuplify(yb)
-    if isinstance(y, Tensor) and y.ndim==2 and y.shape[1]==1: y = y.squeeze(1)
-    if isinstance(y, Tensor) and y.ndim==1 and not y.is_floating_point(): return y.cpu()
-    got = 'no labels' if not len(yb) else f"labels {tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else repr(y)
-    raise ValueError(f"embeddings are asked with one class for each sample, and the data has {got}: pass labelled=, "
-                     "DataLoaders with such labels")
-
 # %% ../../../nbs/distill/study/probes.ipynb #9bf7c3e0
 def embeddings_of(
     learn:Learner,        # Whose model is asked, with what its callbacks show it
     dl,                   # Labelled samples, a `DataLoader`
     select:Callable=None, # From the model's output to the embeddings `(B, D)`; None: the output itself
 )->tuple[np.ndarray,np.ndarray]:
-    "Embeddings `(N, D)` and classes `(N,)`. Raises ValueError for data without one class for each sample"
+    """Embeddings `(N, D)` and classes `(N,)` of the samples whose label counts. Raises ValueError for data without one
+    class for each sample, or where none counts"""
     dl = loader_like(dl, shuffle=False, drop_last=False)
     found = []
     with streams_kept(), as_found(learn.model), _for_validation(dl.dataset):
         for b in dl:
             xb,yb = split_batch(dl, tuplify(b))
-            y = _classes_of(yb)
+            y = class_of_each(yb, "pass labelled=, DataLoaders with such labels").cpu()
             xb = seen_by_student(learn, to_model(learn.model, xb))
             found.append((_as_rows(logits_of(unwrap(learn.model)(*xb), select, 'student')), y))
-    return tuple(torch.cat(o).numpy() for o in zip(*found))
+    x,y = (torch.cat(o) for o in zip(*found))
+    counts = has_class(y, learn.loss_func)
+    if not counts.any(): raise ValueError("no sample has a label that counts: pass labelled=, DataLoaders with labels")
+    return x[counts].numpy(),y[counts].numpy()
 
 # %% ../../../nbs/distill/study/probes.ipynb #2d7fe120
 def knn_accuracy(

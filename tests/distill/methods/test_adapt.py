@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 from fastai.data.core import TfmdDL
+from fastai.data.load import DataLoader
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fasterai.distill.methods.adapt import METHODS, Entropy, adapt
 from fasterai.distill.training.views import StudentSees
@@ -115,8 +117,11 @@ def test_views_go_along():
 def test_items_of_the_data():
     "What the Learner's own data start from"
     learn = learner()
-    rows = [(o,) for o in items(40)]
-    adapt(learn, rows, bs=40)
+    x = items(40)
+    want = state(adapt(learn, [(o,) for o in x], bs=40).model)
+    for rows in list(x),x,TensorDataset(x, torch.zeros(40)),DataLoader([(o,) for o in x], bs=40):
+        for k,v in state(adapt(learn, rows, bs=40).model).items(): torch.testing.assert_close(v, want[k])
+    adapt(learn, DataLoader([(o,) for o in x], bs=40), 'tent', bs=40)
 
 
 def test_what_is_refused_and_warned_of():
@@ -128,6 +133,9 @@ def test_what_is_refused_and_warned_of():
     with pytest.warns(UserWarning, match='a batch of 8 says little'): adapt(learn, loader(items(8)))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='batches of 2 items'):
         adapt(learn, loader(items(1)))
+    with pytest.raises(ValueError, match='items is empty'): adapt(learn, [])
+    with pytest.raises(ValueError, match='epochs must be 1 or more, got 0'):
+        adapt(learn, loader(items()), 'tent', epochs=0)
     bare = net()
     for m in bare.modules():
         if isinstance(m, nn.BatchNorm2d): m.weight = m.bias = None

@@ -20,7 +20,12 @@ from torch import nn
 from fasterai.core.task import task_of
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.loss.remember import LwF
-from fasterai.distill.methods.continual import NewClasses, OneHotBCE, Remember, align_head, grow_head, head_of
+from fasterai.distill.losses import SoftTarget
+from fasterai.distill.methods.attack import Attack
+from fasterai.distill.methods.columns import NewClasses, OneHotBCE
+from fasterai.distill.methods.continual import Remember, align_head, grow_head, head_of
+from fasterai.distill.study.advice import suggest_weights
+from fasterai.distill.teacher.following import EMA
 from classes import named
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
@@ -353,8 +358,113 @@ class TwoHeads(nn.Module):
 
 def test_the_head_is_the_one_with_as_many_outputs_as_the_data_have_classes():
     learn = learner(TwoHeads(), named(['b', 'a', 'c']))
-    grow_head(learn, named(['b', 'a', 'c', 'd'], ['d']))
+    old = grow_head(learn, named(['b', 'a', 'c', 'd'], ['d']))
     assert (learn.model.head.out_features, learn.model.aux.out_features)==(4, 7)
     before = learn.model.aux.weight.clone()
     assert align_head(learn, 1)>0 and torch.equal(learn.model.aux.weight, before)
     assert learn.model(learn.dls.one_batch()[0]).shape[1]==4
+    kd = Remember(old, 'binary')
+    learn.fit(1, cbs=kd)
+    learn.add_cb(kd)
+    assert kd.n_old==3
+    unnamed = learner(TwoHeads(), data(c=3))
+    grow_head(unnamed, 2)
+    assert (unnamed.model.head.out_features, unnamed.model.aux.out_features)==(5, 7)
+
+
+class Cosine(nn.Linear):
+    "LUCIR's head"
+    def forward(self, x): return 10*F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+def test_a_head_of_a_class_of_its_own_grows_in_place_with_its_hooks():
+    model = net(c=3)
+    model[-1] = head = Cosine(8, 3, bias=False)
+    learn,seen = learner(model),[]
+    head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    x = learn.dls.one_batch()[0]
+    was = model.eval()(x)
+    grow_head(learn, 2)
+    torch.testing.assert_close(model(x)[:, :3], was)
+    assert model[-1] is head and head.out_features==5 and seen==[(8, 3), (8, 5)]
+
+
+class LowRank(nn.Linear):
+    "With an update in two factors, one of which has a row for each class"
+    def __init__(self):
+        super().__init__(8, 3)
+        self.a,self.b = nn.Parameter(torch.ones(2, 8)),nn.Parameter(torch.ones(3, 2))
+    def forward(self, x): return super().forward(x)+x@self.a.T@self.b.T
+
+
+def tied(model):
+    names = nn.Embedding(3, 8)
+    names.weight = model[-1].weight
+    model.names = names
+
+
+def changed(f):
+    def change(model): model[-1] = f(model[-1])
+    return change
+
+
+@pytest.mark.parametrize('change, match', [
+    (changed(nn.utils.parametrizations.weight_norm), "'4' computes its weight.*remove_parametrizations"),
+    (changed(nn.utils.parametrizations.spectral_norm), "'4' computes its weight"),
+    (changed(nn.utils.weight_norm), "'4' computes its weight"),
+    (changed(lambda _: LowRank()), "'4', a LowRank, has 'b' with a row for each output"),
+    (tied, "'4' has the weight of 'names'")])
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_a_head_that_is_not_its_own_weight_is_refused(change, match):
+    learn = learner(net(c=3))
+    change(learn.model)
+    before = state(learn.model)
+    for f in grow_head,align_head:
+        with pytest.raises(ValueError, match=match): f(learn, 1)
+    assert same(state(learn.model), before)
+
+
+def test_a_head_of_other_classes_than_the_data_grows_by_a_number_alone():
+    learn = learner(net(c=4), named(['b', 'a', 'c']))
+    more = named(['b', 'a', 'c', 'd', 'e'])
+    with pytest.raises(ValueError, match="'4' has 4 outputs, and learn's data 3 classes"): grow_head(learn, more)
+    assert learn.model[-1].out_features==4 and len(learn.dls.vocab)==3
+    grow_head(learn, 2)
+    assert learn.model[-1].out_features==6
+
+
+def test_a_teacher_without_a_network_does_not_tell_the_old_classes():
+    learn = learner(net(c=5))
+    for ce in 'new','binary':
+        with pytest.raises(ValueError, match="old: EMA has no network at hand.*ce='all'"):
+            learn.fit(1, cbs=Remember(EMA(.9), ce))
+    learn.fit(1, cbs=Remember(EMA(.9), 'all', loss=SoftTarget))
+
+
+@pytest.mark.parametrize('ce, task', [('new', lambda z, y: F.cross_entropy(z[:, 3:], y-3)), ('all', F.cross_entropy),
+                                      ('binary', lambda z, y: F.binary_cross_entropy_with_logits(
+                                          z[:, 3:], F.one_hot(y, 5)[:, 3:].float())*2/5)])
+def test_who_asks_for_the_task_gets_the_columns_that_are_trained(ce, task):
+    "In `suggest_weights`, and in the clean share of an attack's loss"
+    learn,old = two_tasks()
+    x,y = learn.dls.valid.one_batch()
+    model = deepcopy(learn.model).train()
+    found = Remember(old, ce).terms_on(learn, (x,), (y,))[0]
+    torch.testing.assert_close(found, task(learn.model(x), y))
+    learn,old = two_tasks()
+    learn.dls = data(8, y=3+torch.arange(8)%2, c=5)
+    x,y = tensors = [o.sigmoid() if o.is_floating_point() else o for o in learn.dls.train_ds.tensors]
+    learn.dls.train_ds.tensors = tensors
+    task(model(x), y).backward()
+    want = [p.detach()-.05*p.grad for p in model.parameters()]
+    seen = {}
+    class Look(Callback):
+        def after_pred(self): seen[self.training] = self.attack._task_loss
+    learn.fit(1, cbs=[Remember(old, ce, weight=1e-9), Attack(.05, 1, natural=1.), Look()])
+    assert seen[False] is learn.loss_func and seen[True](model(x), y).item()==pytest.approx(task(model(x), y).item())
+    for p,w in zip(learn.model.parameters(), want): torch.testing.assert_close(p, w, atol=1e-6, rtol=1e-5)
+
+
+def test_a_head_that_has_not_grown_is_refused_outside_of_a_fit_too():
+    learn = learner(net(c=3))
+    with pytest.raises(ValueError, match='let grow_head add'): suggest_weights(learn, Remember(net(c=3)))

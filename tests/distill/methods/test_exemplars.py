@@ -2,12 +2,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 
 from fasterai.distill.methods.continual import grow_head
 from fasterai.distill.methods.exemplars import Exemplars, features_of, herd, nearest_mean
 from classes import named
-from helpers import flags, learner, n_hooks, net, same, state
+from helpers import data, flags, learner, n_hooks, net, same, state
 
 
 def test_herding_is_the_slow_one():
@@ -63,3 +64,17 @@ def test_nearest_mean():
     with pytest.raises(ValueError, match='column 2'):
         grow_head(learn, named(['b', 'a', 'c'], ['c']))
         nearest_mean(learn, memory)
+
+
+def test_labels_in_a_column_are_those_of_the_rows_and_ignored_ones_are_of_no_class():
+    y = torch.arange(24)%4
+    x = y.float().view(-1, 1, 1, 1)+torch.randn(24, 3, 8, 8)*.01
+    def kept(y):
+        dls = data(24, y=y)
+        dls.train_ds.tensors = dls.valid_ds.tensors = (x, y)
+        return Exemplars(n=4).add(learner(net(c=3), dls, loss_func=CrossEntropyLossFlat(ignore_index=3)))
+    for memory in kept(y),kept(y[:, None]):
+        means = {c:[round(r[0].mean().item()) for r in rows] for c,rows in memory.rows.items()}
+        assert means=={c:[c]*4 for c in range(3)}
+    for bad in y.float(),torch.stack([y, y], 1):
+        with pytest.raises(ValueError, match='one class for each sample.*pass a dataset'): kept(bad)

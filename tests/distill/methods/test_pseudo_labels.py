@@ -1,14 +1,19 @@
 "Labels that a network gives, and networks that learn from them"
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
+import fastai.callback.data  # noqa: F401 (gives Datasets `weighted_dataloaders`)
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, ItemGetter
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import (
+    BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
+from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularPandas, tabular_learner
 from fastai.text.data import Numericalize
 from fastai.torch_core import set_seed
 from torch import nn
@@ -17,7 +22,8 @@ from torch.utils.data import TensorDataset
 from fasterai.core.seeds import same_start
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.data.unlabelled import mix_unlabelled
-from fasterai.distill.methods.continual import OneHotBCE
+from fasterai.distill.methods.adapt import adapt
+from fasterai.distill.methods.columns import OneHotBCE
 from fasterai.distill.methods.exemplars import Exemplars
 from fasterai.distill.methods.noisy_student import noisy_student
 from fasterai.distill.methods.pseudo_labels import pseudo_labels
@@ -241,3 +247,78 @@ def test_networks_of_other_items_are_refused(tmp_path):
     assert same(state(first.student.model), state(run([(x.clone(),) for x, in rows]).student.model))
     others = [(x.where(torch.arange(1200)!=600, 0.),) for x, in rows]
     with pytest.raises(ValueError, match='of other settings'): run(others)
+
+
+def of_numbers():
+    "`Datasets` of 24 numbers, three classes, no network"
+    tfms = [[lambda i: torch.full((3, 8, 8), float(i))], [lambda i: 'abc'[i%3], Categorize(vocab=list('abc'))]]
+    return Datasets(list(range(24)), tfms, splits=[list(range(24))]*2)
+
+
+def rows_drawn(dls, times=10): return [i for _ in range(times) for i in dls.train.get_idxs()]
+
+
+def test_rows_are_drawn_by_their_weights_after_rows_were_added_and_taken_away():
+    dls = of_numbers().weighted_dataloaders([1.]*8+[0.]*16, bs=8, num_workers=0, device='cpu')
+    learn = learner(dls=dls)
+    labels = pseudo_labels(learn, list(range(4)))
+    for joined,n in (labels.dls(), 4),(labels.dls(labels.dls()), 4),(Exemplars(n=1).add(learn).join(dls), 3):
+        drawn = rows_drawn(joined, 20)
+        assert not {*range(8, 24)} & {*drawn} and {*range(24, 24+n)}<={*drawn}
+        assert joined.train.wgts[0]==pytest.approx(3*joined.train.wgts[-1]) # of 24, 8 count: a new one as the mean
+
+
+def test_a_part_of_the_rows_is_drawn_after_rows_were_added():
+    dls = of_numbers().partial_dataloaders(6, bs=3, num_workers=0, device='cpu')
+    assert len(rows_drawn(pseudo_labels(learner(dls=dls), list(range(4))).dls(), 1))==6
+
+
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropyFlat, FocalLossFlat, LabelSmoothingCrossEntropy])
+def test_a_loss_of_labels_alone_is_refused_before_the_first_training(loss):
+    trained = []
+    def fit(learn, epochs, cbs=None): trained.append(learn)
+    def run(make, soft=True): return noisy_student(make, of_numbers().dataloaders(bs=8, num_workers=0, device='cpu'),
+                                                   range(24), rounds=1, soft=soft, fit=fit, progress=False)
+    with pytest.raises(ValueError, match=f'{loss.__name__} takes for labels.*flatten=False'):
+        run(lambda dls: learner(dls=dls, loss_func=loss()))
+    assert not trained
+    run(lambda dls: learner(dls=dls, loss_func=loss()), soft=False)
+    run(lambda dls: learner(dls=dls, loss_func=CrossEntropyLossFlat(flatten=False)))
+    run(lambda dls: Learner(dls, net()))
+    run([lambda dls: learner(dls=dls, loss_func=loss()), lambda dls: Learner(dls, net())]) # the first has labels
+    assert len(trained)==8
+
+
+def test_items_are_looked_at_before_the_first_training():
+    def make(dls): raise AssertionError
+    for items,error in ('folder', TypeError),([], ValueError):
+        with pytest.raises(error, match='items'): noisy_student(make, data(), items, progress=False)
+
+
+def test_a_series_of_items_is_counted_from_its_first():
+    learn = learner(dls=of_numbers().dataloaders(bs=8, num_workers=0, device='cpu'))
+    s = pd.Series(range(24))
+    assert pseudo_labels(learn, s[s%2==1]).items==list(range(1, 24, 2))
+
+
+def tables():
+    df = pd.DataFrame(dict(a=range(40), b=list('uv')*20, y=list('pqpp')*10))
+    to = TabularPandas(df, [Categorify, Normalize], ['b'], ['a'], 'y', CategoryBlock(), splits=[list(range(32)),
+                                                                                             list(range(32, 40))])
+    return df,to.dataloaders(bs=16, num_workers=0, device='cpu')
+
+
+@pytest.mark.parametrize('ask', [
+    lambda l, df: pseudo_labels(l, df), lambda l, df: mix_unlabelled(l.dls, df), lambda l, df: Exemplars(n=2).add(l),
+    lambda l, df: noisy_student(lambda dls: l, l.dls, df, progress=False), lambda l, df: pseudo_labels(learner(), df)])
+def test_tables_are_refused_by_name(ask):
+    df,dls = tables()
+    with pytest.raises(TypeError, match='must have rows by number, and a table, a (TabularPandas|DataFrame), has none'):
+        ask(tabular_learner(dls, layers=[4]), df)
+
+
+def test_a_network_of_tables_adapts_to_a_table():
+    df,dls = tables()
+    learn = tabular_learner(dls, layers=[4])
+    new = adapt(learn, df.assign(a=df.a+100), bs=40)
+    assert new.model.bn_cont.running_mean>learn.model.bn_cont.running_mean+5

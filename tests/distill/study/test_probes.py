@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.core import Datasets
+from fastai.losses import CrossEntropyLossFlat
 from fasttransform import Transform
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -76,6 +77,22 @@ def test_the_data_s_own_labels_or_others():
     for bad in (torch.zeros(24, 3), torch.zeros(24, 3).long(), torch.zeros(24)):
         with pytest.raises(ValueError, match='one class for each sample.*pass labelled='):
             knn_accuracy(learn, data(n=24, y=bad))
+
+
+@pytest.mark.parametrize('loss, ignored', [(NoTask, -100), (CrossEntropyLossFlat(ignore_index=255), 255)])
+def test_rows_whose_label_is_ignored_are_left_out(loss, ignored):
+    learn = embedder()
+    learn.loss_func = loss
+    x,y = raw(learn, learn.dls.valid)
+    there = np.arange(32)%4!=0
+    some = data(32, y=torch.tensor(np.where(there, y, ignored)))
+    for dl in some.loaders: dl.dataset.tensors = (learn.dls.train_ds.tensors[0], dl.dataset.tensors[1])
+    got = embeddings_of(learn, some.valid)
+    np.testing.assert_allclose(got[0], x[there], rtol=1e-5, atol=1e-6)
+    assert np.array_equal(got[1], y[there]) and probe_head(learn, some).out_features==3
+    assert knn_accuracy(learn, some, k=3)==KNeighborsClassifier(3, metric='cosine').fit(*got).score(*got)
+    none = data(8, y=torch.full((8,), ignored))
+    with pytest.raises(ValueError, match='no sample has a label'): linear_probe(learn, none)
 
 
 def test_no_augmentation_where_it_can_be_told():
