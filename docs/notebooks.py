@@ -148,13 +148,15 @@ def add_docments(app, what, name, obj, options, lines):
     lines[:] = [_rst(l) for l in lines]
     if what in ('function', 'method', 'class'): lines += _table(obj)
 
-def say_defaults(app, what, name, obj, options, signature, returns):
-    "A default that stands in the source under a name of ours, as in `weight=UNSAID_WEIGHT`, by its value"
-    if not signature or not re.search('=[A-Z]', signature): return
-    found = inspect.signature(obj).parameters.values()
-    values = {p.name:repr(p.default) for p in found if isinstance(p.default, float)}
-    def by_value(m): return f'{m[1]}={values[m[1]]}' if m[1] in values else m[0]
-    return re.sub(r'(\w+)=[A-Z][A-Z_]+\b', by_value, signature),returns
+def say_defaults(app, obj, bound_method):
+    "A default that stands in the source under a name, as in `weight=UNSAID_WEIGHT`, by its value: a number says more"
+    kept = getattr(obj, '__dict__', {})
+    params = sig.parameters.values() if (sig := kept.get('__signature__')) else ()  # autodoc's, of the source's texts
+    if not (named := [p for p in params if re.fullmatch('[A-Z][A-Z_]+', repr(p.default))]): return
+    del kept['__signature__']
+    given = inspect.signature(obj).parameters
+    values = {p.name:float(given[p.name].default) for p in named if isinstance(given[p.name].default, float)}
+    kept['__signature__'] = sig.replace(parameters=[p.replace(default=values.get(p.name, p.default)) for p in params])
 
 def linkcode_resolve(domain, info):
     obj = inspect.unwrap(getattr(obj, 'fget', obj) if (obj := _find(info['module'], info['fullname'])) else obj)
@@ -213,7 +215,7 @@ def setup(app):
     app.connect('source-read', read_notebook)
     app.connect('source-read', read_index)
     app.connect('autodoc-process-docstring', add_docments)
-    app.connect('autodoc-process-signature', say_defaults)
+    app.connect('autodoc-before-process-signature', say_defaults, priority=600)  # after autodoc's own, at 500
     app.connect('doctree-resolved', link_names)
     app.connect('build-finished', write_markdown)
     app.connect('build-finished', write_entries)
