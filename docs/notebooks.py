@@ -148,6 +148,16 @@ def add_docments(app, what, name, obj, options, lines):
     lines[:] = [_rst(l) for l in lines]
     if what in ('function', 'method', 'class'): lines += _table(obj)
 
+def say_defaults(app, obj, bound_method):
+    "A default that stands in the source under a name, as in `weight=UNSAID_WEIGHT`, by its value: a number says more"
+    kept = getattr(obj, '__dict__', {})
+    params = sig.parameters.values() if (sig := kept.get('__signature__')) else ()  # autodoc's, of the source's texts
+    if not (named := [p for p in params if re.fullmatch('[A-Z][A-Z_]+', repr(p.default))]): return
+    del kept['__signature__']
+    given = inspect.signature(obj).parameters
+    values = {p.name:float(given[p.name].default) for p in named if isinstance(given[p.name].default, float)}
+    kept['__signature__'] = sig.replace(parameters=[p.replace(default=values.get(p.name, p.default)) for p in params])
+
 def linkcode_resolve(domain, info):
     obj = inspect.unwrap(getattr(obj, 'fget', obj) if (obj := _find(info['module'], info['fullname'])) else obj)
     try: f,(lines,n) = inspect.getsourcefile(obj),inspect.getsourcelines(obj)
@@ -205,6 +215,7 @@ def setup(app):
     app.connect('source-read', read_notebook)
     app.connect('source-read', read_index)
     app.connect('autodoc-process-docstring', add_docments)
+    app.connect('autodoc-before-process-signature', say_defaults, priority=600)  # after autodoc's own, at 500
     app.connect('doctree-resolved', link_names)
     app.connect('build-finished', write_markdown)
     app.connect('build-finished', write_entries)

@@ -2283,6 +2283,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fasterai/distill/ship/check.py'),
                                              'fasterai.distill.ship.check._costs_of': ( 'distill/ship/check.html#_costs_of',
                                                                                         'fasterai/distill/ship/check.py'),
+                                             'fasterai.distill.ship.check._p': ( 'distill/ship/check.html#_p',
+                                                                                 'fasterai/distill/ship/check.py'),
                                              'fasterai.distill.ship.check._probabilities': ( 'distill/ship/check.html#_probabilities',
                                                                                              'fasterai/distill/ship/check.py'),
                                              'fasterai.distill.ship.check._refuse_other_classes': ( 'distill/ship/check.html#_refuse_other_classes',

@@ -98,6 +98,8 @@ def test_names_and_parameters(site):
     assert 'id="fasterai.distill.loss.logits.SoftTarget"' in page
     assert re.search(r'<td><p><code[^>]*>.*?teacher_pred.*?</code></p></td>', page, re.S)
     assert 'Teacher logits, same shape' in page
+    page = (site/'distill/distillation_callback.html').read_text(encoding='utf-8')
+    assert 'UNSAID' not in re.sub(r'<[^>]+>', '', page)
     home = (site/'index.html').read_text(encoding='utf-8')
     assert re.search(r'href="https://docs.fast.ai/[^"]*"[^>]*><code[^>]*><span class="pre">Learner</span>', home)
     assert 'distill/layers/matching.html#fasterai.distill.layers.matching.match_feature_layers' in home

@@ -40,7 +40,10 @@ class KnowledgeDistillationCallback(Callback):
     Works in any `fit`, given to the `Learner` or to `fit(cbs=)`. `valid_loss` and inference stay the student's own. The
     table shows the training's mean `task_loss` and `distill_loss`; `plot()` draws them. Raises TypeError or ValueError,
     before the first step, for misspelt layers or keywords, losses that lack what they need, shapes that do not fit, and
-    a teacher that shares weights with the student."""
+    a teacher that shares weights with the student.
+
+    `learn.fit_one_cycle(30, cbs=KnowledgeDistillationCallback(teacher, 'SoftTarget'))`. In a notebook
+    `KnowledgeDistillationCallback??` shows what each argument is for"""
     order,_stateattrs = MixedPrecision.order-5,('teacher', 'recipe', 'session', 'log', 'eyes', 'loading', 'restart')
 
     def __init__(self,

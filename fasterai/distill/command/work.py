@@ -68,7 +68,7 @@ def _advice(exp):
         for name,arm in exp.arms.items():
             kd = fresh_callback(arm)
             for note in suggest_weights(exp.learner(), kd, n_batches=2).notes:
-                yield note if len(exp.arms)==1 else f'{name}: {note}'
+                yield note if len(exp.arms)==1 or note.startswith(f'{name}: ') else f'{name}: {note}'
 
 # %% ../../../nbs/distill/command/work.ipynb #e11b83ea
 @contextmanager

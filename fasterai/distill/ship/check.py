@@ -76,7 +76,9 @@ def _agreement(self:FileCheck):
 def _scores(self:FileCheck):
     r,m = self._row(),self._metric()
     return (f"{m.capitalize()} {r[m]:.4f} [{r[f'{m}_lo']:.4f}, {r[f'{m}_hi']:.4f}], the student's "
-            f"{self.table[m]['student']:.4f}, p = {r[f'{m}_p']:.3f}.")
+            f"{self.table[m]['student']:.4f}, {_p(r[f'{m}_p'])}.")
+
+def _p(p): return 'p < 0.001' if p<.0005 else f'p = {p:.3f}'
 
 @patch
 def _costs(self:FileCheck):

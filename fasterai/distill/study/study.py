@@ -31,7 +31,8 @@ from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share
 # %% ../../../nbs/distill/study/study.ipynb #7c03eea0
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
-    and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs"""
+    and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs.
+    `Study??` in a notebook shows what each argument is for"""
     def __init__(self,
         make_learner:Callable,  # `make_learner()` gives a fresh Learner of the student, with its learning rate
         arms:dict,              # Name -> the callback's arguments (a dict), what makes one, or None: the task alone

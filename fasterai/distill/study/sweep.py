@@ -223,7 +223,8 @@ def sweep(
 )->Sweep:
     """Train each point of `grid` with each seed, and the student alone beside them. A sweep that is run again with
     the same `path` does only what is missing, and gives what an uninterrupted one gives. Raises ValueError for an
-    empty grid, unknown names, no seeds, or a file of another sweep"""
+    empty grid, unknown names, no seeds, or a file of another sweep. `sweep??` in a notebook shows what each argument is
+    for"""
     points = _points(grid, loss)
     _check_kwargs(kwargs, points[0])
     params = list(points[0])
