@@ -1,5 +1,6 @@
 "The command as a user calls it: on a folder of images, with a teacher's weights, and with everything that can be wrong"
-import shutil, subprocess, sys
+import shutil, signal, subprocess, sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from fastai.learner import load_learner
 from fasterai.data.archs import load_weights, make_model
 from fasterai.data.images import image_dls
-from fasterai.distill.cli import distill
+from fasterai.distill.cli import distill, main
 from fasterai.distill.command.folder import Folder
 from fasterai.distill.command.work import set_up
 
@@ -150,17 +151,29 @@ def test_another_loss_and_more_seeds_find_the_teacher_and_the_runs_of_before(ima
     with pytest.raises(ValueError, match='image_size 16 there, 24 here'): distill(images, **args | dict(size=24))
 
 
-def test_a_run_that_is_stopped_loses_nothing(images, tmp_path, monkeypatch):
+@pytest.fixture
+def python_handles_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_is_stopped_loses_nothing(images, tmp_path, monkeypatch, capsys, python_handles_ctrl_c):
     pytest.importorskip('timm')
     from fasterai.distill.study.study import Study
     train,calls = Study.train,[]
     def stopped(self, *args):
         calls.append(args[:3])
-        if len(calls)==2: raise KeyboardInterrupt
+        with suppress(KeyboardInterrupt): # as Python drops it where a loader's worker is forked
+            if len(calls)==2: signal.raise_signal(signal.SIGINT)
         return train(self, *args)
     args = small | dict(out=tmp_path/'out', quick=True, epochs=2)
     monkeypatch.setattr(Study, 'train', stopped)
-    with pytest.raises(KeyboardInterrupt): distill(images, **args)
+    options = [f'--{k}={v}' for k,v in args.items() if k!='quick']
+    monkeypatch.setattr(sys, 'argv', ['fasterai_distill', str(images), '--quick', *options])
+    with pytest.raises(SystemExit, match='130'): main()
+    assert 'stopped; what is finished is kept' in capsys.readouterr().err
     files = {f.name for f in (tmp_path/'out').iterdir()}
     assert files=={'plan.json', 'teacher.pth', 'teacher.pkl', 'log.csv', 'students'}
     assert load_learner(tmp_path/'out'/'teacher.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
@@ -192,12 +205,14 @@ def test_teachers_as_people_have_them(images, tmp_path):
     assert load_learner(tmp_path/'again.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
 
 
-def test_output_without_a_terminal_has_a_line_for_each_epoch(images, tmp_path, capsys):
+def test_output_without_a_terminal_has_a_line_for_each_run(images, tmp_path, capsys):
     pytest.importorskip('timm')
     distill(images, out=tmp_path/'out', quick=True, **small | dict(epochs=2))
     lines = capsys.readouterr().out.splitlines()
-    assert [l.split(':')[0] for l in lines if ', epoch ' in l]==[
-        f'{o}, epoch {i} of 2' for o in ('teacher', 'seed 0, alone', 'seed 0, distilled') for i in (1, 2)]
+    assert [l.split(':')[0] for l in lines if ', epoch ' in l]==['teacher, epoch 1 of 2', 'teacher, epoch 2 of 2']
+    first,second = (l for l in lines if l.startswith('['))
+    assert first.startswith('[1/2] seed 0, alone, 2 epochs: ') and 'accuracy ' in first and first.endswith(' left')
+    assert second.startswith('[2/2] seed 0, distilled, 2 epochs: ') and second.endswith(' s')
 
 
 @pytest.mark.skipif(not command.exists(), reason='the package is not installed')

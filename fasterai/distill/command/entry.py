@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastcore.script import CliError, call_parse, parse_cli
 
+from ...core.interrupt import remember_interrupt
 from ...core.names import unknown_name
 
 # %% ../../../nbs/distill/command/entry.ipynb #0bcdd744
@@ -121,7 +122,7 @@ def main():
         check_early(sys.argv[1:])
         _quieten()
         args,kwargs,_ = parse_cli(fasterai_distill.__wrapped__, pos=['path'])
-        fasterai_distill(*args, **kwargs)
+        with remember_interrupt(): fasterai_distill(*args, **kwargs)
     except CliError as e: sys.exit(str(e))
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)

@@ -20,7 +20,7 @@ from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
 from .behind import behind, code_of_learner, judging, with_code
-from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, measure, measured,
+from .one_run import (RunTicks, chosen_metric, fit_one_cycle, fresh_callback, measure, measured,
                                             quiet, refuse_no_validation, streams_kept)
 from .run_log import RunLog
 from .setting import data_text, learner_text, rows_text, setting_text, teacher_text, weights_of
@@ -167,7 +167,7 @@ def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
     seeds:int|Sequence[int]=3,  # Number of seeds, or the seeds
     arms:Sequence[str]=None,    # Names of the arms to train; None: all
-    progress=True,              # Show a bar? 'lines': a line per epoch, where there is no terminal
+    progress=True,              # Show a bar? 'lines': a line per run, where there is no terminal
     keep:bool=True,             # Keep the students, if the study does?
 )->Study:
     """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, for lengths
@@ -178,10 +178,12 @@ def run(self:Study,
     for a in arms or ():
         if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))
     missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms])
-    ticks = Ticks(sum(n for _,n,_ in missing), progress)
+    ticks = RunTicks([n for _,n,_ in missing], progress)
     for a,n,s in missing:
         ticks.say(f'seed {s}, {a}')
-        self.log.add({**self.train(a, n, s, ticks, keep), **self.asked[a, n, s]}) # by the latter it is found again
+        numbers = self.train(a, n, s, ticks, keep)
+        self.log.add({**numbers, **self.asked[a, n, s]}) # by the latter it is found again
+        ticks.tell(numbers)
     ticks.close()
     return self
 
