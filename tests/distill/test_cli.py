@@ -42,7 +42,8 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
     exp = distill(images, loss='Attention', weight=0.9, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small)
     assert exp.arms['distilled']['activations_student']['student'] and len(exp.runs)==1
     table = pd.read_csv(tmp_path/'out'/'table.csv')
-    assert table.model.tolist()==['teacher','student alone','student distilled'] and table.parameters.min()>1e6
+    assert table.model[:3].tolist()==['teacher','student alone','student distilled'] and table.parameters.min()>1e6
+    assert table.model[3:].tolist()==['student alone, as long']*(exp.as_long()>1)
     student = load_weights(make_model('timm:resnet10t', 2), tmp_path/'out'/'student.pth').eval()
     learn = load_learner(tmp_path/'out'/'student.pkl')
     label,i,probs = learn.predict(images/'valid'/'red'/'0.png')
@@ -61,7 +62,14 @@ def test_a_teacher_that_is_no_better_is_named_and_vision_learners_weights_are_ex
     torch.nn.init.zeros_(good.get_classifier().weight), torch.nn.init.zeros_(good.get_classifier().bias)
     torch.save(good.state_dict(), tmp_path/'t.pth')
     exp = distill(images, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small | dict(epochs=3))
-    assert ('no better than the student alone' in capsys.readouterr().out) == (exp.runs.alone.max()>=0.5)
+    said,runs = capsys.readouterr().out,exp.runs
+    assert ('no better than the student alone' in said) == (runs.alone.max()>=0.5)
+    assert ('no better than guessing' in said) == (exp.best[0]<=0.5)
+    assert ('The student alone is better' in said) == (runs.alone.max()>exp.best[0])
+    assert ('try --epochs 3,12\n' in said) == (runs.alone.mean()>runs.distilled.mean())
+    longer = exp.as_long()
+    assert (f'once more alone, for {longer} epochs' in said) == ('student alone, as long' in said) == (longer>3)
+    assert "student.pkl').predict('picture.jpg')" in said
     torch.save({'0.0.weight': torch.zeros(1)}, tmp_path/'v.pth')
     with pytest.raises(ValueError, match='vision_learner'):
         distill(images, teacher_weights=tmp_path/'v.pth', out=tmp_path/'out', **small)

@@ -140,7 +140,7 @@ def _in_words(values): return ', '.join(f'{k} {v:.4g}' for k,v in values.items()
 
 # %% ../../../nbs/distill/study/one_run.ipynb #d8948901
 class RunTicks(Ticks):
-    "The same for runs that are told with their numbers: 'lines' prints one for each run, and after silence for an epoch"
+    "The same for runs that are told with their numbers: 'lines' prints one for each, and after silence for an epoch"
     def __init__(self,
         lengths:list,    # Epochs of each run
         progress=True,   # As for `Ticks`
