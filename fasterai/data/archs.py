@@ -50,6 +50,7 @@ def make_model(
         if pretrained and not timm.is_model_pretrained(bare):
             raise ValueError(f"pretrained: there are no weights of {name}")
         return timm.create_model(bare, pretrained=pretrained, num_classes=c)
+    if not timm and bare!=name: raise ValueError(f"{name!r} needs timm: pip install 'fasterai-distill[timm]'")
     hint = '' if timm else " (timm's names need timm installed)"
     raise ValueError(unknown_name('architecture', name, available_archs()) + hint)
 
@@ -99,7 +100,7 @@ def _read(file):
         raise ValueError(f"{file.name} is no state dict that can be read safely ({type(e).__name__}): {hint}") from e
 
 _pickled = ("a pickle, as `learn.export` writes it, can run any code when it is read: use the callback with "
-            "`load_learner` (the command: --trust_pickle) if you trust the file, or save the weights with `learn.save`")
+            "`load_learner` (the command: --trust-pickle) if you trust the file, or save the weights with `learn.save`")
 
 def _safe_load(file):
     "`torch.load` that runs nothing; it knows fastcore's `L`, a list, which fastai writes beside the optimizer's state"

@@ -14,6 +14,13 @@ from fasterai.data.archs import load_weights, make_model, with_new_head
 from fasterai.data.digits import digits_dls
 
 
+def test_names_of_timm_say_that_it_is_missing(monkeypatch):
+    monkeypatch.setattr('fasterai.data.archs._timm', lambda: None)
+    with pytest.raises(ValueError, match=r"^'timm:resnet18' needs timm: pip install 'fasterai-distill\[timm\]'$"):
+        make_model('timm:resnet18', 3)
+    with pytest.raises(ValueError, match="did you mean 'resnet18'.*need timm installed"): make_model('resnet-18', 3)
+
+
 def model(seed=0, c=10):
     torch.manual_seed(seed)
     return make_model('digits_net4', c)

@@ -1,5 +1,6 @@
 "The command as a user calls it: on a folder of images, with a teacher's weights, and with everything that can be wrong"
-import shutil, subprocess, sys
+import shutil, signal, subprocess, sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from fastai.learner import load_learner
 from fasterai.data.archs import load_weights, make_model
 from fasterai.data.images import image_dls
-from fasterai.distill.cli import distill
+from fasterai.distill.cli import distill, main
 from fasterai.distill.command.folder import Folder
 from fasterai.distill.command.work import set_up
 
@@ -41,7 +42,8 @@ def test_images_with_teacher_weights_and_a_feature_loss(images, tmp_path):
     exp = distill(images, loss='Attention', weight=0.9, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small)
     assert exp.arms['distilled']['activations_student']['student'] and len(exp.runs)==1
     table = pd.read_csv(tmp_path/'out'/'table.csv')
-    assert table.model.tolist()==['teacher','student alone','student distilled'] and table.parameters.min()>1e6
+    assert table.model[:3].tolist()==['teacher','student alone','student distilled'] and table.parameters.min()>1e6
+    assert table.model[3:].tolist()==['student alone, as long']*(exp.as_long()>1)
     student = load_weights(make_model('timm:resnet10t', 2), tmp_path/'out'/'student.pth').eval()
     learn = load_learner(tmp_path/'out'/'student.pkl')
     label,i,probs = learn.predict(images/'valid'/'red'/'0.png')
@@ -60,7 +62,14 @@ def test_a_teacher_that_is_no_better_is_named_and_vision_learners_weights_are_ex
     torch.nn.init.zeros_(good.get_classifier().weight), torch.nn.init.zeros_(good.get_classifier().bias)
     torch.save(good.state_dict(), tmp_path/'t.pth')
     exp = distill(images, teacher_weights=tmp_path/'t.pth', out=tmp_path/'out', **small | dict(epochs=3))
-    assert ('no better than the student alone' in capsys.readouterr().out) == (exp.runs.alone.max()>=0.5)
+    said,runs = capsys.readouterr().out,exp.runs
+    assert ('no better than the student alone' in said) == (runs.alone.max()>=0.5)
+    assert ('no better than guessing' in said) == (exp.best[0]<=0.5)
+    assert ('The student alone is better' in said) == (runs.alone.max()>exp.best[0])
+    assert ('try --epochs 3,12\n' in said) == (runs.alone.mean()>runs.distilled.mean())
+    longer = exp.as_long()
+    assert (f'once more alone, for {longer} epochs' in said) == ('student alone, as long' in said) == (longer>3)
+    assert "student.pkl').predict('picture.jpg')" in said
     torch.save({'0.0.weight': torch.zeros(1)}, tmp_path/'v.pth')
     with pytest.raises(ValueError, match='vision_learner'):
         distill(images, teacher_weights=tmp_path/'v.pth', out=tmp_path/'out', **small)
@@ -127,7 +136,7 @@ def test_pictures_that_were_changed_are_another_plan(tmp_path):
     args = {**small, 'teacher': 'resnet18', 'student': 'resnet18', 'out': tmp_path/'out', 'bs': 4}
     for _ in range(2): set_up(tmp_path/'pics', **args)
     for a,b in ('a', 'c'), ('b', 'a'), ('c', 'b'): (tmp_path/'pics'/a).rename(tmp_path/'pics'/b)
-    with pytest.raises(ValueError, match='holds the results of another plan \\(data '): set_up(tmp_path/'pics', **args)
+    with pytest.raises(ValueError, match='results of another plan \\(other pictures'): set_up(tmp_path/'pics', **args)
 
 
 def test_weights_of_another_number_of_classes(images, tmp_path):
@@ -150,17 +159,29 @@ def test_another_loss_and_more_seeds_find_the_teacher_and_the_runs_of_before(ima
     with pytest.raises(ValueError, match='image_size 16 there, 24 here'): distill(images, **args | dict(size=24))
 
 
-def test_a_run_that_is_stopped_loses_nothing(images, tmp_path, monkeypatch):
+@pytest.fixture
+def python_handles_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_is_stopped_loses_nothing(images, tmp_path, monkeypatch, capsys, python_handles_ctrl_c):
     pytest.importorskip('timm')
     from fasterai.distill.study.study import Study
     train,calls = Study.train,[]
     def stopped(self, *args):
         calls.append(args[:3])
-        if len(calls)==2: raise KeyboardInterrupt
+        with suppress(KeyboardInterrupt): # as Python drops it where a loader's worker is forked
+            if len(calls)==2: signal.raise_signal(signal.SIGINT)
         return train(self, *args)
     args = small | dict(out=tmp_path/'out', quick=True, epochs=2)
     monkeypatch.setattr(Study, 'train', stopped)
-    with pytest.raises(KeyboardInterrupt): distill(images, **args)
+    options = [f'--{k}={v}' for k,v in args.items() if k!='quick']
+    monkeypatch.setattr(sys, 'argv', ['fasterai_distill', str(images), '--quick', *options])
+    with pytest.raises(SystemExit, match='130'): main()
+    assert 'stopped; what is finished is kept' in capsys.readouterr().err
     files = {f.name for f in (tmp_path/'out').iterdir()}
     assert files=={'plan.json', 'teacher.pth', 'teacher.pkl', 'log.csv', 'students'}
     assert load_learner(tmp_path/'out'/'teacher.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
@@ -183,7 +204,7 @@ def test_teachers_as_people_have_them(images, tmp_path):
         exp = distill(images, out=tmp_path/file.stem, quick=True, teacher_weights=file, **small)
         assert exp.runs.equals(first.runs) or exp.teacher.state_dict().keys()==first.teacher.state_dict().keys()
     pkl = tmp_path/'out'/'teacher.pkl'
-    with pytest.raises(ValueError, match='trust_pickle'):
+    with pytest.raises(ValueError, match='trust-pickle'):
         distill(images, out=tmp_path/'p', teacher_weights=pkl, **small)
     exp = distill(images, out=tmp_path/'p', quick=True, teacher_weights=pkl, trust_pickle=True, **small)
     assert exp.runs.equals(first.runs)
@@ -192,12 +213,14 @@ def test_teachers_as_people_have_them(images, tmp_path):
     assert load_learner(tmp_path/'again.pkl').predict(images/'valid'/'red'/'0.png')[0] in ('red', 'blue')
 
 
-def test_output_without_a_terminal_has_a_line_for_each_epoch(images, tmp_path, capsys):
+def test_output_without_a_terminal_has_a_line_for_each_run(images, tmp_path, capsys):
     pytest.importorskip('timm')
     distill(images, out=tmp_path/'out', quick=True, **small | dict(epochs=2))
     lines = capsys.readouterr().out.splitlines()
-    assert [l.split(':')[0] for l in lines if ', epoch ' in l]==[
-        f'{o}, epoch {i} of 2' for o in ('teacher', 'seed 0, alone', 'seed 0, distilled') for i in (1, 2)]
+    assert [l.split(':')[0] for l in lines if ', epoch ' in l]==['teacher, epoch 1 of 2', 'teacher, epoch 2 of 2']
+    first,second = (l for l in lines if l.startswith('['))
+    assert first.startswith('[1/2] seed 0, alone, 2 epochs: ') and 'accuracy ' in first and first.endswith(' left')
+    assert second.startswith('[2/2] seed 0, distilled, 2 epochs: ') and second.endswith(' s')
 
 
 @pytest.mark.skipif(not command.exists(), reason='the package is not installed')

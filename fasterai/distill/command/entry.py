@@ -17,7 +17,8 @@ from pathlib import Path
 
 from fastcore.script import CliError, call_parse, parse_cli
 
-from ...core.names import unknown_name
+from ...core.interrupt import remember_interrupt
+from ...core.names import unknown_loss, unknown_name
 
 # %% ../../../nbs/distill/command/entry.ipynb #0bcdd744
 @call_parse
@@ -94,7 +95,7 @@ def check_early(
         raise CliError(f"fasterai_distill: no folder {argv[0]!r}")
     for loss in _values(given, argv, '--loss'):
         for name in filter(None, map(str.strip, loss.split(','))):
-            if name not in loss_names(): raise CliError('fasterai_distill: '+unknown_name('loss', name, loss_names()))
+            if name not in loss_names(): raise CliError('fasterai_distill: '+unknown_loss(name, loss_names()))
 
 def _values(given, argv, option):
     for i,(name,eq,value) in enumerate(given):
@@ -108,7 +109,8 @@ def _help_too():
           "fastai:NAME for the network of vision_learner(dls, NAME), digits_net with a width")
 
 def _quieten():
-    "Warnings of other libraries are none of the user's"
+    "Warnings of other libraries are none of the user's; what is said is seen at once, in a pipe too"
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True)
     warnings.filterwarnings('ignore', module=r'(?!fasterai)')
     import logging
     logging.getLogger('torch.utils.cpp_extension').setLevel('ERROR')
@@ -121,7 +123,7 @@ def main():
         check_early(sys.argv[1:])
         _quieten()
         args,kwargs,_ = parse_cli(fasterai_distill.__wrapped__, pos=['path'])
-        fasterai_distill(*args, **kwargs)
+        with remember_interrupt(): fasterai_distill(*args, **kwargs)
     except CliError as e: sys.exit(str(e))
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)

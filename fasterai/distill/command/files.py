@@ -82,6 +82,7 @@ def checked_files(
     checks,notes = [],[]
     for name,int8 in files.names.items():
         path = Path(folder)/name
+        print(f'writing {name}, and checking its answers')
         try:
             checks.append(check_file(export_student(learn, path, int8=int8), learn))
             print(f'\n{checks[-1]}')

@@ -33,10 +33,12 @@ class Folder:
         file = self.path/'plan.json'
         if not file.exists(): return self._refuse_strangers()
         there,here = read_json(file),json.loads(json.dumps(self.identity))
-        differs = [f"{k} {there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k, v)!=v]
+        differs = {k: f"{k} {there.get(k)!r} there, {v!r} here" for k,v in here.items() if there.get(k, v)!=v}
         if not differs: return
-        raise ValueError(f"out: {str(self.path)!r} holds the results of another plan ({'; '.join(differs[:3])}): give "
-                         "another folder, --out")
+        if differs.pop('data', None) and not differs: differs['data'] = 'other pictures, or other labels of them'
+        some = '; '.join(list(differs.values())[:3])
+        raise ValueError(f"out: {str(self.path)!r} holds the results of another plan ({some}): give another folder, "
+                         "--out")
 
     def _refuse_strangers(self):
         "What is there without a plan is somebody's own: neither read nor replaced"

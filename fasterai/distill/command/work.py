@@ -17,7 +17,7 @@ from fastai.torch_core import set_seed
 from ...core.task import split_batch
 from .folder import Folder
 from .options import Plan
-from .page import headline, write_report
+from .page import headline, results, write_report
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..study.advice import suggest_weights
 from ..study.experiment import Experiment
@@ -90,17 +90,34 @@ def _tell_start(exp, plan):
 
 def _equations(exp): return {k: KnowledgeDistillationCallback(**arm).equation() for k,arm in exp.arms.items()}
 
-def _tell_end(exp):
-    table = exp.table()
+def _tell_end(exp, plan):
+    print("\nmeasuring what teacher and student cost")
+    table = results(exp)
     shaky = max(c['latency_p90_ms']/c['latency_ms'] for c in exp.costs.values())
     if shaky>1.5: yield f"the latencies are noisy: a tenth of the forwards took {shaky:.1f} times the median or longer"
     print(f"\n\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}\n\n{exp.verdict()}\n")
     print(headline(exp))
+    if not exp.diverged: yield from _remarks(exp, plan)
     if table.accuracy[0]>max(table.accuracy[table.model=='student alone']): return
-    yield ("The teacher is no better than the student alone: it has little to teach. "
-           "Train it for longer (--teacher_epochs), or give one that is (--teacher_weights).")
+    yield ("The teacher is no better than the student alone: it has little to teach. Start from ImageNet's weights "
+           "(--pretrained teacher), train it for longer (--teacher-epochs), or give one that is better "
+           "(--teacher-weights).")
 
 # %% ../../../nbs/distill/command/work.ipynb #6ce0a9d9
+def _remarks(exp, plan):
+    "What speaks against the distilled student"
+    n,best = exp.runs.epochs.max(),exp.best[0]
+    runs = exp.runs[exp.runs.epochs==n].sort_values('alone')
+    alone = runs.alone.max()
+    if best<=1/len(exp.dls.vocab): yield f"The distilled student is no better than guessing: {best:.1%}."
+    if alone>best:
+        file = exp.study.models.found.get(('alone', n, runs.seed.iloc[-1]), 'students')
+        yield f"The student alone is better, {alone:.1%} against {best:.1%}: take that one, {file}"
+    if n>=30 or runs[exp.best_arm].mean()>=runs.alone.mean(): return
+    same = '' if plan.networks.weights else f' --teacher-epochs {plan.training.of_teacher}'
+    yield f"Short trainings favour no teacher: try --epochs {n},{4*n}{same}"
+
+# %% ../../../nbs/distill/command/work.ipynb #152b40d4
 def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
     "Train the teacher and all students, print how they compare, and write the report; returns the experiment"
     progress = True if sys.stdout.isatty() or 'ipykernel' in sys.modules else 'lines'
@@ -110,16 +127,28 @@ def carry_out(exp:Experiment, plan:Plan, folder:Folder)->Experiment:
         _train_teacher(exp, plan, folder, progress)
         _say(notes, _advice(exp))
         exp.run(plan.training.lengths, plan.training.n_seeds, progress)
-        if not plan.training.quick: exp.run_as_long(plan.training.n_seeds, progress)
-        _say(notes, _tell_end(exp))
+        if not plan.training.quick: _run_as_long(exp, plan, progress)
+        _say(notes, _tell_end(exp, plan))
+        print("\nwriting the student and the report")
         write_report(exp, folder.path, _settings(exp, plan), notes, plan.files)
-    if exp.diverged:
-        print(f"\nIn {folder.path}: report.html, its plots and tables; no student, since every distilled one diverged")
-        return exp
-    student = folder.path/'student.pkl'
-    print(f"\nIn {folder.path}: report.html, its plots and tables, and the distilled student that scored best "
-          f"({exp.best[0]:.1%}): load_learner('{student}').predict(item); its weights are student.pth")
+    _tell_files(exp, plan, folder.path)
     return exp
+
+def _run_as_long(exp, plan, progress):
+    longer = exp.as_long()
+    if longer>max(plan.training.lengths):
+        print(f"once more alone, for {longer} epochs, as long as distilling took (--quick leaves that out)")
+    exp.run_as_long(plan.training.n_seeds, progress)
+
+def _tell_files(exp, plan, path):
+    "What is written, and how to use it"
+    if exp.diverged:
+        return print(f"\nIn {path}: report.html, its plots and tables; no student, since every distilled one diverged")
+    item = 0 if plan.pictures.digits else "'picture.jpg'"
+    print(f"\nIn {path}: report.html, its plots and tables, and the distilled student that scored best "
+          f"({exp.best[0]:.1%}): load_learner('{path/'student.pkl'}').predict({item}); its weights are student.pth")
+    for name in () if plan.pictures.digits else plan.files.names:
+        if (path/name).exists(): print(f"Without PyTorch: Predictor('{path/name}')('picture.jpg')")
 
 def _say(notes, lines):
     for line in lines:

@@ -15,7 +15,7 @@ from typing import Callable
 
 from fastcore.basics import patch
 
-from ...core.names import unknown_name
+from ...core.names import unknown_loss, unknown_name
 from .base import OUTPUTS
 from .dense import CIRKD, IFVD, PKD
 from .embeddings import Affinity, Cosine, Embedding, Queue
@@ -179,7 +179,7 @@ def available_losses(
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #5c074254
 def _info(name):
-    if name not in catalogue: raise ValueError(unknown_name('loss', name, catalogue))
+    if name not in catalogue: raise ValueError(unknown_loss(name, catalogue))
     return catalogue[name]
 
 def recipe_of(

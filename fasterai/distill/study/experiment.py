@@ -117,7 +117,7 @@ def train_teacher(self:Experiment,
 def run(self:Experiment,
     epochs:int|Sequence[int]=40, # Lengths of the trainings
     seeds:int|Sequence[int]=8,   # Number of seeds, or the seeds
-    progress=True,               # Show a bar? 'lines': a line per epoch
+    progress=True,               # Show a bar? 'lines': a line per run
 )->Experiment:
     "Train all students that have not been trained yet, with a progress bar; returns self"
     self.open().study.run(epochs, seeds, progress=progress)
@@ -147,10 +147,14 @@ def run_as_long(self:Experiment,
     progress=True,               # As for `run`
 ):
     "Train the student alone for as long as the slowest way to distil took at the greatest length"
+    self.study.run([self.as_long()], seeds, ['alone'], progress, keep=False)
+
+@patch
+def as_long(self:Experiment)->int:
+    "Epochs in which the student alone takes as long as the slowest way to distil took at the greatest length"
     self.need_runs()
     seconds = self.study.named()[lambda d: d.epochs==self.runs.epochs.max()].groupby('arm').seconds.median()
-    longer = math.ceil(self.runs.epochs.max()*seconds.max()/seconds['alone'] - 0.1)
-    self.study.run([longer], seeds, ['alone'], progress, keep=False)
+    return math.ceil(self.runs.epochs.max()*seconds.max()/seconds['alone'] - 0.1)
 
 # %% ../../../nbs/distill/study/experiment.ipynb #0429f39e
 @patch(as_prop=True)

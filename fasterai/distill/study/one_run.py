@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['fresh_callback', 'fit_one_cycle', 'measured', 'chosen_metric', 'maker', 'quiet', 'measure', 'refuse_no_validation',
-           'streams_kept', 'Ticks']
+           'streams_kept', 'Ticks', 'RunTicks']
 
 # %% ../../../nbs/distill/study/one_run.ipynb #4bcb397a
+import time
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Callable
@@ -21,6 +22,7 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from ...core.interrupt import stop_if_interrupted
 from ...core.names import unknown_name
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
@@ -107,9 +109,9 @@ def streams_kept():
     try: yield
     finally: set_random_states(**states)
 
-# %% ../../../nbs/distill/study/one_run.ipynb #cd7e3b40
+# %% ../../../nbs/distill/study/one_run.ipynb #35730d4d
 class Ticks(Callback):
-    "A progress bar that spans several trainings, moved on by an epoch"
+    "A progress bar that spans several trainings, moved on by an epoch; ends a training whose Ctrl-C was lost"
     order = Recorder.order+1
     def __init__(self,
         epochs:int,         # Of all trainings
@@ -124,8 +126,11 @@ class Ticks(Callback):
     def say(self,
         what:str, # Shown beside the bar
     ):
+        stop_if_interrupted()
         self.what = what
         if self.bar: self.bar.comment = what
+
+    def before_batch(self): stop_if_interrupted()
 
     def after_epoch(self):
         next(self.steps, None)
@@ -133,10 +138,43 @@ class Ticks(Callback):
 
     def close(self):
         "Show the bar as complete"
+        stop_if_interrupted()
         for _ in self.steps: pass
 
-# %% ../../../nbs/distill/study/one_run.ipynb #35730d4d
+# %% ../../../nbs/distill/study/one_run.ipynb #90ab7519
 def _losses(learn):
     "What the epoch's row of the table says, in words"
-    values = dict(zip(learn.recorder.metric_names[1:], learn.recorder.log[1:]))
-    return ', '.join(f'{k} {v:.4g}' for k,v in values.items() if isinstance(v, float) and v==v)
+    return _in_words(dict(zip(learn.recorder.metric_names[1:], learn.recorder.log[1:])))
+
+def _in_words(values): return ', '.join(f'{k} {v:.4g}' for k,v in values.items() if isinstance(v, float) and v==v)
+
+# %% ../../../nbs/distill/study/one_run.ipynb #d8948901
+class RunTicks(Ticks):
+    "The same for runs that are told with their numbers: 'lines' prints one for each, and after silence for an epoch"
+    def __init__(self,
+        lengths:list,    # Epochs of each run
+        progress=True,   # As for `Ticks`
+        silence:float=30 # Seconds without a line after which an epoch has one
+    ):
+        super().__init__(sum(lengths), progress)
+        self.lengths,self.silence,self.runs = lengths,silence,0
+        self.began = self.spoke = time.monotonic()
+
+    def after_epoch(self):
+        if time.monotonic()-self.spoke<self.silence: return next(self.steps, None)
+        super().after_epoch()
+        self.spoke = time.monotonic()
+
+    def tell(self,
+        numbers:dict, # Of the run that is finished, with its `seconds`
+    ):
+        self.runs += 1
+        if not self.lines: return
+        self.spoke = time.monotonic()
+        done,all_ = sum(self.lengths[:self.runs]),sum(self.lengths)
+        left = (self.spoke-self.began)*(all_/done-1)
+        values = _in_words({k:v for k,v in numbers.items() if k!='seconds'})
+        print(f"[{self.runs}/{len(self.lengths)}] {self.what}, {self.lengths[self.runs-1]} epochs: {values}, "
+              f"{_in_time(numbers['seconds'])}" + (f'; about {_in_time(left)} left' if left else ''))
+
+def _in_time(s): return f'{s:.0f} s' if s<90 else f'{s/60:.0f} min'

@@ -169,4 +169,4 @@ def _encoded_image(img):
 
 def _html(table):
     "A table, styled or not"
-    return table.to_html(border=0) if isinstance(table, pd.DataFrame) else table.to_html()
+    return table.to_html(border=0, na_rep='') if isinstance(table, pd.DataFrame) else table.to_html()

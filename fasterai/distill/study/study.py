@@ -20,13 +20,13 @@ from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
 from .behind import behind, code_of_learner, judging, with_code
-from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
+from .one_run import (RunTicks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
                                             measured, quiet, refuse_no_validation, streams_kept)
 from .run_log import RunLog
 from .setting import data_text, learner_text, rows_text, setting_text, teacher_text, weights_of
 from .students import Students
-from .summary import (at_equal_epochs, at_equal_time, by_arm, in_words, is_share,
-                                            lower_is_better, plot_gains, summary)
+from .summary import (as_long, at_equal_epochs, at_equal_time, by_arm, in_words,
+                                            is_share, lower_is_better, plot_gains, summary)
 
 # %% ../../../nbs/distill/study/study.ipynb #7c03eea0
 class Study:
@@ -168,7 +168,7 @@ def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
     seeds:int|Sequence[int]=3,  # Number of seeds, or the seeds
     arms:Sequence[str]=None,    # Names of the arms to train; None: all
-    progress=True,              # Show a bar? 'lines': a line per epoch, where there is no terminal
+    progress=True,              # Show a bar? 'lines': a line per run, where there is no terminal
     keep:bool=True,             # Keep the students, if the study does?
 )->Study:
     """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, for lengths
@@ -179,10 +179,12 @@ def run(self:Study,
     for a in arms or ():
         if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))
     missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms])
-    ticks = Ticks(sum(n for _,n,_ in missing), progress)
+    ticks = RunTicks([n for _,n,_ in missing], progress)
     for a,n,s in missing:
         ticks.say(f'seed {s}, {a}')
-        self.log.add({**self.train(a, n, s, ticks, keep), **self.asked[a, n, s]}) # by the latter it is found again
+        numbers = self.train(a, n, s, ticks, keep)
+        self.log.add({**numbers, **self.asked[a, n, s]}) # by the latter it is found again
+        ticks.tell(numbers)
     ticks.close()
     return self
 
@@ -268,24 +270,22 @@ def verdict(self:Study,
     alpha:float=0.05,  # Level of the tests
     lowest:bool=None,  # Is less better? None: for losses and errors
 )->str:
-    """What each arm did, for each length of training in two lines: against the baseline of as many epochs, and against
-    one that took as long, which is the same where the arm takes no longer"""
+    """What each arm did, for each length of training: against the baseline of as many epochs, and in another line
+    against one of another length that took as long, if there is one"""
     metric,groups = self.metric_called(metric),by_arm(self.named())
     say = dict(metric=metric, alpha=alpha, lowest=lowest)
     diverged = self.diverged()
-    lines = [f'{arm}, {n} epochs: {_in_words_diverged(seeds, len(groups[arm, n]))}'
-             for (arm,n),seeds in diverged.items()]
+    lines = [f"{arm}, {n} epochs: diverged, valid_loss is no finite number for {len(seeds)} of "
+             f"{len(groups[arm, n])} seeds" for (arm,n),seeds in diverged.items()]
     for name,f in (('', at_equal_epochs), (' at equal time', at_equal_time)):
         found = f(groups, metric, self.baseline)
         for (arm,n),t in found.items():
-            if (arm, n) in diverged: continue
+            said = name and as_long(groups, groups[arm, n].seconds.median(), self.baseline)==n # above
+            if said or (arm, n) in diverged: continue
             words = in_words(t, len(groups[arm, n]), verb=arm, several=len(found)>1, **say)
             if not np.isfinite(t.diff): words = f'nothing can be told, {metric} is no number in some run'
             lines.append(f'{arm}, {n} epochs{name}: {words}')
     return '\n'.join(lines) or "One seed is an anecdote: run several to know whether anything helped."
-
-# %% ../../../nbs/distill/study/study.ipynb #8aeb98bc
-def _in_words_diverged(seeds, of): return f"diverged, valid_loss is no finite number for {len(seeds)} of {of} seeds"
 
 # %% ../../../nbs/distill/study/study.ipynb #f410122a
 @patch
