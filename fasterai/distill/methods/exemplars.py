@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ...core.task import class_of_each, has_class, loader_like, refuse_plain, seen_by_student, split_batch
 from ...data.unlabelled import Extended, refuse_table, with_rows, with_train
 from ..layers.capture import Capture, as_found, to_model
-from ..layers.names import unwrap
 from ..loss.base import unit
 from .continual import classes_of, head_of, head_of_learner, same_beginning
+from ..teacher.frozen import bare_copy
 
 # %% ../../../nbs/distill/methods/exemplars.ipynb #26a61af1
 class _Still(GetAttr):
@@ -153,5 +153,5 @@ def nearest_mean(
     features,labels = features_of(learn, [(*row, c) for row,c in zip(inputs, labels)])
     means = unit(torch.stack([features[labels==c].mean(0) for c in range(n)]))
     cbs = [cb for cb in learn.cbs if 'view' in vars(cb)]
-    new = Learner(learn.dls, NearestMean(deepcopy(unwrap(learn.model)), means), learn.loss_func, metrics=learn.metrics)
+    new = Learner(learn.dls, NearestMean(bare_copy(learn.model), means), learn.loss_func, metrics=learn.metrics)
     return new.add_cbs(deepcopy(cbs))

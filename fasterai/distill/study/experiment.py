@@ -22,7 +22,7 @@ from torch import nn
 from ...core.plots import COLORS, GREY, new_axes, plain
 from ...core.seeds import same_start
 from ...core.task import seen_by_student, split_batch
-from ..layers.capture import as_found
+from ..layers.capture import as_found, tensors_in
 from ..losses import SoftTarget
 from .measure import model_cost
 from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
@@ -84,13 +84,14 @@ def check(self:Experiment):
     "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
     for arm in self.arms.values(): fresh_callback(arm)
     xb = split_batch(self.dls, self.dls.one_batch())[0]
+    x = next(tensors_in(xb))
     for who,learn in (('teacher',self.learner(self.teacher)), ('student',self.learner())):
         model = learn.model
         try:
-            with as_found(model): out = model.to(xb[0].device)(*seen_by_student(learn, xb))
+            with as_found(model): out = model.to(x.device)(*seen_by_student(learn, xb))
         except Exception as e:
-            raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(xb[0].shape)}: {e}") from e
-        if self.metrics is accuracy: _check_logits(f'{who} {type(model).__name__}', out, (len(xb[0]), self.dls.c))
+            raise ValueError(f"{who} {type(model).__name__} cannot take a batch {tuple(x.shape)}: {e}") from e
+        if self.metrics is accuracy: _check_logits(f'{who} {type(model).__name__}', out, (len(x), self.dls.c))
 
 def _check_logits(who, out, shape):
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
@@ -220,7 +221,8 @@ def costs(self:Experiment)->dict:
     if self.measured is None:
         with torch.random.fork_rng([]): xb = split_batch(self.dls, self.dls.valid.one_batch())[0]
         learners = dict(teacher=self.learner(self.teacher), student=self.learner())
-        self.measured = {k:model_cost(l.model.to(xb[0].device), seen_by_student(l, xb)) for k,l in learners.items()}
+        device = next(tensors_in(xb)).device
+        self.measured = {k:model_cost(l.model.to(device), seen_by_student(l, xb)) for k,l in learners.items()}
     return self.measured
 
 @patch
