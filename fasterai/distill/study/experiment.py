@@ -148,7 +148,8 @@ def run_as_long(self:Experiment,
     progress=True,               # As for `run`
 ):
     "Train the student alone for as long as the slowest way to distil took at the greatest length"
-    self.study.run([self.as_long()], seeds, ['alone'], progress, keep=False)
+    longer = self.as_long()
+    self.study.run([longer], seeds, ['alone'], progress, keep=False)
 
 @patch
 def as_long(self:Experiment)->int:
