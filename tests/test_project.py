@@ -85,16 +85,6 @@ def test_library_star_imports_nothing_of_fastai_vision():
     for f in (root/'fasterai').rglob('*.py'): assert not re.search(r'from fastai\.\S+ import \*', f.read_text()), f
 
 
-def test_a_name_of_the_public_face_is_shown_the_way():
-    import fasterai.distill as package
-    with pytest.raises(ImportError, match="'SoftTarget' is in fasterai.distill.all: from fasterai.distill.all import"):
-        from fasterai.distill import SoftTarget  # noqa: F401
-    with pytest.raises(ImportError, match="cannot import name 'SoftTargets'"):
-        from fasterai.distill import SoftTargets  # noqa: F401
-    from fasterai.distill import losses  # noqa: F401 a module
-    assert not hasattr(package, 'nothing') and not hasattr(package, '__path_of_nothing__')
-
-
 # The name: PyPI's `fasterai` is another project
 
 def _settings():

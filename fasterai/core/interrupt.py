@@ -8,6 +8,7 @@ __all__ = ['remember_interrupt', 'stop_if_interrupted']
 # %% ../../nbs/core/interrupt.ipynb #ee84a735
 import signal
 from contextlib import contextmanager
+from threading import current_thread, main_thread
 
 # %% ../../nbs/core/interrupt.ipynb #9a895120
 class _Interrupt:
@@ -22,7 +23,7 @@ def remember_interrupt():
     """Ctrl-C inside raises KeyboardInterrupt, as always, and `stop_if_interrupted` does so again. Changes nothing where
     SIGINT is ignored or somebody else's"""
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler: return (yield)
+    if before is not signal.default_int_handler or current_thread() is not main_thread(): return (yield)
     signal.signal(signal.SIGINT, _Interrupt())
     try: yield
     finally: signal.signal(signal.SIGINT, before)

@@ -45,6 +45,7 @@ def whole_number(
     why:str='',    # What sets the limits, for the error
 )->int:
     "`n`; ValueError for anything but a whole number in this range"
-    if isinstance(n, Integral) and low<=n and (high is None or n<=high): return int(n)
+    whole = isinstance(n, Integral) and not isinstance(n, bool)
+    if whole and low<=n and (high is None or n<=high): return int(n)
     to = 'on' if high is None else f'to {high}'
     raise ValueError(f"{name} must be a whole number from {low} {to}{why}, got {n!r}")

@@ -32,13 +32,23 @@ def loader_like(
     dataset=None, # Other rows; None: its own
     **changes     # Of `bs`, `shuffle`, `drop_last`, `num_workers`
 ):
-    "Another loader, whose batches are made as those of `dl`"
-    if hasattr(dl, 'new'): return dl.new(dataset, **changes)
+    """Another loader, whose batches are made as those of `dl`; `dl` itself where that cannot be told. A stream has no
+    order. TypeError for another `dataset` of a loader that makes its batches in a way of its own"""
+    if hasattr(dl, 'new'): return dl.new(dataset, **_in_order(dl, changes))
+    if _is_of_its_own(dl, dataset): return dl
     dataset = dl.dataset if dataset is None else dataset
     kept = {k:getattr(dl, k) for k in ('collate_fn', 'num_workers', 'pin_memory', 'worker_init_fn', 'drop_last')}
-    bs = changes.pop('bs', None) or dl.batch_size or getattr(dl.batch_sampler, 'batch_size', 64)
+    bs = changes.pop('bs', dl.batch_size)
     order = _order(dl, dataset, changes.pop('shuffle', None))
     return DataLoader(dataset, bs, **kept | order | changes)
+
+def _in_order(dl, changes): return changes if getattr(dl, 'indexed', True) else {**changes, 'shuffle':False}
+
+def _is_of_its_own(dl, dataset):
+    if isinstance(dl, DataLoader) and dl.batch_size is not None: return False
+    if dataset is None: return True
+    raise TypeError(f"a {type(dl).__name__} that makes batches in a way of its own cannot make those of another data "
+                    "set: give loaders of fastai, such as TfmdDL(dataset, bs=64)")
 
 def _order(dl, dataset, shuffle):
     if isinstance(dataset, IterableDataset): return {}
@@ -170,10 +180,12 @@ def task_of(
 def has_class(
     y:Tensor,  # Class numbers
     loss_func, # A Learner's
+    least:int=0, # The least that is a class; None: any, since a class is no column here
 )->Tensor: # Bools
-    "Which of them count: not those below 0, nor the label that the loss function ignores"
+    "Which of them count: not the label that the loss function ignores (PyTorch's own -100 where it does not say)"
     ignored = task_of(loss_func).ignore_index
-    return y>=0 if ignored is None else (y>=0) & (y!=ignored)
+    counts = y!=(-100 if ignored is None else ignored)
+    return counts if least is None else counts & (y>=least)
 
 def known_axis(
     *axes, # Where the classes are, as several know it who count for more the earlier they come; None: it does not say

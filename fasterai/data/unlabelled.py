@@ -68,6 +68,9 @@ def items_in(
 )->Sequence:
     "The same, numbered from 0 on. TypeError for tables and for what is no list of items, ValueError for none"
     refuse_table(dsets, "the training's data set")
+    while isinstance(dsets, Extended): dsets = dsets.labelled
+    from_rows = isinstance(dsets, (Datasets, TfmdLists))
+    if from_rows and isinstance(items, pd.DataFrame): return [r for _,r in items.iterrows()]
     refuse_table(items, 'items')
     if isinstance(items, (str, bytes)) or not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
         raise TypeError(f"items must be a list, such as get_image_files(folder), got {items!r}")
@@ -110,7 +113,7 @@ def items_dl(
 )->TfmdDL:
     "A loader of `items` as in validation. TypeError for what is no list of items"
     if _is_table(dls.valid_ds): return dls.test_dl(items)
-    items = items_in(items)
+    items = items_in(items, dls.valid_ds)
     if isinstance(dls.valid_ds, (Datasets, TfmdLists)): return dls.test_dl(items)
     return dls.valid.new(_Inputs(items, getattr(dls, 'n_inp', 1)))
 

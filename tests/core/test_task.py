@@ -48,3 +48,15 @@ def test_elsewhere_they_are_refused_by_name(who, ask):
 def test_they_are_not_recorded(tmp_path):
     with pytest.raises(TypeError, match='give `DataLoaders` a fastai TfmdDL'):
         record(net(c=3), plain(), tmp_path, views=1)
+
+def test_batches_made_in_a_way_of_its_own_stay_as_they_are():
+    buckets = [[0, 3], [1, 2, 4]]
+    own = DataLoader(ds, batch_sampler=buckets)
+    assert loader_like(own, shuffle=True) is own and loader_like(buckets, shuffle=True) is buckets
+    with pytest.raises(TypeError, match='in a way of its own.*TfmdDL'): loader_like(own, ds, shuffle=True)
+
+def test_any_label_is_a_class_to_a_probe_but_the_ignored_one():
+    dls = DataLoaders(*[DataLoader(TensorDataset(x, o), 8) for o in (y-1, y-1)])
+    learn = learner(net(c=3), dls, loss_func=lambda p, y: p.square().mean())
+    same = learner(learn.model, plain())
+    assert knn_accuracy(learn, k=3)==knn_accuracy(same, k=3)

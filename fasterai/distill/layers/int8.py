@@ -69,6 +69,7 @@ def observe(
 # %% ../../../nbs/distill/layers/int8.ipynb #0ee5320a
 def _widen(quantizer, args):
     "From the least to the most that it has been given"
+    if not args[0].numel(): return
     seen,(low,high) = quantizer.activation_post_process,torch.aminmax(args[0])
     seen.min_val.copy_(torch.minimum(seen.min_val, low))
     seen.max_val.copy_(torch.maximum(seen.max_val, high))

@@ -29,7 +29,7 @@ def _classes(target, n):
     if target is None or target.shape==(n,): return target
     raise ValueError(f"CRD takes one label per sample, ({n},), got a target of {tuple(target.shape)}; leave target out")
 
-def _is_one_class_a_row(shares): return torch.allclose(shares.double().sum(1), shares.new_ones(len(shares)).double())
+def _is_one_class_a_row(shares): return bool(((shares.float().sum(1)-1).abs()<1e-2).all())
 
 def _same_class(y, others):
     "Which of `others` (K,) are known to be of the class of each of `y` (B,): `(B, K)`"

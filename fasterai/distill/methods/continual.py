@@ -6,6 +6,7 @@
 __all__ = ['head_of', 'classes_of', 'head_of_learner', 'same_beginning', 'grow_head', 'Remember', 'align_head']
 
 # %% ../../../nbs/distill/methods/continual.ipynb #9883687c
+from contextlib import ExitStack
 from functools import partial
 from numbers import Integral
 from types import SimpleNamespace
@@ -15,27 +16,27 @@ import torch
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastcore.basics import patch
+from fastcore.basics import patch, tuplify
 from torch import nn
 
 from ...core.heads import grow, last_layer, refuse_bound
 from ...core.names import unknown_name
 from ..distillation_callback import KnowledgeDistillationCallback
+from ...core.task import logits_of, one_batch, seen_by_student, split_batch
+from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from ..loss.remember import ICaRL, LwF
 from .columns import CES, of_columns
+from ..study.one_run import streams_kept
 from ..teacher.facts import facts_of
 from ..teacher.frozen import frozen_copy
 
 # %% ../../../nbs/distill/methods/continual.ipynb #45a3e482
 def head_of(
     model:nn.Module, # Any model, perhaps in wrappers
-    n:int=None,      # Number of the classes, where it is known
 )->tuple[str, nn.Linear]:
-    "Name and module of the last `nn.Linear`, of those with `n` outputs if there are any. ValueError if there is none"
-    bare = unwrap(model)
-    found = last_layer(bare, n, nn.Linear) or last_layer(bare, kinds=nn.Linear)
-    if found: return found
+    "Name and module of the last `nn.Linear`. ValueError if there is none"
+    if found := last_layer(unwrap(model), kinds=nn.Linear): return found
     raise ValueError(f"{type(unwrap(model)).__name__} has no nn.Linear, and a head that grows must be one")
 
 def classes_of(
@@ -47,9 +48,22 @@ def classes_of(
 def head_of_learner(
     learn:Learner, # Whose data may say how many classes there are
 )->tuple[str, nn.Linear]:
-    "The head of its model, see `head_of`"
-    classes = classes_of(learn.dls)
-    return head_of(learn.model, len(classes) if classes else getattr(learn.dls, 'c', None))
+    "The last `nn.Linear` of its model; where that has not an output for each class, the one that gives the logits"
+    last,classes = head_of(learn.model),classes_of(learn.dls)
+    n = len(classes) if classes else getattr(learn.dls, 'c', None)
+    return last if n in (None, last[1].out_features) else _gives_logits(learn) or last
+
+def _gives_logits(learn):
+    "The `nn.Linear` whose output for a batch is what the model returns; None if there is none"
+    net,ran = unwrap(learn.model),[]
+    linear = [(n, m) for n,m in net.named_modules() if isinstance(m, nn.Linear)]
+    with streams_kept(): xb = to_model(net, split_batch(learn.dls, tuplify(one_batch(learn.dls)))[0])
+    with as_found(net), ExitStack() as stack:
+        for n,m in linear:
+            stack.callback(m.register_forward_hook(lambda _, x, out, o=(n, m): ran.append((o, out))).remove)
+        try: z = logits_of(net(*seen_by_student(learn, xb)), who='student')
+        except Exception: return # these data are not for it
+    return next((o for o,out in reversed(ran) if out.shape==z.shape and torch.equal(out, z)), None)
 
 def same_beginning(
     old:tuple, # Names of the classes so far, in the order of their columns; None: not known

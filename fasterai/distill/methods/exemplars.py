@@ -19,7 +19,7 @@ from ...core.task import class_of_each, has_class, loader_like, refuse_plain, se
 from ...data.unlabelled import Extended, refuse_table, with_rows, with_train
 from ..layers.capture import Capture, as_found, to_model
 from ..loss.base import unit
-from .continual import classes_of, head_of, head_of_learner, same_beginning
+from .continual import classes_of, head_of_learner, same_beginning
 from ..teacher.frozen import bare_copy
 
 # %% ../../../nbs/distill/methods/exemplars.ipynb #26a61af1
@@ -129,15 +129,15 @@ class NearestMean(nn.Module):
     def __init__(self,
         model:nn.Module, # What goes into whose head are the features
         means:Tensor,    # `(C, D)`, at length 1
+        head:str,        # Name of the head
     ):
         super().__init__()
-        self.model = model
+        self.model,self.layer = model,f'{head}:input'
         self.register_buffer('means', means)
 
     def forward(self, *xb):
-        layer = f'{head_of(self.model, len(self.means))[0]}:input'
-        with Capture(self.model, [layer]) as c: self.model(*xb)
-        f = unit(c.maps[layer].as_subclass(Tensor).float())
+        with Capture(self.model, [self.layer]) as c: self.model(*xb)
+        f = unit(c.maps[self.layer].as_subclass(Tensor).float())
         return -torch.cdist(f, self.means).square()
 
 def nearest_mean(
@@ -146,12 +146,14 @@ def nearest_mean(
 )->Learner:
     """A Learner of a copy of the model that answers by the nearest mean, for `validate`, `predict` and `export`.
     Rebuffi et al. (iCaRL), CVPR 2017, arXiv 1611.07725. ValueError for a class without examples"""
-    n = head_of_learner(learn)[1].out_features
+    name,head = head_of_learner(learn)
+    n = head.out_features
     lacking = [c for c in range(n) if c not in memory.rows]
     if lacking: raise ValueError(f"memory has no examples of column {', '.join(map(str, lacking))}: `add` them first")
     inputs,labels = memory._listed()
     features,labels = features_of(learn, [(*row, c) for row,c in zip(inputs, labels)])
     means = unit(torch.stack([features[labels==c].mean(0) for c in range(n)]))
     cbs = [cb for cb in learn.cbs if 'view' in vars(cb)]
-    new = Learner(learn.dls, NearestMean(bare_copy(learn.model), means), learn.loss_func, metrics=learn.metrics)
+    model = NearestMean(bare_copy(learn.model), means, name)
+    new = Learner(learn.dls, model, learn.loss_func, metrics=learn.metrics)
     return new.add_cbs(deepcopy(cbs))

@@ -21,6 +21,7 @@ from ..layers.capture import Capture, as_found, to_model
 from ..layers.names import layer_pairs
 from .teacher_numbers import asked_by
 from ..teacher.facts import facts_of
+from ..teacher.protocol import accepted
 from ..teacher.teacher import as_teacher
 
 # %% ../../../nbs/distill/study/pictures.ipynb #370bd4e1
@@ -46,8 +47,9 @@ def _ask_student(learn, xb, layers=()):
 
 def _ask_teacher(teacher, learn, xb, layers=()):
     "The same of the teacher, who sees the batch of the student as in a fit"
-    with asked_by(learn, as_teacher(teacher), layers) as ask: pred,fm = ask(*xb, layers=layers)
-    return _plain(pred),[_plain(m) for m in fm.values()]
+    how = dict(layers=layers, logits=not layers)
+    with asked_by(learn, as_teacher(teacher), **how) as ask: pred,fm = ask(*xb, **accepted(ask, how))
+    return None if layers else _plain(pred),[_plain(m) for m in fm.values()]
 
 def _plain(t): return t.detach().as_subclass(torch.Tensor).float().cpu()
 

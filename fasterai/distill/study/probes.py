@@ -52,7 +52,7 @@ def embeddings_of(
             xb = seen_by_student(learn, to_model(learn.model, xb))
             found.append((_as_rows(logits_of(unwrap(learn.model)(*xb), select, 'student')), y))
     x,y = (torch.cat(o) for o in zip(*found))
-    counts = has_class(y, learn.loss_func)
+    counts = has_class(y, learn.loss_func, least=None)
     if not counts.any(): raise ValueError("no sample has a label that counts: pass labelled=, DataLoaders with labels")
     return x[counts].numpy(),y[counts].numpy()
 

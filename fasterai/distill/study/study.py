@@ -102,7 +102,7 @@ def _code(self:Study, arm):
     return None if 'setting' in self.rows[arm] else ' '.join([*self.own['code'], behind(self.arms[arm])])
 
 @patch
-def _ask(self:Study, todo):
+def _ask(self:Study, todo, keep=False):
     "Note the runs of `todo`, and let go of those that a change has made others"
     rows = {a: {**self.rows[a], 'setting':self.rows[a].get('setting') or self._setting(a)} for a,_,_ in todo}
     codes = {a: self._code(a) for a in rows}
@@ -110,7 +110,7 @@ def _ask(self:Study, todo):
     self.asked = {k:v for k,v in self.asked.items() if k[0] not in rows or v==key(*k)}
     new = {k:key(*k) for k in todo}
     self.asked.update(new)
-    if self.models is not None: self.models.look_for(self.asked)
+    if self.models is not None and keep: self.models.look_for(new)
     return [k for k in todo if not self.log.find(**new[k])]
 
 # %% ../../../nbs/distill/study/study.ipynb #4b04090a
@@ -178,7 +178,7 @@ def run(self:Study,
     arms = [arms] if isinstance(arms, str) else arms
     for a in arms or ():
         if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))
-    missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms])
+    missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms], keep)
     ticks = RunTicks([n for _,n,_ in missing], progress)
     for a,n,s in missing:
         ticks.say(f'seed {s}, {a}')

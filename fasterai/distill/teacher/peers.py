@@ -9,6 +9,7 @@ __all__ = ['Peers']
 from copy import deepcopy
 
 import torch
+from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
@@ -16,7 +17,6 @@ from ...core.task import logits_of
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
 from .forward import device_of, same_rng
-from .given import as_list
 from .network import devices_of, name_of
 from .protocol import BaseTeacher, shared_with
 
@@ -29,7 +29,8 @@ class Peers(BaseTeacher):
         nets,        # A Module or a Learner, or a list of them, of any architecture, with the student's classes
         select=None, # From a network's output to its logits; of the student's too
     ):
-        nets = as_list(nets)
+        one = isinstance(nets, (Learner, nn.Module)) and not isinstance(nets, nn.ModuleList)
+        nets = [nets] if one else list(nets)
         self.learns = nn.ModuleList([_as_network(o) for o in nets])
         if not nets: raise ValueError("peers is empty: give at least one network beside the student")
         self.select = select

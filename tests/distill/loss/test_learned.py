@@ -143,7 +143,7 @@ def test_crd_takes_labels_in_any_usual_form():
     d,y = dict(fm_s=maps((4, 6)), fm_t=maps((4, 7))),torch.tensor([0, 2, 0, 1])
     loss = CRD(dim=3).build(**d)
     want = loss(**d, target=y)
-    for same in (y[:,None], F.one_hot(y), .8*F.one_hot(y)+.2/3):
+    for same in (y[:,None], F.one_hot(y), .8*F.one_hot(y)+.2/3, (.8*F.one_hot(y)+.2/3).half().float()):
         torch.testing.assert_close(loss(**d, target=same), want)
     assert loss(**d)!=want
     with pytest.raises(ValueError, match='one label per sample'): loss(**d, target=torch.zeros(4, 5, 5).long())

@@ -468,3 +468,12 @@ def test_who_asks_for_the_task_gets_the_columns_that_are_trained(ce, task):
 def test_a_head_that_has_not_grown_is_refused_outside_of_a_fit_too():
     learn = learner(net(c=3))
     with pytest.raises(ValueError, match='let grow_head add'): suggest_weights(learn, Remember(net(c=3)))
+
+
+def test_a_hidden_layer_as_wide_as_the_data_have_classes_is_no_head():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(), nn.Linear(5, 3))
+    learn = learner(model, data(c=3))
+    grow_head(learn, 3)
+    learn.dls = data(y=3+torch.arange(32)%2, c=5)
+    hidden = model[1].weight.clone()
+    assert align_head(learn, 2)>0 and torch.equal(model[1].weight, hidden) and model[3].out_features==6

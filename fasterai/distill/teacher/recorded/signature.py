@@ -39,7 +39,8 @@ def _words(x):
     "The bytes of each row of `x` as int32 words, filled up with zeros"
     x = x.resolve_conj().resolve_neg()
     x = x.reshape(len(x), prod(x.shape[1:]))
-    if x.stride(1)!=1: x = x.clone(memory_format=torch.contiguous_format) # one column of a table may have any stride
+    if not x.is_contiguous() or x.stride(1)!=1: # one column of a table may have any
+        x = x.clone(memory_format=torch.contiguous_format)
     if x.element_size()>=4: return x.view(torch.int32)
     x = x.view(torch.uint8)
     fill = -x.shape[1]%4
