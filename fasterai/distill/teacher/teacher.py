@@ -45,8 +45,7 @@ _all_ = ['BaseTeacher', 'ensemble_logits', 'fold_batchnorms', 'frozen_copy', 're
 class Teacher(BaseTeacher):
     """A frozen teacher of one network or several.
 
-    A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind.
-    `Teacher??` in a notebook shows what each argument is for"""
+    A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind"""
     def __init__(self,
         models,             # A Module or Learner, or a list of them: an ensemble, whose probabilities are averaged
         dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a copy; 'auto': what is fast and safe; None: as is
