@@ -48,7 +48,8 @@ def short_command(tmp_path_factory):
     "A folder with a `fasterai_distill` that trains one student of a kind for one epoch"
     bin = tmp_path_factory.mktemp('bin')
     real = Path(sys.executable).parent/'fasterai_distill'
-    (bin/'fasterai_distill').write_text(f'#!/bin/sh\nexec "{real}" "$@" --epochs 1 --teacher-epochs 1 --seeds 1 --quick\n')
+    short = '--epochs 1 --teacher-epochs 1 --seeds 1 --quick'
+    (bin/'fasterai_distill').write_text(f'#!/bin/sh\nexec "{real}" "$@" {short}\n')
     (bin/'fasterai_distill').chmod(0o755)
     return bin
 
