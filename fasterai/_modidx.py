@@ -1910,8 +1910,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fasterai/distill/methods/dream.py'),
                                                 'fasterai.distill.methods.dream.pixel_bounds': ( 'distill/methods/dream.html#pixel_bounds',
                                                                                                  'fasterai/distill/methods/dream.py'),
-                                                'fasterai.distill.methods.dream.refuse_broken': ( 'distill/methods/dream.html#refuse_broken',
-                                                                                                  'fasterai/distill/methods/dream.py'),
                                                 'fasterai.distill.methods.dream.refuse_without_statistics': ( 'distill/methods/dream.html#refuse_without_statistics',
                                                                                                               'fasterai/distill/methods/dream.py'),
                                                 'fasterai.distill.methods.dream.shifted': ( 'distill/methods/dream.html#shifted',

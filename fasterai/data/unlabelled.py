@@ -70,7 +70,7 @@ def items_in(
     refuse_table(dsets, "the training's data set")
     while isinstance(dsets, Extended): dsets = dsets.labelled
     from_rows = isinstance(dsets, (Datasets, TfmdLists))
-    if from_rows and isinstance(items, pd.DataFrame): return [r for _,r in items.iterrows()]
+    if from_rows and isinstance(items, pd.DataFrame): items = [r for _,r in items.iterrows()]
     refuse_table(items, 'items')
     if isinstance(items, (str, bytes)) or not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
         raise TypeError(f"items must be a list, such as get_image_files(folder), got {items!r}")

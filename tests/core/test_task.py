@@ -2,11 +2,13 @@
 import pytest
 import torch
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader as FastaiLoader
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from fasterai.core.task import loader_like
 from fasterai.distill.all import *
 from fasterai.distill.ship.halving import split_training
+from fasterai.distill.ship.quantize import calibration_batches
 from helpers import learner, net
 
 x,y = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(0)),torch.arange(48)%3
@@ -60,3 +62,11 @@ def test_any_label_is_a_class_to_a_probe_but_the_ignored_one():
     learn = learner(net(c=3), dls, loss_func=lambda p, y: p.square().mean())
     same = learner(learn.model, plain())
     assert knn_accuracy(learn, k=3)==knn_accuracy(same, k=3)
+
+def test_a_stream_of_fastai_is_calibrated_on_as_it_comes():
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(zip(x, y))
+    stream = FastaiLoader(Stream(), bs=16, num_workers=0, indexed=False)
+    learn = learner(net(c=3), DataLoaders(stream, stream))
+    (first,), = calibration_batches(learn, 1, least=16)
+    assert torch.equal(first, x[:16])

@@ -4,11 +4,12 @@ from pathlib import Path
 import fastai.callback.schedule
 import fastai.vision.data
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import get_image_files
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.transforms import Categorize, get_image_files
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -179,3 +180,18 @@ def test_rows_are_added_to_data_that_have_been_extended_before(folder):
     with learn.no_bar(): more = pseudo_labels(learn, files[:6]).dls()
     x,y = mix_unlabelled(more, files[6:], ratio=1).train.one_batch()
     assert x.shape==(8, 3, 12, 12) and (y==UNLABELLED).sum()==4
+
+
+def test_items_may_be_rows_of_a_data_frame_where_the_data_are():
+    df = pd.DataFrame(dict(a=np.arange(24.), b=1., y=[f'class {i%3}' for i in range(24)]))
+    def inputs(row): return torch.tensor([row['a'], row['b']], dtype=torch.float32)
+    tfms = [[inputs], [lambda row: row['y'], Categorize()]]
+    dls = Datasets(df, tfms, splits=[list(range(16)), list(range(16, 24))]).dataloaders(bs=8, num_workers=0)
+    mixed = mix_unlabelled(dls, df.iloc[16:])
+    seen = torch.cat([xb[yb==UNLABELLED] for xb,yb in mixed.train])[:, 0]
+    assert {*seen.tolist()}=={*map(float, range(16, 24))}
+    net = nn.Linear(2, 3)
+    labels = pseudo_labels(Learner(dls, net, CrossEntropyLossFlat()), df.iloc[16:])
+    want = net(torch.tensor([[a, 1.] for a in range(16, 24)])).softmax(1)
+    torch.testing.assert_close(labels.probs, want)
+    with pytest.raises(ValueError, match='items is empty'): mix_unlabelled(dls, df.iloc[:0])

@@ -21,8 +21,8 @@ from torch import nn
 
 from ...core.heads import grow, last_layer, refuse_bound
 from ...core.names import unknown_name
-from ..distillation_callback import KnowledgeDistillationCallback
 from ...core.task import logits_of, one_batch, seen_by_student, split_batch
+from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from ..loss.remember import ICaRL, LwF

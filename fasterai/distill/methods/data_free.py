@@ -22,13 +22,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ...core.heads import last_layer
-from ...core.names import unknown_name
+from ...core.names import unknown_name, whole_number
 from ...core.task import logits_of, seen_by_student
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture
 from ..layers.names import unwrap
 from ..losses import SoftTarget
-from .dream import (Still, checked_size, dream, pixel_bounds, refuse_broken,
+from .dream import (Still, checked_size, dream, pixel_bounds,
                                             refuse_without_statistics, vocab_of)
 from .dreams import picture_type, refuse_other_pictures
 from .priors import BatchNormGap, disagreement, imbalance, inactivity
@@ -254,7 +254,7 @@ def data_free_learner(
     """A Learner of `student` to which no data are given: train it with `fit_one_cycle`. TypeError for a student that is
     no network, ValueError for an unknown method, numbers that do not fit, a teacher without BatchNorm where the method
     looks at its statistics, and real pictures of other classes or another normalisation"""
-    refuse_broken(bs=bs, n_batches=n_batches, nz=nz)
+    for name,o in dict(bs=bs, n_batches=n_batches, nz=nz).items(): whole_number(name, o)
     if not isinstance(student, nn.Module): raise TypeError(f"student: expected a network, got {type(student).__name__}")
     size,still,how = checked_size(size),Still(teacher),_way(method, way or {})
     refuse_without_statistics(still, how.bn)

@@ -134,7 +134,7 @@ def test_what_is_refused_and_warned_of():
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='batches of 2 items'):
         adapt(learn, loader(items(1)))
     with pytest.raises(ValueError, match='items is empty'): adapt(learn, [])
-    with pytest.raises(ValueError, match='epochs must be 1 or more, got 0'):
+    with pytest.raises(ValueError, match='epochs must be a whole number from 1 on, got 0'):
         adapt(learn, loader(items()), 'tent', epochs=0)
     bare = net()
     for m in bare.modules():

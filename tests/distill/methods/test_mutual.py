@@ -438,3 +438,9 @@ def test_a_metric_of_the_loss_is_of_each_one_s_own():
     with torch.no_grad(): want = [F.cross_entropy(z, y).exp().item() for z in (*both, average)]
     assert [shown[k] for k in ('perplexity', 'peer_1', 'ensemble')]==pytest.approx(want, rel=1e-5)
     assert len({round(o, 6) for o in want})==3
+
+
+def test_peers_may_come_from_a_generator():
+    kd = MutualLearning(net(seed=s) for s in (1, 2))
+    learner().fit(1, cbs=kd)
+    assert len(kd.peers)==2

@@ -25,6 +25,7 @@ from fasterai.core.stats import mcnemar
 from fasterai.distill.study.compare import (Comparison, attention_map, compare, plot_attention, plot_compare,
                                             plot_similarity, plot_soft_targets)
 from fasterai.distill.study.report import save_report
+from fasterai.distill.teacher.teacher import Teacher
 
 N = 60
 
@@ -326,3 +327,11 @@ def test_plots_show_the_teacher_what_a_fit_shows():
     want = (torch.stack([student.dls.valid_ds[i][0] for i in (0, 1)])-.5)/.1
     def plain(x): return x.as_subclass(torch.Tensor)
     for x in seen: torch.testing.assert_close(plain(x), plain(want), rtol=1e-4, atol=1e-4)
+
+def test_maps_are_drawn_of_a_teacher_of_other_classes():
+    student = Learner(digits_dls(64, n_valid=40, device='cpu'), digits_net(4), metrics=accuracy)
+    teacher = Teacher(digits_net(4), classes=[f'class {i}' for i in range(10)])
+    pairs = [('0', '1')]
+    assert len(plot_attention(student, teacher, pairs, [0, 1]).flat)==6
+    assert len(plot_similarity(student, teacher, pairs, items=4).flat)==3
+    with pytest.raises(ValueError, match="does not know the student's"): plot_similarity(student, teacher, items=4)

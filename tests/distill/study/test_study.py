@@ -412,3 +412,13 @@ def test_less_of_an_error_is_better(name): assert lower_is_better(name)
 
 @pytest.mark.parametrize('name', ['accuracy', 'r2_score', 'cohen_kappa', 'precision_score', 'speaker_f1', 'dice'])
 def test_more_of_a_score_is_better(name): assert not lower_is_better(name)
+
+
+def test_a_run_that_keeps_no_student_finds_none_in_the_folder(tmp_path):
+    arms = {'alone':None, 'b':None}
+    Study(make, arms, tmp_path/'log.csv', keep=tmp_path/'students').run([1, 2], 1, progress=False)
+    again = Study(make, arms, tmp_path/'log.csv', keep=tmp_path/'students').run(1, 2, progress=False)
+    of_one_epoch = {(arm, 1, seed) for arm in arms for seed in (0, 1)}
+    assert {*again.models}==of_one_epoch
+    again.run(2, 1, ['alone'], progress=False, keep=False)
+    assert {*again.models}==of_one_epoch
