@@ -25,16 +25,23 @@ def _directives(src):
     return {m.split()[0]:m for m in re.findall(r'^#\s*\|\s*(\S.*)$', src, re.M)}
 
 def _documented(body, mod):
-    "(directive, name, members) of each public definition"
+    "(directive, name, options) of each public definition"
     for o in body:
         if isinstance(o, ast.Assign):
-            yield from (('autodata', n, []) for n in _assigned(o) if n in mod.__all__ and not n.startswith('__'))
+            for n in _assigned(o):
+                if n in mod.__all__ and not n.startswith('__'): yield 'autodata', n, _of_value(vars(mod)[n])
         elif not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith('_'): continue
         elif 'patch' in (how := ''.join(map(ast.unparse, o.decorator_list))):
-            yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', []
+            yield 'autoproperty' if 'as_prop' in how else 'automethod', f'{_patched(o)}.{o.name}', ''
         elif o.name not in mod.__all__: continue
-        elif isinstance(o, ast.FunctionDef): yield 'autofunction', o.name, []
-        else: yield 'autoclass', o.name, [m.name for m in o.body if _is_public_method(m)]
+        elif isinstance(o, ast.FunctionDef): yield 'autofunction', o.name, ''
+        else: yield 'autoclass', o.name, _of_members([m.name for m in o.body if _is_public_method(m)])
+
+def _of_members(names): return f':members: {", ".join(names)}' if names else ''
+
+def _of_value(v):
+    "One that holds functions would be shown as addresses"
+    return ':no-value:' if re.search(r'<(function|class|object|fasterai)', repr(v)) else ''
 
 def _assigned(o): return [t.id for t in o.targets if isinstance(t, ast.Name)]
 
@@ -46,8 +53,8 @@ def _patched(f): return ast.unparse(f.args.args[0].annotation)
 
 def _entries(src, modname):
     "A cell's definitions as autodoc directives"
-    for kind,name,members in _documented(ast.parse(src).body, import_module(modname)):
-        yield f'.. {kind}:: {modname}.{name}\n' + (f'   :members: {", ".join(members)}\n' if members else '')
+    for kind,name,option in _documented(ast.parse(src).body, import_module(modname)):
+        yield f'.. {kind}:: {modname}.{name}\n' + (f'   {option}\n' if option else '')
 
 def _page(cells, docname):
     exports = [d['default_exp'].split()[1] for c in cells if 'default_exp' in (d := _directives(c['source']))]
