@@ -19,6 +19,7 @@ def beside(
     "A name in the same folder that no other process takes, for a file that is not whole yet"
     return path.with_name(f'.{path.name}.{token_hex(4)}')
 
+# %% ../../nbs/core/files.ipynb #fe98c1a6
 @contextmanager
 def whole_file(
     path:str|Path, # The file, in a folder that is made if missing
@@ -47,6 +48,7 @@ def read_json(
     if isinstance(found, dict): return found
     raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, expected values by name")
 
+# %% ../../nbs/core/files.ipynb #846342ad
 def write_json(
     path:str|Path, # The file
     values:dict,   # What it is to hold by name
@@ -56,6 +58,7 @@ def write_json(
     "Write `values` as JSON, for `read_json`"
     with whole_file(path) as f: f.write(json.dumps(values, indent=indent, **kwargs).encode())
 
+# %% ../../nbs/core/files.ipynb #142a9b7b
 def save_weights(
     model,           # Any module
     path:str|Path,   # The file

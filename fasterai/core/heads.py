@@ -39,6 +39,7 @@ def with_outputs(
     if isinstance(layer, nn.Linear): return nn.Linear(layer.in_features, c, bias)
     return nn.Conv2d(layer.in_channels, c, layer.kernel_size, layer.stride, layer.padding, bias=bias)
 
+# %% ../../nbs/core/heads.ipynb #1794268e
 def put_module(
     model:nn.Module, # Changed in place
     name:str,        # Dotted, of one of its submodules

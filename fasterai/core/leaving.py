@@ -20,6 +20,7 @@ class Fit:
         self.passing = [] # metrics and callbacks that are in the Learner for the time of the fit
         self.notes = {}   # what its owners tell each other
 
+# %% ../../nbs/core/leaving.ipynb #0adfdccd
 class FitWatch:
     """Stands around the fits of `learn` and their batches; `fits` are those that are running, the innermost last, and
     `batch` is what to undo when the innermost batch is over"""
@@ -70,6 +71,7 @@ def watch(
     if not any(o is owner for o in found.owners): found.owners.append(owner)
     return found
 
+# %% ../../nbs/core/leaving.ipynb #f564bd92
 def unwatch(
     learn:Learner, # Whose fits
     owner,         # Who needs the watch no longer

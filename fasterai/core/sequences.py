@@ -48,6 +48,7 @@ class ConfidenceSequence(NamedTuple):
     low:np.ndarray
     high:np.ndarray
 
+# %% ../../nbs/core/sequences.ipynb #e9832083
 def confidence_sequence(
     d:Sequence[float],  # Differences in the order in which they came (..., n)
     alpha:float=0.05,   # Chance that the mean is ever outside, both sides together

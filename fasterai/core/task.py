@@ -27,6 +27,7 @@ def one_batch(
     dl = dls.loaders[0] if hasattr(dls, 'loaders') else dls
     return dl.one_batch() if hasattr(dl, 'one_batch') else to_device(next(iter(dl)), getattr(dls, 'device', None))
 
+# %% ../../nbs/core/task.ipynb #9c3f2de8
 def loader_like(
     dl,           # fastai's, or PyTorch's own
     dataset=None, # Other rows; None: its own
@@ -55,6 +56,7 @@ def _order(dl, dataset, shuffle):
     if shuffle is None and dataset is dl.dataset: return dict(sampler=dl.sampler)
     return dict(shuffle=isinstance(dl.sampler, RandomSampler) if shuffle is None else shuffle)
 
+# %% ../../nbs/core/task.ipynb #85f2f8ab
 def refuse_plain(
     dl,      # A loader
     who:str, # Who needs fastai's, for the error
@@ -64,6 +66,7 @@ def refuse_plain(
     raise TypeError(f"{who} needs loaders of fastai, got {type(dl).__module__}.{type(dl).__name__}: "
                     "TfmdDL(dataset, bs=64) makes one")
 
+# %% ../../nbs/core/task.ipynb #8befe722
 def first_of(
     xb,   # A batch, or a part of one, in any nesting
     n:int # How many samples
@@ -71,6 +74,7 @@ def first_of(
     "The first samples"
     return tree_map(lambda t: t[:n] if isinstance(t, Tensor) and t.ndim else t, xb)
 
+# %% ../../nbs/core/task.ipynb #f36ac94d
 def split_batch(
     dls,     # `DataLoaders`, or one `DataLoader`
     b:tuple, # A batch of it
@@ -104,6 +108,7 @@ def views_of(
     "What changes the inputs of its batches for its model, one function after the other"
     return tuple(cb.view for cb in _viewers(learn) if training or cb.run_valid)
 
+# %% ../../nbs/core/task.ipynb #bcf7d67f
 def seen_by_student(
     learn,    # A Learner
     xb:tuple, # Inputs of a batch
@@ -113,6 +118,7 @@ def seen_by_student(
     for f in views_of(learn, learn.model.training): xb = f(*xb)
     return xb
 
+# %% ../../nbs/core/task.ipynb #b6acc667
 def full_inputs(
     learn, # Within a batch
 )->tuple:
@@ -120,6 +126,7 @@ def full_inputs(
     here = [cb.full_xb for cb in _viewers(learn) if learn.training or cb.run_valid] # after a cancel some are of old
     return next((xb for xb in here if xb is not None), learn.xb)
 
+# %% ../../nbs/core/task.ipynb #0f979f2e
 def copied(
     xb:tuple, # Inputs of a batch
 )->tuple:
@@ -162,6 +169,7 @@ class Task:
         "`axis` and `ignore_index` as far as they are known"
         return {k:v for k,v in dict(axis=self.axis, ignore_index=self.ignore_index).items() if v is not None}
 
+# %% ../../nbs/core/task.ipynb #7b3d15d4
 def task_of(
     loss_func:Callable, # A Learner's; under MixUp the one inside
 )->Task:
@@ -177,6 +185,7 @@ def task_of(
     if average is None and axis is not None: average = 'softmax'
     return Task(axis, fact('ignore_index'), average)
 
+# %% ../../nbs/core/task.ipynb #c10076df
 def has_class(
     y:Tensor,  # Class numbers
     loss_func, # A Learner's
@@ -187,6 +196,7 @@ def has_class(
     counts = y!=(-100 if ignored is None else ignored)
     return counts if least is None else counts & (y>=least)
 
+# %% ../../nbs/core/task.ipynb #40a34bb7
 def known_axis(
     *axes, # Where the classes are, as several know it who count for more the earlier they come; None: it does not say
 )->int:

@@ -77,6 +77,7 @@ def items_in(
     if not len(items): raise ValueError("items is empty: give at least one")
     return items.tolist() if isinstance(items, pd.Series) else items
 
+# %% ../../nbs/data/unlabelled.ipynb #27cb7da8
 def refuse_table(
     o,        # Items, or a data set
     what:str, # What it is, for the error
@@ -107,6 +108,7 @@ class _Inputs:
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return tuplify(self.items[i])[:self.n_inp]
 
+# %% ../../nbs/data/unlabelled.ipynb #da268ac3
 def items_dl(
     dls:DataLoaders, # Whose transforms count
     items:Sequence,  # What its `Datasets` start from, else rows of inputs; of a table, a table
@@ -203,6 +205,7 @@ def with_train(
     res.loaders = [dl, *dls.loaders[1:]]
     return res
 
+# %% ../../nbs/data/unlabelled.ipynb #787d4c05
 def with_rows(
     dl,      # A loader of fastai, perhaps one that draws rows by weight, or a part of them
     dataset, # That has more rows at the end, or fewer
@@ -213,6 +216,7 @@ def with_rows(
     if wgts is None: return dl.new(dataset)
     return dl.new(dataset, wgts=np.append(wgts, [wgts.mean()]*(n-len(wgts)))[:n])
 
+# %% ../../nbs/data/unlabelled.ipynb #518edd87
 def labelled_part(
     dls:DataLoaders, # Perhaps with rows that were not labelled at first
 )->DataLoaders:

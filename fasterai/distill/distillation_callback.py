@@ -199,6 +199,7 @@ def terms(self:KnowledgeDistillationCallback)->tuple:
     "The losses with their weights, as `Term`s"
     return self.recipe.terms if self.recipe else ()
 
+# %% ../../nbs/distill/distillation_callback.ipynb #b88bc469
 @patch(as_prop=True)
 def loss_names(self:KnowledgeDistillationCallback)->list[str]:
     "Columns of the table: `task_loss`, and `distill_loss` or where there are several losses, one for each"
@@ -232,6 +233,7 @@ def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
     for o in self._learning_teacher() if self.teacher else (): modules['teacher'] = o
     return nn.ModuleDict(modules)
 
+# %% ../../nbs/distill/distillation_callback.ipynb #e36d2f1b
 @patch(as_prop=True)
 def learns_itself(self:KnowledgeDistillationCallback)->dict:
     "Learned losses and adapters by name, without the teacher's part"
@@ -239,6 +241,7 @@ def learns_itself(self:KnowledgeDistillationCallback)->dict:
     if self.eyes and self.eyes.adapters is not None: modules['adapters'] = self.eyes.adapters
     return modules
 
+# %% ../../nbs/distill/distillation_callback.ipynb #b723e07f
 @patch
 def load_learned(self:KnowledgeDistillationCallback,
     state:dict, # `kd.learned.state_dict()` of an earlier callback with the same losses and layers
@@ -289,6 +292,7 @@ def task_loss(self:KnowledgeDistillationCallback, learn)->Callable:
     "The loss function that labels train by, which a subclass may have of its own"
     return learn.loss_func
 
+# %% ../../nbs/distill/distillation_callback.ipynb #b35d2fa8
 @patch
 def parts_of(self:KnowledgeDistillationCallback, learn, pred)->tuple:
     "What of the student's output the task's loss takes, and what the teacher's losses take"

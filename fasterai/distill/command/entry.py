@@ -74,6 +74,7 @@ def plain_option(
     name,eq,value = o.partition('=')
     return name.lower().replace('_', '-')+eq+value if o.startswith('--') else o
 
+# %% ../../../nbs/distill/command/entry.ipynb #a62e3c5a
 def refuse_unknown(
     argv:list, # Arguments of a command
     command,   # The function whose parameters are its options
@@ -85,6 +86,7 @@ def refuse_unknown(
         if known or not name.startswith('--'): continue
         raise CliError(f'{command.__name__}: '+unknown_name('option', name, options))
 
+# %% ../../../nbs/distill/command/entry.ipynb #5dcd272f
 def check_early(
     argv:list, # Arguments of the command
 ):

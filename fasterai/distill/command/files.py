@@ -65,6 +65,7 @@ def refuse_costly(self:Files,
                               "--student, or search for one with search_student")
     return cost
 
+# %% ../../../nbs/distill/command/files.ipynb #ad5e20cf
 @patch
 def size_in_words(self:Files, path:Path):
     "Is the file within the budget? None where that says nothing of megabytes"

@@ -90,6 +90,7 @@ def _percent(n, of):
     "NaN where there are none"
     return (100*n/np.where(of, of, np.nan)).round(1)
 
+# %% ../../../nbs/distill/command/page.ipynb #7292aefb
 def confusion(
     learn,      # Its validation set
     most:int=15 # Classes up to which the whole matrix is shown; beyond, the pairs most confused

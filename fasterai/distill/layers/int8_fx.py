@@ -29,6 +29,7 @@ def tools():
         import torch.ao.quantization.quantize_fx as fx
     return q,fx,fused
 
+# %% ../../../nbs/distill/layers/int8_fx.ipynb #7bff3ee5
 @contextmanager
 def engine(
     backend:str, # 'x86', 'qnnpack', ...
@@ -40,6 +41,7 @@ def engine(
     finally:
         if was!=backend: torch.backends.quantized.engine = was
 
+# %% ../../../nbs/distill/layers/int8_fx.ipynb #814a4a36
 def check_backend(
     backend:str, # Name
 )->str:

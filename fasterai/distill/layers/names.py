@@ -34,12 +34,14 @@ def unwrap(
     "The bare model inside its wrappers"
     return list(wrapping(model))[-1]
 
+# %% ../../../nbs/distill/layers/names.ipynb #b21e02f2
 def is_compiled(
     m:nn.Module, # Any module
 )->bool:
     "Has `torch.compile` had a hand in it?"
     return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
 
+# %% ../../../nbs/distill/layers/names.ipynb #24d8b5ba
 def refuse_uncalled(
     model:nn.Module, # Any model
 ):

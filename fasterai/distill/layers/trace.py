@@ -23,6 +23,7 @@ class Geometry:
     channels:int   # Numbers per cell
     level:int|None # How often the image was halved; None where there is no image
 
+# %% ../../../nbs/distill/layers/trace.ipynb #0c27c3c9
 def geometry(
     shape:tuple, # Shape of a map, with the batch's dimension
     size:tuple,  # `image_size` of the model's input
@@ -44,6 +45,7 @@ def _level(grid, size):
     if len(grid)!=len(size): return round(log2(prod(size)/prod(grid))/len(size))
     return round(max(log2(s/g) for s,g in zip(size, grid)))
 
+# %% ../../../nbs/distill/layers/trace.ipynb #98eb662e
 def image_size(
     xb:tuple,        # Inputs of a model
     model:nn.Module, # The model

@@ -94,6 +94,7 @@ def only(
     "`x`, with 0 where it does not count"
     return x if keep is None else x.masked_fill(~keep, 0)
 
+# %% ../../../nbs/distill/loss/padding.ipynb #7f62ad8e
 def mean_loss(
     f:Callable,             # Such as `F.mse_loss`: elementwise, 0 for two zeros, with a `reduction`
     s:Tensor,               # Student's
@@ -105,6 +106,7 @@ def mean_loss(
     n = keep.sum()*(s.numel()//keep.numel())
     return f(only(s, keep), only(t, keep), reduction='sum')/n.clamp(min=1)
 
+# %% ../../../nbs/distill/loss/padding.ipynb #f12556e6
 def samples(
     *keeps:Tensor|None # Of `present`, for maps of the same samples
 )->Tensor|None:
@@ -112,6 +114,7 @@ def samples(
     if keeps[0] is None: return None
     return torch.stack([k.flatten(1).any(1) for k in keeps]).all(0)
 
+# %% ../../../nbs/distill/loss/padding.ipynb #60146568
 def pairs_among(
     there:Tensor|None # Which samples count `(B,)`; None for all
 )->Tensor|None:
@@ -134,6 +137,7 @@ def kept(
     there = present(mask, z, axis=axis).squeeze(axis)
     return there if keep is None else keep & there
 
+# %% ../../../nbs/distill/loss/padding.ipynb #df339469
 def kept_values(
     target:Tensor|None,     # Labels, one per position, or one per value
     z:Tensor,               # Predictions of which each value stands for itself

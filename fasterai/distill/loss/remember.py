@@ -90,6 +90,7 @@ def _pooled(x, keep):
     x = only(x, keep)
     return x.mean(1) if x.ndim==3 else x.flatten(2).mean(2) if x.ndim>3 else x
 
+# %% ../../../nbs/distill/loss/remember.ipynb #7b6ce0cd
 def weight_by_classes(
     base:float, # Weight where there are as many new classes as old ones
     n_old:int,  # Classes before

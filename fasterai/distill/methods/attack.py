@@ -52,6 +52,7 @@ def in_use(
     "Evaluation mode inside, with gradients; afterwards as found"
     with as_found(*map(unwrap, models)), torch.enable_grad(): yield
 
+# %% ../../../nbs/distill/methods/attack.ipynb #0a4464c9
 def pixel_space(
     dls,       # `DataLoaders`, whose `Normalize` is undone
     x:Tensor,  # Pictures as they are in a batch
@@ -112,6 +113,7 @@ def before_fit(self:Attack):
     if mixers: raise ValueError(f"{mixers[0]} mixes pictures after they were attacked: leave it out")
     self.full_xb = self.clean = None
 
+# %% ../../../nbs/distill/methods/attack.ipynb #fb03ca2d
 @patch(as_prop=True)
 def attacks(self:Attack)->bool:
     "Is this batch to be changed? In a fit those of the training alone, in `validate` and `get_preds` all"
@@ -119,6 +121,7 @@ def attacks(self:Attack)->bool:
     known = self.against!='label' or len(learn.yb)>0
     return self.eps>0 and known and (learn.training or learn.lock.locked())
 
+# %% ../../../nbs/distill/methods/attack.ipynb #f5417552
 @patch
 def before_batch(self:Attack):
     "Change the first input"

@@ -46,6 +46,7 @@ class Trained(NamedTuple):
     learn:Learner  # With the trained network, and without an optimizer
     seconds:float  # That its training took
 
+# %% ../../../nbs/distill/methods/chain.ipynb #4dd37bb9
 class OneByOne:
     "Trains networks one after the other, or finds them finished; the user's random streams go on as if nothing was"
     def __init__(self,

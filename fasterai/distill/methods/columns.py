@@ -37,6 +37,7 @@ class NewClasses:
         if pred.ndim==2: return self.func(pred[new.flatten()], target[new], **kwargs)
         return self.func(pred, target.masked_fill(~new, self.ignore), **kwargs)
 
+# %% ../../../nbs/distill/methods/columns.ipynb #be93443b
 def refuse_no_classes(
     pred:Tensor,   # Logits
     target:Tensor, # To be a class number for each row or position

@@ -39,12 +39,14 @@ def head_of(
     if found := last_layer(unwrap(model), kinds=nn.Linear): return found
     raise ValueError(f"{type(unwrap(model)).__name__} has no nn.Linear, and a head that grows must be one")
 
+# %% ../../../nbs/distill/methods/continual.ipynb #9813f6de
 def classes_of(
     dls, # `DataLoaders`
 )->tuple|None:
     "Names of the classes in the order of their columns; None where the data do not say"
     return facts_of(SimpleNamespace(dls=dls)).classes
 
+# %% ../../../nbs/distill/methods/continual.ipynb #476054ba
 def head_of_learner(
     learn:Learner, # Whose data may say how many classes there are
 )->tuple[str, nn.Linear]:
@@ -65,6 +67,7 @@ def _gives_logits(learn):
         except Exception: return # these data are not for it
     return next((o for o,out in reversed(ran) if out.shape==z.shape and torch.equal(out, z)), None)
 
+# %% ../../../nbs/distill/methods/continual.ipynb #4cd0d012
 def same_beginning(
     old:tuple, # Names of the classes so far, in the order of their columns; None: not known
     new:tuple, # Of those to come
@@ -137,6 +140,7 @@ class Remember(KnowledgeDistillationCallback):
         "Number of classes that the old model knows"
         return self._n_old_for(self.learn)
 
+# %% ../../../nbs/distill/methods/continual.ipynb #15bbeda6
 @patch
 def replace(self:Remember,
     **changes # Arguments of `Remember`
@@ -187,6 +191,7 @@ def before_train(self:Remember):
     own = self.learn.loss_func
     s.fit.notes['loss_funcs'] = own,of_columns(self.ce, own, self.n_old)
 
+# %% ../../../nbs/distill/methods/continual.ipynb #f3fca123
 @patch
 def task_loss(self:Remember, learn)->Callable:
     "Over the columns of `ce`, also outside of a fit"
@@ -196,6 +201,7 @@ def task_loss(self:Remember, learn)->Callable:
     self._refuse_other_labels(learn)
     return of_columns(self.ce, learn.loss_func, self._n_old_for(learn))
 
+# %% ../../../nbs/distill/methods/continual.ipynb #bd5669dd
 @patch
 def after_pred(self:Remember):
     "For this one loss the labels speak about the columns of `ce`"
@@ -203,6 +209,7 @@ def after_pred(self:Remember):
     s,learn = self.teaching,self.learn
     if s and learn.training and self.ce!='all': learn.loss_func = s.fit.notes['loss_funcs'][1]
 
+# %% ../../../nbs/distill/methods/continual.ipynb #ff6bc999
 @patch
 def after_loss(self:Remember):
     "The Learner's own loss function again, for all who validate or export it within the training"
@@ -214,6 +221,7 @@ def after_cancel_batch(self:Remember):
     "The same for a step that was left out"
     if s := self.teaching: self._give_back(s)
 
+# %% ../../../nbs/distill/methods/continual.ipynb #59783ab7
 @patch
 def after_train(self:Remember):
     "And for one with which the epoch's training ended"

@@ -67,6 +67,7 @@ class Between(nn.Module):
         self.register_buffer('high', high)
     def forward(self, x): return self.low + (self.high-self.low)*x.sigmoid()
 
+# %% ../../../nbs/distill/methods/data_free.ipynb #1d087726
 def picture_generator(
     size:tuple,       # (channels, height, width)
     nz:int=64,        # Numbers that a picture is made of

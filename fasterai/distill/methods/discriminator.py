@@ -34,6 +34,7 @@ def discriminator_loss(
     "What the discriminator minimises"
     return GAMES[_checked(loss)](score_t, score_s)
 
+# %% ../../../nbs/distill/methods/discriminator.ipynb #b52a700a
 def student_loss(
     score_s:Tensor,    # Scores of the student's
     loss:str='hinge',  # One of `GAMES`
@@ -59,6 +60,7 @@ class Opponent(nn.Module):
 
     def forward(self, x): return self.net(x)
 
+# %% ../../../nbs/distill/methods/discriminator.ipynb #8db42be8
 @patch
 def descend(self:Opponent,
     loss, # A function without arguments that gives a scalar

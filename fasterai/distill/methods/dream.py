@@ -215,6 +215,7 @@ def _rival(student, still):
         raise ValueError(f"student: its classes are {', '.join(ours)}, the teacher's {', '.join(theirs)}")
     return rival.about(still.facts)
 
+# %% ../../../nbs/distill/methods/dream.ipynb #80be57b9
 def vocab_of(
     still:Still, # A teacher
     size:tuple,  # Of its pictures

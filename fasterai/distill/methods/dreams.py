@@ -71,6 +71,7 @@ class _At:
     def __init__(self, items, cls): self.items,self.cls = items,cls
     def __call__(self, i): return self.cls(self.items[i])
 
+# %% ../../../nbs/distill/methods/dreams.ipynb #b1d67504
 @patch
 def dls(self:Dreams,
     bs:int=64,     # Batch size

@@ -140,6 +140,7 @@ class NearestMean(nn.Module):
         f = unit(c.maps[self.layer].as_subclass(Tensor).float())
         return -torch.cdist(f, self.means).square()
 
+# %% ../../../nbs/distill/methods/exemplars.ipynb #bfc7c35a
 def nearest_mean(
     learn:Learner,    # Left as it was
     memory:Exemplars, # Of each class

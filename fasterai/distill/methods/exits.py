@@ -40,6 +40,7 @@ class Exit(nn.Module):
         features = pooled(self.body(x))
         return self.head(features), features
 
+# %% ../../../nbs/distill/methods/exits.ipynb #d0b02359
 def pooled(
     x:Tensor # Map `(B, C, H, W)`, `(B, N, D)` or `(B, D)`
 )->Tensor:
@@ -148,12 +149,14 @@ class DeepSupervision(KnowledgeDistillationCallback):
                              f"function is {type(self.learn.loss_func).__name__}")
         super().before_fit()
 
+# %% ../../../nbs/distill/methods/exits.ipynb #c410cbde
 @patch(as_prop=True)
 def exits(self:DeepSupervision)->dict:
     "The exits by their layer; empty before the first batch"
     loss = self.terms[0].base if self.terms else None
     return dict(zip(self.given['layers'], getattr(loss, 'exits', None) or ()))
 
+# %% ../../../nbs/distill/methods/exits.ipynb #80912ebc
 @patch
 def replace(self:DeepSupervision,
     **changes # Arguments of the callback

@@ -69,18 +69,21 @@ def peers(self:MutualLearning)->list:
     "The networks that train beside the student"
     return list(self.teacher.learns)
 
+# %% ../../../nbs/distill/methods/mutual.ipynb #d46ef5da
 @patch(as_prop=True)
 def ensemble(self:MutualLearning)->Teacher:
     "Student and peers as one teacher. ValueError before there is a student"
     if self.eyes is None: raise ValueError("ensemble: no student yet, train with this callback first")
     return Teacher([unwrap(self.eyes.model), *self.peers], select=self.recipe.select)
 
+# %% ../../../nbs/distill/methods/mutual.ipynb #301abf39
 @patch(as_prop=True)
 def loss_names(self:MutualLearning)->list[str]:
     "Columns of the table: `task_loss`, and `mutual_loss` or where there are several losses, one for each"
     if len(self.terms)==1: return ['task_loss', 'mutual_loss']
     return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
 
+# %% ../../../nbs/distill/methods/mutual.ipynb #8c4e9a9d
 @patch
 def replace(self:MutualLearning,
     **changes # Arguments of the callback

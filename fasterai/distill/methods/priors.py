@@ -32,6 +32,7 @@ def batch_norms(
     "Its BatchNorms that keep statistics"
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
+# %% ../../../nbs/distill/methods/priors.ipynb #eb74d755
 class BatchNormGap:
     "How far the batch of a forward is from the statistics that `model` has kept; listens while it is entered"
     def __init__(self,
@@ -52,6 +53,7 @@ class BatchNormGap:
 
     def _listen(self, layer, args): self.gaps.append(statistics_gap(args[0], layer.running_mean, layer.running_var))
 
+# %% ../../../nbs/distill/methods/priors.ipynb #730a1bf8
 @patch
 def take(self:BatchNormGap)->Tensor:
     "The sum over the layers since the last call. RuntimeError if none was reached"

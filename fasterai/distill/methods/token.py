@@ -76,6 +76,7 @@ def before_fit(self:TokenDistillation):
     _refuse_without_token(unwrap(self.learn.model))
     self.session.stack.callback(self._forget_token)
 
+# %% ../../../nbs/distill/methods/token.ipynb #3ebf8ea7
 @patch
 def before_batch(self:TokenDistillation):
     "Ask for both heads, if the teacher is asked"
@@ -84,6 +85,7 @@ def before_batch(self:TokenDistillation):
     s = self.teaching
     if s and self.learn.training and s.asks(True): s.hooks.enter_context(two_heads(self.learn.model))
 
+# %% ../../../nbs/distill/methods/token.ipynb #5f59f332
 @patch
 def after_pred(self:TokenDistillation):
     "The prediction is the class head's"

@@ -26,6 +26,7 @@ def relative_latency(
     def ms(m): return latency_ms(m, to_model(m, xb), min_time=.02)[0]
     return float(np.median([ms(model)/ms(reference) for _ in range(times)]))
 
+# %% ../../../nbs/distill/ship/budget.ipynb #ba2f841c
 def student_cost(
     model:nn.Module,          # Candidate
     wanted,                   # Names, of 'params', 'mb', 'latency'
@@ -37,6 +38,7 @@ def student_cost(
                latency=partial(relative_latency, model, reference, xb))
     return {k:how[k]() for k in how if k in wanted}
 
+# %% ../../../nbs/distill/ship/budget.ipynb #e1ca3548
 def check_budget(
     budget:dict, # Name -> the most that is allowed
 )->dict:

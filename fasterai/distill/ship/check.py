@@ -52,6 +52,7 @@ def lines(self:FileCheck)->list:
     "The verdict, what it rests on, and the costs, in words"
     return [self.verdict(), f"{self._agreement()} {self._scores()}", self._costs()]
 
+# %% ../../../nbs/distill/ship/check.ipynb #be5a8f3c
 @patch
 def verdict(self:FileCheck)->str:
     "Is the file as good as the student, as far as these samples can tell?"

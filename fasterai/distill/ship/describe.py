@@ -34,6 +34,7 @@ def refuse_other_than_learner(
                     f"{type(learn).__name__}" + ('; put it into one: Learner(dls, model, loss_func=...)'
                                                  if isinstance(learn, torch.nn.Module) else ''))
 
+# %% ../../../nbs/distill/ship/describe.ipynb #fa7daaf7
 def first_batch(
     learn, # A Learner with validation data
 )->tuple:
@@ -47,6 +48,7 @@ def first_batch(
     if wrong: raise ValueError(f"a file takes tensors, and the Learner's inputs hold a {wrong[0]}")
     return tuple(map(for_file, xb))
 
+# %% ../../../nbs/distill/ship/describe.ipynb #4e80b2a9
 def for_file(
     x:torch.Tensor, # An input
 )->torch.Tensor:
@@ -54,6 +56,7 @@ def for_file(
     x = x.detach().cpu().as_subclass(torch.Tensor)
     return x.float() if x.is_floating_point() else x
 
+# %% ../../../nbs/distill/ship/describe.ipynb #13f92122
 def input_names(
     n:int, # Number of inputs
 )->list:
@@ -152,6 +155,7 @@ def describe(
 
 def _first(value, other): return other if value is None else value
 
+# %% ../../../nbs/distill/ship/describe.ipynb #74669468
 def threshold_of(
     learn, # A Learner of labels that can hold at once
 )->float:

@@ -26,6 +26,7 @@ def halving(
         n,first = n//eta,first*eta
     return [*rungs, (n, last)]
 
+# %% ../../../nbs/distill/ship/halving.ipynb #50cd9b0d
 def halving_cost(
     rungs:list, # From `halving`
 )->int:

@@ -28,6 +28,7 @@ def grid_ends(
     "The lowest and the highest whole number of a grid"
     return (-2**(bits-1), 2**(bits-1)-1) if signed else (0, 2**bits-1)
 
+# %% ../../../nbs/distill/ship/lsq.ipynb #9f8603cc
 def fake_quantize(
     v:Tensor,      # Any shape
     step:Tensor,   # One number above 0: the distance of two points of the grid
@@ -52,6 +53,7 @@ def paper_step(
     "The first step of Esser et al."
     return 2*v.abs().mean()/sqrt(grid_ends(bits, signed)[1])
 
+# %% ../../../nbs/distill/ship/lsq.ipynb #14216ee3
 def closest_step(
     v:Tensor,         # Weights, or activations
     bits:int,         # Of the grid
@@ -137,6 +139,7 @@ def quantizable(
     "Names of the layers that can be quantized"
     return [n for n,m in model.named_modules() if type(m) in _kinds]
 
+# %% ../../../nbs/distill/ship/lsq.ipynb #e076efe8
 def chosen_layers(
     model:nn.Module,           # Any network
     layers:Sequence[str]=None, # Names; None: all that can be quantized

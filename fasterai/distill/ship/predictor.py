@@ -153,6 +153,7 @@ def _no_session(model, e):
     if 'NOT_IMPLEMENTED' in str(e): return f"this machine has no kernel for an operation in {what}: {e}"
     return f"onnxruntime cannot open {what}; is it a whole ONNX file? {e}"
 
+# %% ../../../nbs/distill/ship/predictor.ipynb #0ff23bdf
 def description_of(
     session,          # From `open_session`
     model=None,       # The file's name, for a description that lies beside it

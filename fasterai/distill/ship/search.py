@@ -248,6 +248,7 @@ def look_at(self:Search, dls, reference):
 def _cost(self:Search, reference, xb, params):
     with streams_kept(): return student_cost(self.make(**params), {'params','mb',*self.budget}, reference, xb)
 
+# %% ../../../nbs/distill/ship/search.ipynb #6b4cda95
 @patch
 def run(self:Search, dls, trials, seed, ticks):
     "Train the student made by hand, then all that is tried"
@@ -276,6 +277,7 @@ def pareto(
         if not front or (scores[i]<scores[front[-1]] if lowest else scores[i]>scores[front[-1]]): front.append(i)
     return front
 
+# %% ../../../nbs/distill/ship/search.ipynb #094c1d70
 @patch
 def plot(self:Search,
     cost:str=None, # 'params', 'mb' or 'latency'; None: the first of the budget

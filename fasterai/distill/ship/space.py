@@ -19,6 +19,7 @@ def need_optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
+# %% ../../../nbs/distill/ship/space.ipynb #8b2253ac
 def check_space(
     space:dict, # Name -> a list of choices, or (low, high)
 )->dict:

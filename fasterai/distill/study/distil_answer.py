@@ -113,6 +113,7 @@ def answer(self:DistilAnswer)->str:
     if BETTER in found: return BETTER
     return NO_BETTER if found=={NO_BETTER} else NOT_DECIDED
 
+# %% ../../../nbs/distill/study/distil_answer.ipynb #807b75df
 @patch(as_prop=True)
 def leading(self:DistilAnswer)->str|None:
     "The arm with the largest mean gain, of those that are better if any is; None before the first pair"
@@ -125,6 +126,7 @@ def arm(self:DistilAnswer)->str:
     "The way to train: an arm's name where distilling is better, 'alone' where that was not shown"
     return self.leading if self.answer==BETTER else ALONE
 
+# %% ../../../nbs/distill/study/distil_answer.ipynb #b5e6d205
 @patch(as_prop=True)
 def interval(self:DistilAnswer)->tuple|None:
     "Ends of the leading arm's interval; None before the first pair"
@@ -162,6 +164,7 @@ def cost(self:DistilAnswer)->dict:
     return dict(pairs=len(self.gains(self.leading)) if self.leading else 0, runs=len(runs), epochs=spent,
                 seconds=round(float(runs.seconds.sum()), 1), share=spent/full)
 
+# %% ../../../nbs/distill/study/distil_answer.ipynb #8bd93c70
 @patch(as_prop=True)
 def table(self:DistilAnswer)->pd.DataFrame:
     "A row for each arm: its verdict, pairs, mean gain with the ends of its interval; why it was left out or given up"
@@ -187,6 +190,7 @@ def readable(self:DistilAnswer)->pd.DataFrame:
                      '':r.why if isinstance(r.why, str) else ''})
     return pd.DataFrame(rows).set_index('arm').rename_axis(None)
 
+# %% ../../../nbs/distill/study/distil_answer.ipynb #618c1721
 @patch
 def verdict(self:DistilAnswer)->str:
     "The answer with its interval, the arm to use, and what it cost"

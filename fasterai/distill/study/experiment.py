@@ -124,6 +124,7 @@ def run(self:Experiment,
     self.open().study.run(epochs, seeds, progress=progress)
     return self
 
+# %% ../../../nbs/distill/study/experiment.ipynb #ad2b2edf
 @patch
 def open(self:Experiment)->Experiment:
     "Open the log of the folder, if there is one; returns self. ValueError for the log of something else"
@@ -136,12 +137,14 @@ def _new_study(self:Experiment):
     kept = dict(path=folder/'log.csv', keep=folder/'students') if folder else dict(keep=True)
     return Study(self.learner, dict(alone=None, **self.arms), **kept)
 
+# %% ../../../nbs/distill/study/experiment.ipynb #120d2fb0
 @patch
 def need_runs(self:Experiment):
     "Raises ValueError before the first run"
     if self.study is None: raise ValueError("no runs: call `run` before asking what came out")
     self.study.need_runs()
 
+# %% ../../../nbs/distill/study/experiment.ipynb #3108f4ca
 @patch
 def run_as_long(self:Experiment,
     seeds:int|Sequence[int]=8,   # As for `run`
@@ -151,6 +154,7 @@ def run_as_long(self:Experiment,
     longer = self.as_long()
     self.study.run([longer], seeds, ['alone'], progress, keep=False)
 
+# %% ../../../nbs/distill/study/experiment.ipynb #8ce796fe
 @patch
 def as_long(self:Experiment)->int:
     "Epochs in which the student alone takes as long as the slowest way to distil took at the greatest length"
@@ -168,6 +172,7 @@ def runs(self:Experiment)->pd.DataFrame:
     found = {arm: named[named.arm==arm][self._metric()] for arm in arms}
     return pd.DataFrame(found, index=found['alone'].index).dropna().reset_index()
 
+# %% ../../../nbs/distill/study/experiment.ipynb #7b8e5653
 @patch(as_prop=True)
 def best_arm(self:Experiment)->str:
     "The way to distil with the best mean at the greatest length, of those that did not diverge there if there are any"
@@ -177,12 +182,14 @@ def best_arm(self:Experiment)->str:
     means = longest[sound or list(self.arms)].mean()
     return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
 
+# %% ../../../nbs/distill/study/experiment.ipynb #e3d42f9d
 @patch(as_prop=True)
 def diverged(self:Experiment)->bool:
     "Has every distilled student of the greatest length diverged?"
     longest = self._longest()
     return len(self.study.diverged().get((self.best_arm, longest.epochs.max()), ()))==len(longest)
 
+# %% ../../../nbs/distill/study/experiment.ipynb #ebb3e440
 @patch(as_prop=True)
 def pairs(self:Experiment)->dict:
     "(epochs, seed) -> the students alone and distilled, of the longest training and the best arm"
@@ -203,6 +210,7 @@ def best(self:Experiment)->tuple:
     r = runs.sort_values(name, ascending=not lower_is_better(self._metric())).iloc[-1]
     return r[name],self.study.models[name, int(r.epochs), int(r.seed)]
 
+# %% ../../../nbs/distill/study/experiment.ipynb #f36ea1af
 @patch(as_prop=True)
 def typical(self:Experiment)->tuple:
     "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
@@ -229,6 +237,7 @@ def costs(self:Experiment)->dict:
 @patch
 def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
 
+# %% ../../../nbs/distill/study/experiment.ipynb #fce22e2b
 @patch
 def table(self:Experiment)->pd.DataFrame:
     "The metric (mean and standard deviation over the seeds), parameters, size and latency of teacher and students"
@@ -250,6 +259,7 @@ def tests(self:Experiment)->dict:
     best = self.best_arm if found else None
     return {n:t for (arm,n),t in sorted(found.items()) if arm==best}
 
+# %% ../../../nbs/distill/study/experiment.ipynb #412492c2
 @patch
 def verdict(self:Experiment,
     alpha:float=0.05, # Level of the tests

@@ -62,6 +62,7 @@ def measured(
     "Names of what `measure` gives"
     return ['valid_loss', *L(learn.metrics).attrgot('name')]
 
+# %% ../../../nbs/distill/study/one_run.ipynb #f7404df8
 def chosen_metric(
     metrics:list,    # Names, the loss first
     metric:str=None, # One of them; None: the first after the loss
@@ -71,6 +72,7 @@ def chosen_metric(
     if metric not in metrics: raise ValueError(unknown_name('metric', metric, metrics))
     return metric
 
+# %% ../../../nbs/distill/study/one_run.ipynb #184fe136
 def maker(
     name:str, # Of the argument
     make,     # What was got for it
@@ -79,6 +81,7 @@ def maker(
     if callable(make) and not isinstance(make, (nn.Module, Learner)): return make
     raise TypeError(f"{name} must be a function that makes a new one for each run, got {type(make).__name__}")
 
+# %% ../../../nbs/distill/study/one_run.ipynb #e55f5e64
 @contextmanager
 def quiet(
     learn:Learner, # Whose bar and table are not shown

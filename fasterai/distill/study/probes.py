@@ -100,6 +100,7 @@ def probe_head(
     head = _as_linear(scaler, fitted, max(getattr(labelled, 'c', 0), int(y.max())+1))
     return head.to(next((p.device for p in learn.model.parameters()), 'cpu'))
 
+# %% ../../../nbs/distill/study/probes.ipynb #aa0144f7
 def linear_probe(
     learn:Learner,             # Whose embeddings
     labelled:DataLoaders=None, # With labels: the classifier learns from `train`; None: the Learner's own

@@ -112,6 +112,7 @@ def codes_in(
 _changing = {'append', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popitem', 'remove', 'discard',
              'clear', 'sort', 'reverse', '__setitem__', '__delitem__'}
 
+# %% ../../../nbs/distill/study/setting.ipynb #d46c4687
 def names_read(
     code:CodeType, # Of a function
 )->set[str]:
@@ -148,6 +149,7 @@ def plain_part(
 
 _packages = 'fasterai','fastai','torch'
 
+# %% ../../../nbs/distill/study/setting.ipynb #f6b5729a
 def is_installed(
     module:str, # Its name, perhaps with those around it
     file:str,   # Where it was read from
@@ -188,6 +190,7 @@ def data_text(
     changes = [_without_addresses(getattr(dl, o, '')) for dl in dls.loaders[:2] for o in events]
     return f"{sizes} {_short_hash(describe([batches, changes]))}"
 
+# %% ../../../nbs/distill/study/setting.ipynb #e25fb7a6
 def rows_text(
     dls, # As they are
 )->str:

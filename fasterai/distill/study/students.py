@@ -66,6 +66,7 @@ def add(self:Students,
         self.found[key] = self._file(key, row)
         save_weights(model, self.found[key])
 
+# %% ../../../nbs/distill/study/students.ipynb #187b8f96
 @patch
 def look_for(self:Students,
     asked:dict, # key -> row, of all runs that are asked for

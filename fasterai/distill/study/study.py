@@ -203,6 +203,7 @@ def runs(self:Study)->pd.DataFrame:
     metric that was edited and is no number"""
     return self.log.frame(list(self.finished().values()), numbers=('seconds', *self.metrics))
 
+# %% ../../../nbs/distill/study/study.ipynb #05255f8f
 @patch
 def finished(self:Study)->dict:
     "(arm, epochs, seed) -> row of the log, arm by arm, of the runs that were asked for"
@@ -210,6 +211,7 @@ def finished(self:Study)->dict:
     asked = sorted(self.asked, key=lambda k: order.index(k[0]))
     return {k:row for k in asked if (row := self.log.find(**self.asked[k]))}
 
+# %% ../../../nbs/distill/study/study.ipynb #80ca2c72
 @patch
 def diverged(self:Study)->dict:
     "(arm, epochs) -> the seeds of its finished runs whose validation loss is known, and no finite number"

@@ -92,6 +92,7 @@ def values(self:TeacherChoice)->dict:
     runs = runs[runs.epochs.eq(self.epochs)].set_index('seed')
     return {name: runs[runs.arm.eq(name)][self.metric] for name in self.study.arms if runs.arm.eq(name).any()}
 
+# %% ../../../nbs/distill/study/which_teacher.ipynb #4b0a414c
 @patch
 def diverged(self:TeacherChoice)->dict:
     "Name -> the seeds whose student diverged, or has no number for the metric"
@@ -111,6 +112,7 @@ def _in_words(self:TeacherChoice, diverged):
     n = {name: len(v) for name,v in self.values().items()}
     return ', '.join(f'{name} diverged for {len(seeds)} of {n[name]} seeds' for name,seeds in diverged.items())
 
+# %% ../../../nbs/distill/study/which_teacher.ipynb #08a7d66e
 @patch(as_prop=True)
 def best(self:TeacherChoice)->str:
     "Name of the teacher whose students did best, in the mean over the seeds. ValueError where all of them diverged"
@@ -133,6 +135,7 @@ def to_best(self:TeacherChoice)->dict:
     found = {name: differences(v, vals[self.best]) for name,v in vals.items() if name not in aside}
     return with_adjusted({name: t for name,t in found.items() if t})
 
+# %% ../../../nbs/distill/study/which_teacher.ipynb #090e60ad
 @patch(as_prop=True)
 def table(self:TeacherChoice)->pd.DataFrame:
     """A row for each teacher and the student alone, the best first, those that `diverged` last: its `own` metric,

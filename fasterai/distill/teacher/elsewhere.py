@@ -69,6 +69,7 @@ def start(self:Elsewhere, xb, *question, **outputs)->Callable:
     answer = Network.__call__(self, there, *question, **outputs)
     return lambda: answer
 
+# %% ../../../nbs/distill/teacher/elsewhere.ipynb #c6b650d1
 @patch
 def ahead(self:Elsewhere,
     xb:tuple,  # A batch of the student's inputs

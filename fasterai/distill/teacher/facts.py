@@ -27,6 +27,7 @@ class Facts:
     size:tuple=None    # Height and width of the images
     columns:tuple=None # Of a table: how categories are numbered and numbers normalised
 
+# %% ../../../nbs/distill/teacher/facts.ipynb #b650143d
 def facts_of(
     learn, # A `Learner`, or anything with `dls`
 )->Facts:
@@ -98,6 +99,7 @@ class Agreement:
         raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
                          f"{axis}; name each of them, in their order: Teacher(..., classes=[...])")
 
+# %% ../../../nbs/distill/teacher/facts.ipynb #2e4a0c61
 def agree(
     teacher:Facts,  # Of the teacher
     student:Facts,  # Of the student

@@ -198,6 +198,7 @@ def answer(self:EMA,
     if self.voice is None: raise ValueError("EMA: there is no average yet, it begins with the first fit")
     return self.voice.compute(*xb, layers=layers, logits=logits)
 
+# %% ../../../nbs/distill/teacher/following.ipynb #9202a7b0
 @patch
 def after_step(self:EMA,
     learn, # The student's Learner, after a step of its optimizer
@@ -216,6 +217,7 @@ def reset(self:EMA):
     "Let a recurrent network forget its state"
     self.voice.reset()
 
+# %% ../../../nbs/distill/teacher/following.ipynb #1bf2ae23
 @patch
 def end(self:EMA):
     "The fit is over, and the average a network as any; safe to call twice"

@@ -22,6 +22,7 @@ def as_list(
     "Several, in any case"
     return models if isinstance(models, (list, tuple, nn.ModuleList)) else [models]
 
+# %% ../../../nbs/distill/teacher/given.ipynb #13c940c2
 def as_module(
     m, # A Module or a Learner
 )->nn.Module:
@@ -32,6 +33,7 @@ def as_module(
     if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
     raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
 
+# %% ../../../nbs/distill/teacher/given.ipynb #34664dad
 def as_modules(
     models, # As `Teacher` takes them
 )->list[nn.Module]:
@@ -67,6 +69,7 @@ def as_weights(
     if len(w)!=n or min(w)<=0: raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
     return w
 
+# %% ../../../nbs/distill/teacher/given.ipynb #e0190c13
 def refuse_axis(
     axis, # As in `Teacher`; None: nothing is said
     z,    # A network's logits
@@ -77,6 +80,7 @@ def refuse_axis(
     if -z.ndim<=axis<z.ndim: return
     raise ValueError(f"axis: the teacher's logits are {tuple(z.shape)}, with axes 0 to {z.ndim-1}, got {axis}")
 
+# %% ../../../nbs/distill/teacher/given.ipynb #4b1aad5c
 def refuse_recorded_stack(
     average, # As in `Teacher`
     cache,   # As in `Teacher`

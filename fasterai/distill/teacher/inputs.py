@@ -51,6 +51,7 @@ class Renormalize:
         self.shift = self.shift.to(x.device)
         return x*self.scale + self.shift
 
+# %% ../../../nbs/distill/teacher/inputs.ipynb #e3e673c1
 def statistics_of(o):
     "Mean and std as `(1, C, 1, 1)`, read from wherever they are. TypeError if there are none"
     o = getattr(o, 'dls', o)
@@ -80,6 +81,7 @@ class OwnInputs:
 
 def _is_image(x): return isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()
 
+# %% ../../../nbs/distill/teacher/inputs.ipynb #9840ca3c
 def own_inputs(
     models:list, # Modules or Learners, the networks of a teacher
     tfms=None,   # What the batch goes through as the user says: a function for all, or a list with one for each
@@ -93,6 +95,7 @@ def own_inputs(
     learned = [OwnInputs(size, views_of(m)) for m in models]
     return [f or (own if own.views or size is not None else None) for f,own in zip(tfms, learned)]
 
+# %% ../../../nbs/distill/teacher/inputs.ipynb #b0f0af7a
 def not_said(
     tfm, # One of them
 )->bool:

@@ -140,6 +140,7 @@ def share_older(self:_Table, epoch):
     "Tell the others what is new of an epoch before this one"
     if self.fresh is not None and self.fresh[0]!=epoch: self.share()
 
+# %% ../../../nbs/distill/teacher/past.ipynb #7c3b48ed
 @patch
 def share(self:_Table):
     "Let all processes have the same table; they all have to call it"

@@ -92,6 +92,7 @@ def begin(self:Peers, learn, layers=(), logits=True, as_student=None):
         for j,a in enumerate(nets[:i]): _refuse_alike(a, b, f'{names[j]} and {names[i]}')
     self.as_student = as_student
 
+# %% ../../../nbs/distill/teacher/peers.ipynb #fe13e126
 @patch
 def end(self:Peers):
     "Let go of the last batch"

@@ -149,6 +149,7 @@ def own_loss(self:AdaptedTeacher, learn): return self._tell('own_loss', learn=le
 @patch
 def reset(self:AdaptedTeacher): self._tell('reset')
 
+# %% ../../../nbs/distill/teacher/protocol.ipynb #a9754a40
 @patch
 def another(self:AdaptedTeacher):
     "Of an object that says what another is; the same, if it does not"

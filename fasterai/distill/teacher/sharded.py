@@ -161,6 +161,7 @@ def in_turns(
     finally:
         for net in pieces: net.in_turns = False
 
+# %% ../../../nbs/distill/teacher/sharded.ipynb #fe3b7417
 @patch
 @torch.no_grad()
 def repeat(self:Sharded):

@@ -44,6 +44,7 @@ def packed(
     _Pickler(to, protocol=5).dump(o)
     return to.getvalue()
 
+# %% ../../../nbs/distill/teacher/worker.ipynb #883e9c47
 def unpacked(
     b:bytes, # From the other process, which this one has started
 ):
@@ -171,6 +172,7 @@ def ask(self:Worker,
     self.question = packed(question)
     self._send(self.question)
 
+# %% ../../../nbs/distill/teacher/worker.ipynb #cc6b4e85
 @patch
 def answer(self:Worker):
     "The answer, once it is there. RuntimeError if the process was killed, the worker's own error if it failed"

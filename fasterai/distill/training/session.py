@@ -81,6 +81,7 @@ def _open_log(self:Session):
     self.stack.callback(self._close_log) # late, since a device that failed may fail again
     if not self.outer: self.show(kd.log.columns(taken=[m.name for m in learn.metrics]))
 
+# %% ../../../nbs/distill/training/session.ipynb #87dfbe2a
 @patch
 def show(self:Session,
     columns:list, # Metrics
@@ -196,6 +197,7 @@ def begin_batch(self:Session):
     if eyes is not None and (asks or training and eyes.compiled): # compiled code must see its hooks from the start
         self.hooks.enter_context(eyes.open())
 
+# %% ../../../nbs/distill/training/session.ipynb #4c8853a0
 @patch
 def asks(self:Session, training:bool)->bool:
     "Is the teacher asked on this batch?"
@@ -207,6 +209,7 @@ def stop_listening(self:Session):
     "Take the hooks off the student; what they captured is kept for the lesson"
     self.hooks.close()
 
+# %% ../../../nbs/distill/training/session.ipynb #b4fc4016
 @patch
 def end_batch(self:Session):
     "Let go of what was captured"
@@ -326,12 +329,14 @@ def begin_epoch(self:Session):
     self.kd.learned.train()
     self._reset_teacher()
 
+# %% ../../../nbs/distill/training/session.ipynb #0790088e
 @patch
 def end_epoch(self:Session, training:bool=True):
     "Take the means of the training, or of the validation, over all processes"
     self.end_batch()
     self.kd.log.close(training, partial(summed, learn=self.learn))
 
+# %% ../../../nbs/distill/training/session.ipynb #5b4a28de
 @patch
 def begin_validation(self:Session):
     "Nothing that learns moves in the validation"
@@ -344,6 +349,7 @@ def _reset_teacher(self:Session):
     "Let a recurrent teacher forget its state where fastai lets the student"
     if self.learn._grab_cbs(ModelResetter) and hasattr(self.kd.teacher, 'reset'): self.kd.teacher.reset()
 
+# %% ../../../nbs/distill/training/session.ipynb #327d99c2
 @patch
 def after_step(self:Session):
     "Tell the teacher that the student has changed, if it has"

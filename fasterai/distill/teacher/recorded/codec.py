@@ -26,6 +26,7 @@ def to_topk(
     rest = logp.scatter(axis, idx, -torch.inf).logsumexp(axis, keepdim=True)
     return torch.cat([top, rest], axis),idx.int()
 
+# %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #bba6664b
 def from_topk(
     top:Tensor,    # What `to_topk` gave
     idx:Tensor,    # Its classes
@@ -114,6 +115,7 @@ class Codec:
         if self.logits and self.topk: pred = from_topk(pred, get('idx'), n_classes, self.axis)
         return pred,{o:get(f'map {o}').float() for o in self.layers}
 
+# %% ../../../../nbs/distill/teacher/recorded/codec.ipynb #0ae7b7b3
 def fields_of(
     said:dict, # What `encode` gave
 )->list:

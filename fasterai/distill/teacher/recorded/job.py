@@ -144,6 +144,7 @@ def _refuse(self:Job, why):
 def _use_short_numbers(self:Job, pred):
     if self.codec.topk and pred is not None: self.codec.index = index_type(self.codec.n_classes(pred))
 
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #91d3a0f2
 def with_names_of(
     was:dict,   # Header of a recording
     header:dict,# Ours
@@ -300,6 +301,7 @@ def _finish(self:Job, shard):
     with open(file, 'rb') as f: os.fsync(f.fileno())
     os.replace(file, self.path/shard_name(shard))
 
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #e6d01df4
 @patch
 def close_shards(self:Job):
     "Note what was skipped, and finish what is full"
@@ -318,6 +320,7 @@ def tell_size(self:Job):
     print(f"Recording into {self.path}: {total:,} rows of {size_text(row)}, {size_text(total*row)}; part {r.part} of "
           f"{r.parts} has {r.rows:,} rows, {size_text(r.rows*row)}, of which {r.found:,} are there", flush=True)
 
+# %% ../../../../nbs/distill/teacher/recorded/job.ipynb #c809ca83
 @patch
 def run(self:Job, xb)->Report:
     "The whole job; `xb` are inputs of some samples, by which it is known"

@@ -57,6 +57,7 @@ def per_view(self:Layout)->int:
 @patch(as_prop=True)
 def batches(self:Layout)->int: return self.per_view*(self.views or 1)
 
+# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #3fedf90f
 @patch
 def batch(self:Layout,
     i, # Number of a batch, or an array of them
@@ -70,6 +71,7 @@ def cuts(self:Layout)->np.ndarray:
     "The number of the first batch of each shard, and of all batches"
     return np.linspace(0, self.batches, self.shards+1).astype(int)
 
+# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #34de4901
 @patch(as_prop=True)
 def firsts(self:Layout)->np.ndarray:
     "The first row of each shard, and the number of all rows"
@@ -77,6 +79,7 @@ def firsts(self:Layout)->np.ndarray:
     inner = self.batch(cuts)[0] if len(cuts) else np.zeros(0, int)
     return np.concatenate([[0], inner, [self.rows]])
 
+# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #da393ee3
 @patch
 def batches_of(self:Layout,
     shard:int, # Its number
@@ -84,6 +87,7 @@ def batches_of(self:Layout,
     "First and last row (that it no longer holds) of each batch in a shard, two arrays"
     return self.batch(np.arange(*self.cuts[shard:shard+2]))
 
+# %% ../../../../nbs/distill/teacher/recorded/layout.ipynb #f96da298
 @patch
 def planned(self:Layout,
     shard:int, # Its number

@@ -23,6 +23,7 @@ def log_name(
     parts:int, # how many
 )->str: return part_name(part, parts).replace('part', 'keys')
 
+# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #84ffca91
 def make_log(manifest,
     part:int,  # Which of
     parts:int, # how many
@@ -34,6 +35,7 @@ def make_log(manifest,
         create(file, header, b'', manifest.row.itemsize)
     return file
 
+# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #64af1eaa
 def open_log(manifest,
     file:Path,   # A log
     first:int=0, # Number of its first row
@@ -45,6 +47,7 @@ def open_log(manifest,
         raise ValueError(f"recording: {file} is {log_name(*header['part'])} by its header; give it its name back")
     return Piece(file, end, first, (file.stat().st_size-end)//manifest.row.itemsize)
 
+# %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #a49629b8
 def logs_of(manifest)->list:
     "All logs of a recording, their rows numbered on from one to the next"
     found,n = [],0

@@ -35,6 +35,7 @@ def hex_of(
     "Each as 32 hexadecimal digits"
     return [f'{a:016x}{b:016x}' for a,b in h.tolist()]
 
+# %% ../../../../nbs/distill/teacher/recorded/probe.ipynb #f912a725
 @dataclass
 class Probe:
     "Some inputs, and what a teacher said about them"

@@ -107,6 +107,7 @@ def _check(self:TeacherCache, dl, layers, logits):
 @patch
 def _new_recorder(self:TeacherCache, *args): return Recorder(self, *args)
 
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #9faf0341
 @patch
 def detach(self:TeacherCache):
     "Leave DataLoaders, callbacks and file; what was kept stays for the next `attach`. Safe to call at any time"
@@ -137,12 +138,14 @@ def ask(self:TeacherCache,
 @patch
 def warn(self:TeacherCache, text): warnings.warn(f"teacher cache: {text}")
 
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #72e3e0b1
 @patch
 def give_up(self:TeacherCache, why):
     "From now on, until the next `attach`, the teacher is asked"
     self.off = why
     self.warn(f"{why}. The training goes on without the cache")
 
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #77442b1f
 @patch
 def file(self:TeacherCache)->Path:
     "Where the answers are"
@@ -190,6 +193,7 @@ def _check(self:Recording, dl, layers, logits):
     self.refuse_missing(layers, logits)
     check_dl(dl, 'recording', stream=self.manifest.header['kind']=='keys')
 
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #99815499
 @patch
 def refuse_missing(self:Recording, layers, logits):
     "ValueError for what was not recorded"
@@ -200,6 +204,7 @@ def refuse_missing(self:Recording, layers, logits):
         raise ValueError(f"recording: the losses need {', '.join(missing)}, and {self.path} holds {', '.join(kept)}; "
                          "record them, or train with losses that need no more")
 
+# %% ../../../../nbs/distill/teacher/recorded/recorded.ipynb #1f5b6cb9
 @patch
 def agreement(self:Recording,
     learn,            # The student's Learner

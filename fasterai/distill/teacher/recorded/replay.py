@@ -142,6 +142,7 @@ class Once:
         raise ValueError(f"cache: {', '.join(found)} draw another input for a sample each time, and "
                          "the teacher has another answer to it; use cache=Replay(k=8), or take them out")
 
+# %% ../../../../nbs/distill/teacher/recorded/replay.ipynb #884b4b08
 class Views:
     "Each sample has `k` inputs, drawn from `seed`"
     changed = ("cache: drawn twice under one seed, the same samples gave different inputs: "

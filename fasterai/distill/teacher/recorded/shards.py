@@ -39,6 +39,7 @@ def with_check(
     "The header, with the checksum of what it says"
     return {**header, 'check': zlib.crc32(_text(header).encode())}
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #09273e0a
 def checked_header(
     path:Path, # A file of a recording
 )->tuple:
@@ -48,6 +49,7 @@ def checked_header(
     if header.get('check')==zlib.crc32(_text(header).encode()): return header,end
     raise ValueError(f"recording: the header of {path} is damaged; delete it, and record what it held again")
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #01f3cf43
 def identity(
     header:dict, # Of a recording
     block:bytes, # What follows it
@@ -85,6 +87,7 @@ def is_recording(
     path, # Of anything
 )->bool: return (Path(path)/manifest_name).exists()
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #0c26ec85
 def make_manifest(
     path,        # The folder, made if missing
     header:dict, # Of JSON's own types
@@ -109,6 +112,7 @@ def try_lock(
         if e.errno not in _no_locks: return False
     return True
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #0347765b
 @contextmanager
 def part_lock(
     path,  # The folder of the recording
@@ -145,6 +149,7 @@ def shard_name(
     shard:int, # Its number
 )->str: return f'shard-{shard:05d}'
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #5a2c753c
 def shard_header(
     manifest:Manifest, # Of the recording
     shard:int,         # Its number
@@ -154,6 +159,7 @@ def shard_header(
     "The whole manifest is in it, so that a shard knows whose it is wherever it lies"
     return with_check(dict(rows=n, recording=manifest.id, shard=shard, first=int(first), of=manifest.header))
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #6f6438dc
 def open_piece(
     manifest:Manifest, # Of the recording
     file:Path,         # A shard, whole or not
@@ -170,6 +176,7 @@ def open_piece(
         raise ValueError(f"recording: {file} was cut short by {size_text(short)}; delete it, and record again")
     return Piece(file, end, header['first'], header['rows'])
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #34bac11a
 def refuse_others(
     manifest:Manifest, # Of the recording
     header:dict,       # Of a shard
@@ -202,6 +209,7 @@ def other_settings(
     def short(o): return str(o)[:200]
     return ', '.join(_settings[o].format(short(was.get(o)), short(ours.get(o))) for o in only if not same(o))
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #25582049
 def differences(
     was:dict,           # Header of a recording
     ours:dict,          # What is compared with it
@@ -308,6 +316,7 @@ def _states(self:Shards, rows, rec=None):
     found[(found==WHOLE) & (rec['tag']==_skipped_tag)] = SKIPPED
     return found
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #18277b71
 @patch
 def skip(self:Shards,
     rows, # Of samples that the data set skips
@@ -322,6 +331,7 @@ def raw_rows(self:Shards, rows):
     rec = self._pread(rows)
     return rec,self._states(rows, rec)
 
+# %% ../../../../nbs/distill/teacher/recorded/shards.ipynb #a88d96cc
 @patch
 def put(self:Shards,
     rows, # Their numbers here

@@ -67,12 +67,14 @@ def _parsed(line):
     except (ValueError, RecursionError): return
     return header if isinstance(header, dict) else None
 
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #b71a3fa1
 def whole_pages(
     n, # Bytes
 )->int:
     "As many as 4096 times a whole number"
     return -(-n//4096)*4096
 
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #d4e4ec20
 def read_block(
     path,    # A file whose header was read
     start:int, # Where the header ends
@@ -91,6 +93,7 @@ def size_text(
         n /= 1000
     return f'{n:.3g} {unit}'
 
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #fe23a62f
 def create(
     path:Path,      # Where; nothing is there, or a stump
     header:dict,    # With `rows`
@@ -148,6 +151,7 @@ def _checksums(raw, numbers):
     "Of rows as bytes: a copy of some fields has other padding"
     return np.array([_checksum(*o) for o in zip(raw, np.asarray(numbers).tolist())], np.uint32)
 
+# %% ../../../../nbs/distill/teacher/recorded/store.ipynb #bd5608ef
 def runs(
     breaks, # Does a run end here? For each but the last
 )->list:

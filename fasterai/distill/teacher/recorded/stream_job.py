@@ -31,6 +31,7 @@ class StreamJob(Job):
         self.log = None
         self.new = set()  # keys that were recorded by this job
 
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #55e1fe4b
 @patch
 def settle(self:StreamJob, xb):
     probe,pred,fm = self.recorder.probe_of(xb)
@@ -40,6 +41,7 @@ def settle(self:StreamJob, xb):
     self.manifest = make_manifest(self.path, header, b'')
     self._refuse(differences(self.manifest.header, with_names_of(self.manifest.header, header)))
 
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #0c1e9826
 @patch
 def claim(self:StreamJob):
     r = self.report
@@ -57,6 +59,7 @@ def _is_ours(self:StreamJob, key): return not self.split or key[1]%self.report.p
 @patch
 def _is_wanted(self:StreamJob, key): return self._is_ours(key) and self.store.rows_of(np.array([key]))[0]<0
 
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #d86073e4
 @patch
 def tell_size(self:StreamJob):
     r = self.report
@@ -68,6 +71,7 @@ def tell_size(self:StreamJob):
 def batches(self:StreamJob):
     for b in self.trace.dl: yield self.trace.rows,self.recorder.inputs(b)
 
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #6e613978
 @patch
 def write(self:StreamJob, rows, sig, said):
     "Append what is new: of several workers, two may draw the same sample"
@@ -79,6 +83,7 @@ def write(self:StreamJob, rows, sig, said):
     self.report.asked += len(new)
     self.report.rows = self.report.found+self.report.asked
 
+# %% ../../../../nbs/distill/teacher/recorded/stream_job.ipynb #fe6d85f7
 @patch
 def close_shards(self:StreamJob): "A log has no end"
 

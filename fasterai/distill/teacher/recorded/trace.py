@@ -82,6 +82,7 @@ def _batch(self:Trace, pairs):
     rows,items = zip(*pairs)
     return self.dl.do_batch(list(items)),_Rows(rows)
 
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #c84e3ab6
 @patch
 def after_batch(self:Trace,
     transforms, # `dl`'s own `after_batch`
@@ -138,6 +139,7 @@ def innermost(
     while 'dl' in dl.__dict__: dl = dl.dl
     return dl
 
+# %% ../../../../nbs/distill/teacher/recorded/trace.ipynb #90d0ad63
 def check_dl(
     dl,          # What `innermost` gives
     who='cache', # Who asks, for the error

@@ -44,6 +44,7 @@ class Check:
         lines = [f"{self.path}: {self.whole:,}{of} rows are whole; {counts}", *self.wrong]
         return '\n'.join([*lines, 'all is well' if self.ok else 'not whole: `record` again asks about what is missing'])
 
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #0668f0ca
 def check_recording(
     path, # A folder that `record` has written into
 )->Check:
@@ -143,6 +144,7 @@ def _reports(path):
     mean,most = np.mean([e[0] for e in errors]),max(e[1] for e in errors)
     return {f"error at T={said[0]['T']:g}": f"{mean:.2g} on average, {most:.2g} at most"}
 
+# %% ../../../../nbs/distill/teacher/recorded/upkeep.ipynb #73bef712
 def info_text(
     said:dict # What `describe_recording` gives
 )->str:
