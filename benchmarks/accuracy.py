@@ -57,10 +57,10 @@ COLS = ['setting', 'loss', 'epochs', 'seed', 'accuracy', 'best', 'task_weight', 
 
 def published(s):
     "Each loss by the recipe that the catalogue has of it, at the layers that the setting has for it"
-    where = dict.fromkeys(['Attention', 'NST'], s.stages) | {'FitNet': s.hint}
+    where = dict.fromkeys(['Attention', 'NST', 'VID', 'ReviewKD'], s.stages) | {'FitNet': s.hint, 'OFD': s.before}
     found = {}
     for name,info in catalogue.items():
-        if info.kind not in ('prediction', 'map', 'relation'): continue
+        if info.kind not in ('prediction', 'map', 'relation') and name not in LEARNED_LOSSES: continue
         layers = where.get(name, s.last) if 'fm_s' in info.needs else None
         found[name] = recipe_of(name) | dict(activations_student=layers)
     found['DecoupledKD']['loss'] = partial(DecoupledKD, T=4, beta=s.beta)  # by the pair of networks
@@ -101,6 +101,7 @@ def suggested(s, dls, teacher):
 
 SEEDS_LOSSES = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD',
                 'Attention', 'FitNet', 'Similarity', 'ActivationBoundaries']
+LEARNED_LOSSES = ['VID', 'CRD', 'ReviewKD', 'OFD']
 
 
 class Bfloat16(MixedPrecision):
@@ -250,7 +251,7 @@ def main(
     setting:str,                 # Which one of `settings.py`
     data:Path=Path('data'),      # Folder of the data sets' folders
     seeds:str='0-4',             # Seeds, such as 3 or 0-4
-    only:str='',                 # Losses by commas; `seeds`: the tutorials', `suggested`: by a probe; all if empty
+    only:str='',                 # Losses by commas; the tutorials' `seeds`, `suggested` by a probe, `learned`; or all
     epochs:int=None,             # Other than the setting's
     out:Path=None,               # CSV of the runs
     models:Path=Path('models'),  # Where the trained teacher is kept
@@ -261,7 +262,7 @@ def main(
     s,device = SETTINGS[setting],torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if not (data/s.folder).is_dir() and s.folder: raise SystemExit(f"--data: no folder {s.folder!r} in {str(data)!r}")
     known,of_probe = recipes(s),[f'{o}, suggested' for o in SEEDS_LOSSES]
-    groups = dict(seeds=SEEDS_LOSSES, suggested=of_probe)
+    groups = dict(seeds=SEEDS_LOSSES, suggested=of_probe, learned=LEARNED_LOSSES)
     only = ['alone', *groups[only]] if only in groups else [o for o in only.split(',') if o]
     todo = plan(s, [*known, *of_probe], only, epochs or s.epochs)
     torch.set_num_threads(threads)

@@ -119,12 +119,20 @@ def test_the_teacher_of_photographs_is_asked_once_about_each_view(photos, tmp_pa
     hook = net.register_forward_hook(lambda m, x, out: asked.append(x[0].shape))
     teacher = accuracy.answers(s, dls, net, tmp_path)
     n = len(asked)
-    for loss in ('SoftTarget', 'FitNet', 'Attention'):
+    for loss in ('SoftTarget', 'FitNet', 'Attention', *accuracy.LEARNED_LOSSES):
         r = accuracy.run(s, dls, teacher, accuracy.recipes(s)[loss], 2, 0)
         assert 0<=r['accuracy']<=100 and r['distill_loss']>0
     hook.remove()
     assert n==len(asked)>=s.views and {o[1:] for o in asked}=={(3, 192, 192)}
     assert {tuple(x.shape[-2:]) for x,_ in dls.train}=={(96, 96)}
+
+
+def test_a_learned_loss_begins_anew_with_each_run():
+    s = replace(SETTINGS['digits'], epochs=1)
+    dls = s.data(None, device=torch.device('cpu'))
+    study = accuracy.study(s, dls, s.teacher(dls.c).eval(), {'VID': accuracy.recipes(s)['VID']})
+    first,again = (study.train('VID', 2, 0) for _ in range(2))
+    for k in ('accuracy', 'task_loss', 'distill_loss'): assert first[k]==again[k], k
 
 
 def test_suggested_weights_pull_as_hard_as_the_task(photos):
