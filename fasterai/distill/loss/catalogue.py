@@ -44,7 +44,7 @@ class LossInfo:
     task_weight:float=1 # Factor of the task's own loss
     hypers:dict=field(default_factory=dict) # Hyper-parameters of the recipe
     note:str=''         # What else to know of the weight
-    measured:tuple=()   # Settings of `benchmarks/accuracy.py` whose results have the loss
+    measured:tuple=()   # Settings of `benchmarks/accuracy.py` that were run with it
     kind:str=''         # One of `KINDS`: what is compared, or that the loss has parameters
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #16682f92
@@ -68,20 +68,22 @@ def make(self:LossInfo,
     return partial(self.loss, **hypers) if hypers else self.loss
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #1e999e4a
-_both = 'digits','cifar10_small'
+_most = ('digits', 'cifar10_small', 'imagenette_mobilenet', 'catdog_mobilenet', 'breeds_mobilenet',
+         'catdog_resnet18', 'imagenette_resnet18')
 _compared = 'prediction','map','relation'
 _prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in _compared)
 _others = 'embedding','dense','memory','token','learned'
 _embedding,_dense,_memory,_token,_learned = (partial(LossInfo, kind=o) for o in _others)
+_general = partial(_learned, measured=('digits',)) # for networks of any kind
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #e2b5d6d1
 _predictions = [
-    _prediction(SoftTarget, 'Hinton et al.', '2015', '1503.02531', 0.9, 'RepDistiller', 0.1, dict(T=4), measured=_both,
+    _prediction(SoftTarget, 'Hinton et al.', '2015', '1503.02531', 0.9, 'RepDistiller', 0.1, dict(T=4), measured=_most,
                 note='3 beside 1 at T=1 on ImageNet (mmrazor)'),
-    _prediction(Logits, 'Ba and Caruana', 'NeurIPS 2014', '1312.6184', 1, 'KD-Zoo', measured=_both),
-    _prediction(Mutual, 'Zhang et al.', 'CVPR 2018', '1706.00384', 1, 'authors', measured=_both),
+    _prediction(Logits, 'Ba and Caruana', 'NeurIPS 2014', '1312.6184', 1, 'KD-Zoo', measured=_most),
+    _prediction(Mutual, 'Zhang et al.', 'CVPR 2018', '1706.00384', 1, 'authors', measured=_most),
     _prediction(DecoupledKD, 'Zhao et al.', 'CVPR 2022', '2203.08679', 1, 'authors', hypers=dict(T=4, beta=8),
-                measured=_both, note='beta 2 to 8 by the pair of networks; 0.5 to 2 at T=1 on ImageNet'),
+                measured=_most, note='beta 2 to 8 by the pair of networks; 0.5 to 2 at T=1 on ImageNet'),
     _prediction(NKD, 'Yang et al.', 'ICCV 2023', '2303.13005', 1, 'authors', hypers=dict(T=1, gamma=1.5),
                 note='T=3 and gamma=3.5 on CIFAR-100'),
     _prediction(RLD, 'Sun et al.', 'ICCV 2025', '2408.07703', 1, 'authors', hypers=dict(T=4, beta=8, T_alpha=1),
@@ -104,13 +106,13 @@ _embeddings = [
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #ac83050f
 _maps = [
-    _map(Attention, 'Zagoruyko and Komodakis', 'ICLR 2017', '1612.03928', 1000, 'authors', measured=_both,
+    _map(Attention, 'Zagoruyko and Komodakis', 'ICLR 2017', '1612.03928', 1000, 'authors', measured=_most,
          note='over the last three stages'),
-    _map(FitNet, 'Romero et al.', 'ICLR 2015', '1412.6550', 100, 'RepDistiller', measured=_both,
+    _map(FitNet, 'Romero et al.', 'ICLR 2015', '1412.6550', 100, 'RepDistiller', measured=_most,
          note='at one layer in the middle'),
-    _map(ActivationBoundaries, 'Heo et al.', 'AAAI 2019', '1811.03233', 10, None, hypers=dict(m=1), measured=_both,
+    _map(ActivationBoundaries, 'Heo et al.', 'AAAI 2019', '1811.03233', 10, None, hypers=dict(m=1), measured=_most,
          note='the authors: 0.003 C H W, before the training'),
-    _map(Similarity, 'Tung and Mori', 'ICCV 2019', '1907.09682', 3000, 'RepDistiller', measured=_both,
+    _map(Similarity, 'Tung and Mori', 'ICCV 2019', '1907.09682', 3000, 'RepDistiller', measured=_most,
          note='the last stage alone'),
     _map(CWD, 'Shu et al.', 'ICCV 2021', '2011.13256', 50, 'authors', hypers=dict(T=4), note='3 on logits'),
     _map(ChannelStats, 'Lv et al. (WKD-F)', 'NeurIPS 2024', '2412.08139', 0.08, 'authors'),
@@ -154,10 +156,10 @@ _tokens = [
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #62b0f585
 _learned_losses = [
-    _learned(VID, 'Ahn et al.', 'CVPR 2019', '1904.05835', 1, 'RepDistiller'),
-    _learned(CRD, 'Tian et al.', 'ICLR 2020', '1910.10699', 0.8, 'authors', note='the pooled features'),
-    _learned(ReviewKD, 'Chen et al.', 'CVPR 2021', '2104.09044', 5, 'authors', note='0.6 to 8 by the pair of networks'),
-    _learned(OFD, 'Heo et al.', 'ICCV 2019', '1904.01866', 1, 'authors', hypers=dict(scale=1e-3),
+    _general(VID, 'Ahn et al.', 'CVPR 2019', '1904.05835', 1, 'RepDistiller'),
+    _general(CRD, 'Tian et al.', 'ICLR 2020', '1910.10699', 0.8, 'authors', note='the pooled features'),
+    _general(ReviewKD, 'Chen et al.', 'CVPR 2021', '2104.09044', 5, 'authors', note='0.6 to 8 by the pair of networks'),
+    _general(OFD, 'Heo et al.', 'ICCV 2019', '1904.01866', 1, 'authors', hypers=dict(scale=1e-3),
              note='scale=1e-4 on ImageNet'),
     _learned(Queue, 'Fang et al. (SEED)', 'ICLR 2021', '2101.04731', 1, 'lightly-train', hypers=dict(T=0.07),
              note='T=0.2, T_teacher=0.0001 and size=65536 (authors)'),
