@@ -91,7 +91,7 @@ class Recipe:
         loss,                     # As for `as_terms`
         activations_student=None, # The student's layers: names, or a dict of the student's to the teacher's
         activations_teacher=None, # The teacher's, in the same order
-        weight=UNSAID_WEIGHT,     # Of the distillation; of a loss by name, its authors'
+        weight=UNSAID_WEIGHT,     # Of the distillation; of a loss by name, the published one
         schedule=None,            # Multiplies `weight` over the training
         *,
         task_weight=None,         # Of the task; None: what the weight in force leaves of 1
