@@ -10,8 +10,9 @@ with other `--seeds` may share a file. The teacher is trained once and kept in `
 the tables and plots.
 
 The losses' weights are those of the papers, or of the CIFAR-100 benchmark of Tian et al. (ICLR 2020, arXiv
-1910.10699), beside a full task loss where these say no other. `BinaryKD`, `Ranking`, `NKD` and `Logits` have none
-that would fit these tasks; theirs are round numbers that were set before the first run."""
+1910.10699), beside a full task loss where these say no other; those of `Logits`, `CC` and `IRG` are of the collection
+Knowledge-Distillation-Zoo. `BinaryKD` and `Ranking` have none that would fit these tasks; theirs are round numbers
+that were set before the first run."""
 import ctypes
 import gc
 import os

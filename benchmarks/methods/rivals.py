@@ -4,8 +4,8 @@
     python benchmarks/families.py --names rivals                    # in the folder that has rivals/
 
 The original comes with its own callback, at its weight of 0.5 and its defaults; torchdistill's losses are called by
-our callback, at the weights of their authors. Each is compared with our loss by the same recipe. Seconds are those of
-the processor."""
+our callback, at the weights of their published results. Each is compared with our loss by the same recipe. Seconds are
+those of the processor."""
 import importlib
 import importlib.util
 import sys

@@ -51,7 +51,7 @@ class KnowledgeDistillationCallback(Callback):
         loss:Callable|list|dict=SoftTarget, # Distillation loss, or its name; a list, or a dict of loss to weight
         activations_student:str|list|dict=None, # Layers to compare: names, or student's to teacher's
         activations_teacher:str|list=None,  # The teacher's layers, in the order of the student's
-        weight:float=UNSAID_WEIGHT,         # Weight of the distillation; of a loss by name, its authors'
+        weight:float=UNSAID_WEIGHT,         # Weight of the distillation; of a loss by name, the published one
         schedule:Schedule|Callable|str=None,# Multiplies `weight` over the training, for example `cos`
         *,
         task_weight:float=None,             # Weight of the task loss; None: what the weight in force leaves of 1

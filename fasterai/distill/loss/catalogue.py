@@ -122,7 +122,8 @@ _maps = [
 _relations = [
     _relation(RKDDistance, 'Park et al.', 'CVPR 2019', '1904.05068', 25, 'RepDistiller'),
     _relation(RKDAngle, 'Park et al.', 'CVPR 2019', '1904.05068', 50, 'RepDistiller'),
-    _relation(RKD, 'Park et al.', 'CVPR 2019', '1904.05068', 1, 'RepDistiller', hypers=dict(distance=25, angle=50)),
+    _relation(RKD, 'Park et al.', 'CVPR 2019', '1904.05068', 1, 'RepDistiller', hypers=dict(distance=25, angle=50),
+              note='1 and 2 on embeddings (authors)'),
     _relation(PKT, 'Passalis and Tefas', 'ECCV 2018', '1803.10837', 30000, 'RepDistiller'),
     _relation(CC, 'Peng et al.', 'ICCV 2019', '1904.01802', 100, 'KD-Zoo', hypers=dict(gamma=0.4, P=2)),
     _relation(IRG, 'Liu et al.', 'CVPR 2019', None, 1, 'KD-Zoo', hypers=dict(vertex=0.1, edge=5., transform=5.),

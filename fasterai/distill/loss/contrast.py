@@ -27,7 +27,8 @@ def _classes(target, n):
     if target.ndim==2: target = target.argmax(1) if _is_one_class_a_row(target) else None
     elif target.is_floating_point(): target = None
     if target is None or target.shape==(n,): return target
-    raise ValueError(f"CRD takes one label per sample, ({n},), got a target of {tuple(target.shape)}; leave target out")
+    raise ValueError(f"CRD takes one label per sample, ({n},), got a target of {tuple(target.shape)}: "
+                     "partial(CRD(), target=None) leaves it out")
 
 def _is_one_class_a_row(shares): return bool(((shares.float().sum(1)-1).abs()<1e-2).all())
 

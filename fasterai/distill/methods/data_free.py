@@ -7,6 +7,7 @@ __all__ = ['WAYS', 'Way', 'Between', 'picture_generator', 'PictureLoss', 'Imagin
 
 # %% ../../../nbs/distill/methods/data_free.ipynb #a2f6ec8e
 import math
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,7 +32,7 @@ from ..losses import SoftTarget
 from .dream import (Still, checked_size, dream, pixel_bounds,
                                             refuse_without_statistics, vocab_of)
 from .dreams import picture_type, refuse_other_pictures
-from .priors import BatchNormGap, disagreement, imbalance, inactivity
+from .priors import BatchNormGap, batch_norms, disagreement, imbalance, inactivity
 from ..teacher.forward import evaluating
 from ..teacher.teacher import Teacher
 
@@ -258,7 +259,7 @@ def data_free_learner(
     for name,o in dict(bs=bs, n_batches=n_batches, nz=nz).items(): whole_number(name, o)
     if not isinstance(student, nn.Module): raise TypeError(f"student: expected a network, got {type(student).__name__}")
     size,still,how = checked_size(size),Still(teacher),_way(method, way or {})
-    refuse_without_statistics(still, how.bn)
+    refuse_without_statistics(still, how.bn, 'way=dict(bn=0)')
     if valid is not None: refuse_other_pictures(valid, still.facts)
     nothing = TfmdDL(_Nothing(bs*n_batches, size), bs=bs, num_workers=0)
     dls = DataLoaders(nothing, valid or TfmdDL(_Nothing(0, size), bs=bs, num_workers=0), device=still.device)
@@ -278,17 +279,21 @@ def _way(method, changes):
 class DataFreeDistillation:
     "Pictures for a loop of one's own, made of nothing but a teacher, which stays as it is"
     def __init__(self,
-        teacher:nn.Module,   # With BatchNorm
+        teacher:nn.Module,   # The better with BatchNorm
         input_shape:tuple,   # (channels, height, width)
         num_classes:int,     # Of its logits
         bounds:tuple=(-1, 1),# Least and greatest pixel
+        bn:float=None,       # Weight of BatchNorm's statistics; None: 10, or 0 and a warning if the teacher has none
     ):
-        "ValueError for another number of classes than the teacher has"
+        "ValueError for another number of classes than the teacher has, and for a `bn` that it has no BatchNorm for"
         self.teacher = teacher
         self.input_shape = checked_size(input_shape)
         self.num_classes = num_classes
         self.bounds = bounds
-        found = len(vocab_of(Still(teacher), self.input_shape))
+        still = Still(teacher)
+        self.bn = _statistics_weight(still) if bn is None else bn
+        refuse_without_statistics(still, self.bn)
+        found = len(vocab_of(still, self.input_shape))
         if found!=num_classes: raise ValueError(f"num_classes is {num_classes}, and the teacher has {found}")
 
     def generate_samples(self,
@@ -298,6 +303,13 @@ class DataFreeDistillation:
     )->tuple: # Pictures and the teacher's logits, on its device
         "Pictures of all classes in turn, made by descent on the pixels"
         fake = dream(self.teacher, batch_size, self.input_shape, iters=num_iterations, lr=lr, bs=batch_size,
-                     bounds=self.bounds, progress=False)
+                     bounds=self.bounds, bn=self.bn, progress=False)
         device = next(self.teacher.parameters()).device
         return fake.x.to(device),fake.logits.to(device)
+
+def _statistics_weight(still):
+    "That of `dream`; 0 for a teacher without BatchNorm, and a word about it"
+    if batch_norms(still.net): return 10.
+    warnings.warn(f"the {still.name} has no BatchNorm with running statistics: its pictures are made by the classes "
+                  "alone, and teach little more than noise does (bn=0 says that you know)", stacklevel=3)
+    return 0.

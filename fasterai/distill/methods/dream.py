@@ -66,13 +66,14 @@ class Still:
 def refuse_without_statistics(
     still:Still, # A teacher
     bn:float,    # Weight of the statistics
+    without:str='bn=0', # The argument that does without them
 ):
     "ValueError if statistics are to be looked at and there are none"
     if not bn or batch_norms(still.net): return
     raise ValueError(f"the {still.name} has no BatchNorm with running statistics, from which dream learns what its "
                      "data were like. What remains: data_free_learner(..., method='zskt') or 'dafl', which need none; "
-                     "unlabelled pictures of another kind, if there are any; and bn=0 here, by the classes alone, "
-                     "which teaches little more than noise does")
+                     f"unlabelled pictures of another kind, if there are any; and {without} here, by the classes "
+                     "alone, which teaches little more than noise does")
 
 # %% ../../../nbs/distill/methods/dream.ipynb #7d91c296
 class _Judge:

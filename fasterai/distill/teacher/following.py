@@ -11,15 +11,20 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Callable
 
+import torch
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ...core.names import unknown_name
-from ..layers.names import unwrap
+from ...core.task import logits_of
+from ..layers.capture import Capture, attributes_kept
+from ..layers.names import as_names, unwrap
+from .forward import device_of, same_rng
 from .frozen import bare_copy
 from .network import is_placed, name_of
 from .protocol import BaseTeacher
@@ -97,21 +102,25 @@ def _steps_of(learn):
 
 # %% ../../../nbs/distill/teacher/following.ipynb #961465d4
 class EMA(BaseTeacher):
-    """The moving average of the student's weights, in eval mode: it follows each real step of the optimizer.
+    """The moving average of the student's weights: it follows each real step of the optimizer.
 
-    `model` is the average, after a fit a network as any. Another fit of the same student goes on with it. Of mean
-    teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780), without its second view and its unlabelled
-    images. Raises ValueError for a decay or buffers that cannot be"""
+    `model` is the average, after a fit a network as any. Another fit of the same student goes on with it. With a
+    second view (`tfms`), `mode='train'`, `mix_unlabelled` and `partial(Consistency, kind='mse', threshold=0)` it is
+    mean teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780). Raises ValueError for a decay, buffers or a
+    mode that cannot be"""
     def __init__(self,
         decay:float=None,     # What the average keeps of itself in a step; None: fitted to the number of steps
         warm:bool=True,       # Less at first, so that it begins as the plain mean?
         buffers:str='copy',   # Running statistics: 'copy' those of the student, or 'average' them too
         tfms:Callable=None,   # What its batch goes through first, `f(*xb)`
         select:Callable=None, # From its output to its logits; None takes a tensor, or the first of a tuple
+        mode:str='eval',      # 'eval': with running statistics, no dropout; 'train': in the mode that the student is in
     ):
         if decay is not None and not 0<=decay<=1: raise ValueError(f"decay must be from 0 to 1, or None, got {decay}")
         if decay==1 and not warm: raise ValueError("decay=1 with warm=False would never move: take less, or warm=True")
         if buffers not in ('copy', 'average'): raise ValueError(unknown_name('buffers', buffers, ['copy', 'average']))
+        if mode not in ('eval', 'train'): raise ValueError(unknown_name('mode', mode, ['eval', 'train']))
+        self.mode = mode
         self.decay = decay
         self.warm = warm
         self.buffers = buffers
@@ -136,13 +145,14 @@ class EMA(BaseTeacher):
 
     def another(self):
         "One of the same kind that follows nobody yet"
-        return type(self)(self.decay, self.warm, self.buffers, self.tfms, self.select)
+        return type(self)(self.decay, self.warm, self.buffers, self.tfms, self.select, self.mode)
 
     def __getstate__(self): return {**vars(self), 'student': None, 'learn': None}
 
     def __repr__(self):
         decay = 'fitted' if self.in_force is None else f'{self.in_force:.3g}'
-        return f"EMA(decay={decay}, warm={self.warm}, buffers={self.buffers!r}, of {int(self._n)} states)"
+        mode = '' if self.mode=='eval' else f', mode={self.mode!r}'
+        return f"EMA(decay={decay}, warm={self.warm}, buffers={self.buffers!r}{mode}, of {int(self._n)} states)"
 
     @property
     def _n(self): return 0 if self.averaged is None else self.averaged.n_averaged
@@ -196,7 +206,28 @@ def answer(self:EMA,
 )->tuple:
     "Logits `(B, C)` of the average in fp32, or None, and its feature maps. ValueError before the first fit"
     if self.voice is None: raise ValueError("EMA: there is no average yet, it begins with the first fit")
-    return self.voice.compute(*xb, layers=layers, logits=logits)
+    if self.mode=='eval' or self.learn is None: return self.voice.compute(*xb, layers=layers, logits=logits)
+    with torch.no_grad(), self._as_the_student(): return self._say(self.voice.nets[0].inputs(xb), layers, logits)
+
+@patch
+@contextmanager
+def _as_the_student(self:EMA):
+    "The average's modules in the modes of the student's, and then in eval mode again"
+    try:
+        for a,s in zip(self.model.modules(), self.student.modules()): a.training = s.training
+        yield
+    finally: self.averaged.train()
+
+@patch
+def _say(self:EMA, xb, layers, logits):
+    "What the average answers as it is, without a trace in its buffers"
+    listening = Capture(self.model, as_names(layers), detach=True)
+    buffers = {k:b.clone() for k,b in self.model.named_buffers()}
+    with attributes_kept(self.model.modules()), same_rng(device_of(xb)), listening:
+        out = functional_call(self.model, buffers, xb)
+    maps = listening.maps
+    listening.clear()
+    return logits_of(out, self.select).float() if logits else None, maps
 
 # %% ../../../nbs/distill/teacher/following.ipynb #9202a7b0
 @patch

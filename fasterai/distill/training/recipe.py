@@ -91,7 +91,7 @@ class Recipe:
         loss,                     # As for `as_terms`
         activations_student=None, # The student's layers: names, or a dict of the student's to the teacher's
         activations_teacher=None, # The teacher's, in the same order
-        weight=UNSAID_WEIGHT,     # Of the distillation; of a loss by name, its authors'
+        weight=UNSAID_WEIGHT,     # Of the distillation; of a loss by name, the published one
         schedule=None,            # Multiplies `weight` over the training
         *,
         task_weight=None,         # Of the task; None: what the weight in force leaves of 1
@@ -181,13 +181,17 @@ def equation(self:Recipe)->str:
     if len(self.terms)>1 or self.terms[0].weight!=1: distill = f'({distill})'
     w,rest = ('w','(1-w)') if self.schedule else (f'{self.weight:g}',f'{1-self.weight:g}')
     eq = f"{rest if self.task_weight is None else f'{self.task_weight:g}'}*task + {w}*{distill}"
-    if self.schedule: eq += f', w = {self.weight:g}*{_curve_name(self.schedule)}(t)'
-    for k,s in self.schedules.items(): eq += f', {k} = {_curve_name(s)}(t)'
+    if self.schedule: eq += f', w = {self.weight:g}*{_curve(self.schedule)}'
+    for k,s in self.schedules.items(): eq += f', {k} = {_curve(s)}'
     if self.window!=(0., 1.): eq += f', distilled while {self.window[0]:g} <= t < {self.window[1]:g}'
     return eq
 
-def _curve_name(s):
-    return getattr(getattr(s.sched_func, 'f', s.sched_func), '__name__', 'schedule').removeprefix('sched_')
+def _curve(s):
+    "Its name, and its ends if it does not go from 0 to 1"
+    f = s.sched_func
+    name = getattr(getattr(f, 'f', f), '__name__', 'schedule').removeprefix('sched_')
+    ends = (s.progress(0.), s.progress(1.)) if s._pos_only else (s.start_val, s.end_val)
+    return f'{name}(t)' if ends==(0, 1) else f'{name}({ends[0]:g} to {ends[1]:g})'
 
 # %% ../../../nbs/distill/training/recipe.ipynb #58c91058
 @patch

@@ -4,12 +4,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.schedule import SchedLin
+from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, sched_lin
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from torch import nn
 
-from fasterai.core.schedule import Schedule, cos, lin
+from fasterai.core.schedule import Schedule, cos, lin, sched_dsd
 from fasterai.distill.losses import *
 from helpers import Boom, GradsAt, learner, net, same, state
 from kd_helpers import KD, teacher, layers
@@ -146,6 +146,16 @@ def test_repr_says_what_is_trained():
     assert title==f'KnowledgeDistillationCallback: {equation}'
     assert pairs==['  0 -> 0', '  1 -> 1']
     assert KD(teacher(), weight=2, task_weight=1).equation()=='1*task + 2*SoftTarget(T=5)'
+
+
+@pytest.mark.parametrize('schedule,said', [
+    (SchedLin(8, 1), 'lin(8 to 1)'), (Schedule(sched_lin, start_val=8, end_val=1), 'lin(8 to 1)'),
+    (SchedCos(8, 0.5), 'cos(8 to 0.5)'), (SchedNo(3, 1), 'no(3 to 3)'), ('lin', 'lin(t)'), (SchedLin(0, 1), 'lin(t)'),
+    (Schedule(sched_dsd, start_val=2, end_val=6), 'dsd(2 to 6)')], ids=lambda o: o if isinstance(o, str) else '')
+def test_equation_says_where_a_schedule_begins_and_ends(schedule, said):
+    assert KD(teacher(), SoftTarget, schedules={'T': schedule}).equation().endswith(f'*SoftTarget(T=5), T = {said}')
+    falling = KD(teacher(), weight=0.5, schedule=SchedLin(1, 0)).equation()
+    assert falling=='(1-w)*task + w*SoftTarget(T=5), w = 0.5*lin(1 to 0)'
 
 
 def test_a_later_epoch_goes_on_where_the_schedule_was():

@@ -64,6 +64,12 @@ def test_published_recipes():
     assert [o.name for o in catalogue.values() if o.source is None]==['BinaryKD', 'Ranking', 'ActivationBoundaries']
 
 
+def test_the_page_of_theory_has_all_of_them():
+    page = (Path(__file__).parents[3]/'nbs'/'tutorials'/'theory.md').read_text(encoding='utf-8')
+    listed = page[page.index('## What of it is here'):page.index('## What is not here')]
+    assert [o for o in catalogue if f'`{o}`' not in listed and f"`'{o}'`" not in listed]==[]
+
+
 def test_patterns_and_kinds():
     assert available_losses(like='*KD')==['DecoupledKD', 'NKD', 'BinaryKD', 'RKD']
     assert available_losses(like='*kd')==available_losses(like='*KD') and available_losses(like='?')==[]

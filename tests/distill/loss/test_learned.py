@@ -2,6 +2,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -146,7 +147,21 @@ def test_crd_takes_labels_in_any_usual_form():
     for same in (y[:,None], F.one_hot(y), .8*F.one_hot(y)+.2/3, (.8*F.one_hot(y)+.2/3).half().float()):
         torch.testing.assert_close(loss(**d, target=same), want)
     assert loss(**d)!=want
-    with pytest.raises(ValueError, match='one label per sample'): loss(**d, target=torch.zeros(4, 5, 5).long())
+    dense = torch.zeros(4, 5, 5).long()
+    says = r'one label per sample.*partial\(CRD\(\), target=None\)'
+    with pytest.raises(ValueError, match=says): loss(**d, target=dense)
+    assert partial(loss, target=None)(**d)==loss(**d)
+
+def test_crd_on_dense_targets_as_its_message_says():
+    x,y = torch.randn(8, 3, 6, 6),torch.zeros(8, 6, 6).long()
+    dls = DataLoaders(*[DataLoader(list(zip(x, y)), bs=4) for _ in range(2)])
+    def dense(w): return nn.Sequential(nn.Conv2d(3, w, 3, padding=1), nn.Conv2d(w, 2, 1))
+    learn = Learner(dls, dense(4), CrossEntropyLossFlat(axis=1))
+    with pytest.raises(ValueError, match='target=None'):
+        learn.fit(1, cbs=KnowledgeDistillationCallback(dense(6), CRD(dim=4), '0', '0'))
+    kd = KnowledgeDistillationCallback(dense(6), partial(CRD(dim=4), target=None), '0', '0')
+    learn.fit(1, cbs=kd)
+    assert kd.log.history.distill_loss.notna().all() and (kd.log.history.distill_loss>0).all()
 
 def test_crd_takes_what_is_no_class_for_none():
     d = dict(fm_s=maps((4, 6)), fm_t=maps((4, 7)))

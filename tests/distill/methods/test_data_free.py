@@ -188,3 +188,33 @@ def test_what_was_exported_predicts_and_trains_no_more(tmp_path):
     dl = data().valid
     assert torch.equal(loaded.get_preds(dl=dl)[0], learn.get_preds(dl=dl)[0])
     with pytest.raises(ValueError, match='without its teacher'): loaded.fit(1)
+
+
+class Survey(nn.Module):
+    "As the survey's teacher: convolutions, dropout and no BatchNorm"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.fc,self.drop = nn.Conv2d(3, 8, 3, padding=1),nn.Linear(8*4*4, 3),nn.Dropout(0.5)
+    def forward(self, x): return self.fc(self.drop(F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1)))
+
+
+def test_the_surveys_class_does_without_batchnorm_and_says_so():
+    torch.manual_seed(0)
+    t = Survey().train()
+    with torch.no_grad(): t.fc.weight.mul_(10) # so that its answers differ
+    before = state(t),flags(t)
+    with pytest.warns(UserWarning, match='the Survey has no BatchNorm.*by the classes alone') as told:
+        made = DataFreeDistillation(t, [3, 8, 8], 3)
+    assert told[0].filename==__file__ and made.bn==0
+    x,z = made.generate_samples(batch_size=12, num_iterations=60, lr=0.1)
+    assert -1<=x.min() and x.max()<=1 and x.std()>0.1
+    torch.testing.assert_close(z, t.eval()(x).detach())
+    assert z.argmax(1).tolist()==[i%3 for i in range(12)] and F.cross_entropy(z, torch.arange(12)%3)<0.1
+    assert same(before[0], state(t)) and flags(t.train())==before[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        DataFreeDistillation(t, [3, 8, 8], 3, bn=0) # it was said
+        assert DataFreeDistillation(teacher(), size, 3).bn==10
+    with pytest.raises(ValueError, match='no BatchNorm.*and bn=0 here'): DataFreeDistillation(t, [3, 8, 8], 3, bn=5)
+    with pytest.raises(ValueError, match=r'no BatchNorm.*and way=dict\(bn=0\) here'): free_learner(t)
+    free_learner(t, method='dfq', way=dict(bn=0)).fit(1)

@@ -57,7 +57,7 @@ def test_golden_averages(is_warm, want, buffers):
     assert stats==pytest.approx(want if buffers=='average' else values, abs=1e-12)
 
 
-def by_hand(model, steps, decay, is_warm=True, buffers='copy', T=4., lr=0.05):
+def by_hand(model, steps, decay, is_warm=True, buffers='copy', T=4., lr=0.05, mode='eval'):
     "Student and average after SGD on cross-entropy and T² times the KL divergence to the average"
     model,average = copy.deepcopy(model).train(),copy.deepcopy(model).eval()
     opt = torch.optim.SGD(model.parameters(), lr=lr)
@@ -65,7 +65,7 @@ def by_hand(model, steps, decay, is_warm=True, buffers='copy', T=4., lr=0.05):
     while done<steps:
         for x,y in dls.train:
             z = model(x)
-            with torch.no_grad(): zt = average(x)
+            with torch.no_grad(): zt = copy.deepcopy(average).train(mode=='train')(x)
             kl = F.kl_div(F.log_softmax(z/T, 1), F.log_softmax(zt/T, 1), reduction='batchmean', log_target=True)
             opt.zero_grad()
             (F.cross_entropy(z, y) + T**2*kl).backward()
@@ -434,3 +434,86 @@ def test_half_precision_and_wrappers():
     wrapped,kd = nn.DataParallel(net()),callback()
     learner(wrapped).fit(1, cbs=kd)
     assert type(kd.teacher.model) is nn.Sequential and kd.teacher._n==5
+
+
+# --- in the student's mode ------------------------------------------------------
+
+def test_in_train_mode_it_answers_by_the_batch_and_keeps_nothing():
+    ema,seen = EMA(0.9, mode='train'),[]
+    class Look(Callback):
+        order = 99
+        def after_batch(self):
+            if not self.training: return
+            before,modes = state(ema.model),flags(ema.model)
+            (z,maps),stream = ema.answer(*self.xb, layers=['0']),torch.get_rng_state()
+            by_hand = copy.deepcopy(ema.model).train()
+            assert torch.equal(by_hand[0](self.x), maps['0']) and torch.equal(by_hand(self.x), z)
+            assert not torch.allclose(ema.model(self.x), z) and not z.requires_grad
+            assert same(before, state(ema.model)) and flags(ema.model)==modes and not n_hooks(ema.model)
+            assert torch.equal(torch.get_rng_state(), stream)
+            seen.append(z)
+    learn = learner()
+    learn.fit(2, cbs=[callback(ema), Look()])
+    x = learn.dls.valid.one_batch()[0]
+    assert len(seen)==8 and torch.equal(ema.answer(x)[0], ema.model(x)) # out of a fit in eval mode
+    assert not any(m.training for m in ema.model.modules())
+
+
+def test_in_train_mode_a_frozen_module_stays_in_eval_mode_and_dropout_drops():
+    class Freeze(Callback):
+        order = 98
+        def before_batch(self): self.learn.model[0].eval()
+    class Look(Callback):
+        order = 99
+        def after_batch(self):
+            if not self.training: return
+            _,maps = ema.answer(*self.xb, layers=['0', '5'])
+            assert torch.equal(maps['0'], ema.model[0](self.x))
+            zeros.append((maps['5']==0).float().mean().item())
+    ema,zeros = EMA(0.9, mode='train'),[]
+    learner(net(head=[nn.Identity(), nn.Dropout(0.5)])).fit(1, cbs=[callback(ema), Freeze(), Look()])
+    assert 0.3<sum(zeros)/len(zeros)<0.7
+
+
+def test_in_train_mode_ten_steps_are_those_of_a_loop_by_hand():
+    model = net()
+    learn,kd = learner(copy.deepcopy(model), wd=0.),callback(EMA(0.8, mode='train'))
+    learn.fit(3, cbs=[kd, Stop(10)])
+    want,average = by_hand(model, 10, 0.8, mode='train')
+    assert close(learn.model, want) and close(kd.teacher.model, average)
+    other,_ = by_hand(model, 10, 0.8)
+    assert not close(learn.model, other)
+
+
+def test_mean_teacher_as_published():
+    "Two views, rows without labels, the mean squared difference of probabilities: as a loop has it"
+    from fastai.losses import CrossEntropyLossFlat
+    from fasterai.data.unlabelled import mix_unlabelled
+    from fasterai.distill.loss.consistency import Consistency
+    loose = torch.randn(24, 3, 8, 8)
+    dls = mix_unlabelled(data(n=16, bs=4), [(x,) for x in loose], ratio=2)
+    seen = []
+    class Look(Callback):
+        order = 99
+        def after_pred(self):
+            if self.training: seen.append([o.detach().clone() for o in (self.x, self.pred, self.y)])
+    kd = KD(EMA(0.9, tfms=lambda x: x.flip(-1), mode='train'), partial(Consistency, kind='mse', threshold=0), weight=3.,
+            task_weight=1.)
+    learn = learner(net(), dls=dls, loss_func=CrossEntropyLossFlat(ignore_index=-100))
+    average = copy.deepcopy(learn.model).train()
+    learn.fit(1, cbs=[kd, Look()])
+    x,z,y = seen[0]
+    assert len(x)==12 and (y==-100).sum()==8
+    want = F.mse_loss(z.softmax(1), average(x.flip(-1)).detach().softmax(1))
+    assert kd.log.history.distill_loss[0]==pytest.approx(want.item(), rel=1e-4)
+
+
+def test_an_unknown_mode_and_what_is_handed_on():
+    with pytest.raises(ValueError, match="unknown mode 'trian'; did you mean 'train'"): EMA(mode='trian')
+    assert EMA(mode='train').another().mode=='train'
+    assert 'mode' not in repr(EMA()) and "mode='train'" in repr(EMA(mode='train'))
+    kd = callback(EMA(0.9, mode='train'))
+    learner().fit(1, cbs=kd)
+    for other in (copy.deepcopy(kd.teacher), pickle.loads(pickle.dumps(kd.teacher))):
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(other(x)[0], kd.teacher(x)[0])
