@@ -14,13 +14,18 @@ from ..loss.catalogue import catalogue
 from ..loss.logits import BinaryKD, Logits, Ranking
 
 # %% ../../../nbs/distill/training/first_look.ipynb #9f8b9887
-def _refuse_unknown_axis(logits, terms, facts):
+def _refuse_unknown_axis(logits, terms, facts, mask):
     if not isinstance(logits, torch.Tensor) or logits.ndim<3 or 'axis' in facts: return
-    asking = [o.name for o in terms if 'axis' in o.from_task]
+    asking = [o.name for o in terms if 'axis' in o.from_task and _minds_axis(o, facts, mask)]
     if not asking: return
     raise ValueError(f"axis: the logits have the shape {tuple(logits.shape)}, and the task's loss does not say which "
                      "axis holds the classes: pass Teacher(model, axis=-1) for tokens (1 for pixels), or "
                      f"partial({asking[0]}, axis=-1)")
+
+def _minds_axis(term, facts, mask):
+    if term.base not in (BinaryKD, Logits): return True
+    ignored = facts.get('ignore_index') if 'ignore_index' in term.from_task else term.hypers['ignore_index']
+    return ignored is not None or 'mask' in term.needs and mask is not None
 
 # %% ../../../nbs/distill/training/first_look.ipynb #31d818f3
 def _warn_of_unreachable(fm_s):
@@ -72,7 +77,7 @@ def check_first(
 )->bool:
     """Look at the first batch; True. ValueError for a class axis that nobody knows, or rows without a label that nobody
     leaves out; warnings for what looks wrong"""
-    _refuse_unknown_axis(outputs['pred'], terms, facts)
+    _refuse_unknown_axis(outputs['pred'], terms, facts, outputs.get('mask'))
     _refuse_uncounted(outputs.get('target'), terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
     _warn_of_probabilities(outputs['teacher_pred'], _axis_of_teacher(outputs, facts.get('axis', 1)))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fasterai.distill.layers.matching import match_feature_layers
-from fasterai.distill.losses import BinaryKD, FitNet, Logits, SoftTarget
+from fasterai.distill.losses import NKD, BinaryKD, DecoupledKD, FitNet, Logits, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.keep_batch import on_copies
@@ -74,6 +75,25 @@ def test_the_axis_counts_wherever_it_is_said(kd):
     p,q = F.log_softmax(s(x)/2, -1),F.softmax(t(x)/2, -1)
     want = 4*(q*(q.log()-p)).sum(-1).mean().item()
     assert first_value(kd(t), s, tokens(), own_loss)==pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize('loss', [Logits, BinaryKD])
+def test_value_by_value_the_axis_is_no_matter_unless_something_is_left_out(loss):
+    s,t = Tagger(8),Tagger(16, 1)
+    x,_ = next(iter(tokens().valid))
+    assert first_value(KD(t, loss), s, tokens(), own_loss)==pytest.approx(loss(s(x), t(x)).item(), rel=1e-5)
+    with pytest.raises(ValueError, match='axis: the logits have'):
+        learner(s, tokens(), loss_func=own_loss).fit(1, cbs=KD(t, partial(loss, ignore_index=-100)))
+
+
+@pytest.mark.parametrize('loss', [SoftTarget, DecoupledKD, NKD])
+def test_padding_is_left_out_of_a_batch_of_one_token_each(loss):
+    s,t,ds = Tagger(8),Tagger(16, 1),torch.utils.data.TensorDataset(torch.tensor([[1], [2], [0], [0]]),
+                                                                    torch.tensor([[3], [4], [-100], [-100]]))
+    dls = DataLoaders(*[TfmdDL(ds, bs=4, num_workers=0) for _ in range(2)], device='cpu')
+    x,y = (o[:2, 0] for o in ds.tensors)
+    want = loss(pred=s(x), teacher_pred=t(x), target=y).item()
+    assert first_value(KD(t, loss), s, dls, CrossEntropyLossFlat(axis=-1))==pytest.approx(want, rel=1e-4)
 
 
 # --- what cannot teach --------------------------------------------------------
