@@ -3488,6 +3488,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fasterai/distill/teacher/facts.py'),
                                                 'fasterai.distill.teacher.facts.Facts': ( 'distill/teacher/facts.html#facts',
                                                                                           'fasterai/distill/teacher/facts.py'),
+                                                'fasterai.distill.teacher.facts._axis_of': ( 'distill/teacher/facts.html#_axis_of',
+                                                                                             'fasterai/distill/teacher/facts.py'),
                                                 'fasterai.distill.teacher.facts._changes': ( 'distill/teacher/facts.html#_changes',
                                                                                              'fasterai/distill/teacher/facts.py'),
                                                 'fasterai.distill.teacher.facts._channels': ( 'distill/teacher/facts.html#_channels',

@@ -17,6 +17,7 @@ from fastai.vision.core import TensorImage
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ...core.task import task_of
 from ..layers.capture import tensors_in
 from .inputs import Renormalize, statistics_of
 
@@ -30,19 +31,24 @@ class Facts:
     size:tuple=None    # Height and width of the images
     columns:tuple=None # Of a table: how categories are numbered and numbers normalised
     images:tuple=field(default=(), compare=False) # Is an input one of images? None where nobody knows
+    axis:int=field(default=None, compare=False)   # Where the classes are, as the task's loss says
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #b650143d
 def facts_of(
     learn, # A `Learner`, or anything with `dls`
 )->Facts:
     "The `Facts` that its `DataLoaders` tell; none without `DataLoaders`"
-    dls = getattr(learn, 'dls', None)
-    if dls is None or not getattr(dls, 'loaders', None): return Facts()
+    dls,axis = getattr(learn, 'dls', None),_axis_of(learn)
+    if dls is None or not getattr(dls, 'loaders', None): return Facts(axis=axis)
     words,classes = _vocabularies(dls)
     kinds = _kinds(dls)
     norm = _normalizer(dls, kinds)
     stats = None if norm is None else tuple(statistics_of(norm))
-    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm))
+    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm), axis)
+
+def _axis_of(learn):
+    task = task_of(getattr(learn, 'loss_func', None))
+    return task.axis if task.average=='softmax' else None # of others fastai says one that is of no use
 
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
@@ -127,9 +133,12 @@ class Agreement:
     tfm:Callable=None   # What the inputs go through; None: nothing
     lines:tuple=()      # What is different, in words
     n:int=None          # So many logits the teacher should have to pick from; None: not known
+    axis:int=None       # Where the teacher's logits have the classes; None: where the student's have them
 
     def of_logits(self, z:Tensor, axis:int=1)->Tensor:
-        "The teacher's logits `(B, C, ...)` for the student's classes. ValueError if there are not as many as classes"
+        """The teacher's logits for the student's classes, which are on `axis` then. ValueError if there are not as many
+        as classes"""
+        if self.axis is not None and z.ndim>2: z = z.movedim(self.axis, axis)
         if self.pick is None: return z
         if self.n in (None, z.shape[axis]): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
         raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
@@ -154,7 +163,8 @@ def agree(
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
     n = None if places is None else len(teacher.classes)
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n)
+    axis = teacher.axis if pick and student.axis is not None else None
+    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, axis)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #37f651a4
 def _pick_classes(teacher, student, logits):

@@ -96,6 +96,22 @@ def test_padding_is_left_out_of_a_batch_of_one_token_each(loss):
     assert first_value(KD(t, loss), s, dls, CrossEntropyLossFlat(axis=-1))==pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.parametrize('length', [5, 6])
+def test_a_teachers_learner_says_where_its_classes_are(length):
+    class Swapped(nn.Module):
+        def __init__(self): super().__init__(); self.net = Tagger(8)
+        def forward(self, ids): return self.net(ids).mT
+    def dls(): return tokens(length=length)
+    s,t = Swapped(),learner(Tagger(16, 1), dls(), loss_func=CrossEntropyLossFlat(axis=-1))
+    x,_ = next(iter(dls().valid))
+    for teacher,want in (t, t.model(x).mT), (Teacher([t, s], average='none'), (t.model(x).mT+s(x))/2):
+        got = first_value(KD(teacher, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
+        assert got==pytest.approx(F.mse_loss(s(x), want).item(), rel=1e-4)
+    by_hand = Teacher(t, axis=1, select=lambda z: z.mT)
+    got = first_value(KD(by_hand, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
+    assert got==pytest.approx(F.mse_loss(s(x), t.model(x).mT).item(), rel=1e-4)
+
+
 # --- what cannot teach --------------------------------------------------------
 
 def test_a_map_without_a_gradient_is_named():
