@@ -248,11 +248,16 @@ def _logits(self:Session, pred):
 def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
-        if not self.checked: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training)
+        if not self.checked: self._look_first(outputs, n)
         if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
         return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
+
+@patch
+def _look_first(self:Session, outputs, n):
+    both = self.learn.model,self._first_model
+    self.checked = check_first(outputs, self.kd.recipe.terms, self.facts, self.learn.training, n, both)
 
 @patch(as_prop=True)
 def _first_model(self:Session): return next(iter(self.kd.teacher.models), None)

@@ -16,7 +16,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fasterai.distill.layers.matching import match_feature_layers
-from fasterai.distill.losses import NKD, BinaryKD, DecoupledKD, FitNet, Logits, SoftTarget
+from fasterai.distill.losses import NKD, BinaryKD, DecoupledKD, FitNet, Logits, Similarity, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.keep_batch import on_copies
@@ -102,10 +102,11 @@ def test_a_teachers_learner_says_where_its_classes_are(length):
         def __init__(self): super().__init__(); self.net = Tagger(8)
         def forward(self, ids): return self.net(ids).mT
     def dls(): return tokens(length=length)
-    s,t = Swapped(),learner(Tagger(16, 1), dls(), loss_func=CrossEntropyLossFlat(axis=-1))
+    s,u = Swapped(),Swapped()
+    t = learner(Tagger(16, 1), dls(), loss_func=CrossEntropyLossFlat(axis=-1))
     x,_ = next(iter(dls().valid))
-    for teacher,want in (t, t.model(x).mT), (Teacher([t, s], average='none'), (t.model(x).mT+s(x))/2):
-        got = first_value(KD(teacher, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
+    for who,want in (t, t.model(x).mT), (Teacher([t, u], average='none'), (t.model(x).mT+u(x))/2):
+        got = first_value(KD(who, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
         assert got==pytest.approx(F.mse_loss(s(x), want).item(), rel=1e-4)
     by_hand = Teacher(t, axis=1, select=lambda z: z.mT)
     got = first_value(KD(by_hand, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
@@ -113,6 +114,29 @@ def test_a_teachers_learner_says_where_its_classes_are(length):
 
 
 # --- what cannot teach --------------------------------------------------------
+
+class Steps(nn.Module):
+    "A recurrent network, with the samples or the time steps first in its map"
+    def __init__(self, width, batch_first):
+        super().__init__()
+        self.first = batch_first
+        self.rnn,self.head = nn.GRU(192//8, width, batch_first=batch_first),nn.Linear(width, 3)
+    def forward(self, x):
+        x = x.reshape(len(x), 8, -1)[:, :self.steps]
+        z = self.rnn(x if self.first else x.transpose(0, 1))[0]
+        return self.head(z.mean(1 if self.first else 0))
+
+
+@pytest.mark.parametrize('batch,steps,first,loss,said', [
+    (4, 3, False, Similarity, True), (4, 8, False, Similarity, True), (4, 3, True, Similarity, False),
+    (4, 3, False, FitNet, False)])
+def test_maps_that_begin_with_time_steps_are_warned_of(batch, steps, first, loss, said, recwarn):
+    s,t = Steps(4, first),Steps(6, first)
+    s.steps = t.steps = steps
+    learner(s, data(n=batch, bs=batch)).fit(1, cbs=KD(t, loss, 'rnn', 'rnn'))
+    found = [o for o in recwarn if f"the maps of 'rnn' seem to have the {batch} samples" in str(o.message)]
+    assert len(found)==said
+
 
 def test_a_map_without_a_gradient_is_named():
     student = net()
