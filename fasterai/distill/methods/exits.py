@@ -180,7 +180,7 @@ def exit_accuracies(self:DeepSupervision,
     with as_found(learn.model, *self.exits.values()), Capture(learn.model, list(self.exits)) as seen:
         for b in dl:
             xb,yb = split_batch(learn.dls, b)
-            y = _one_target(target_of(yb, learn.loss_func, 0, soft=False))
+            y = _one_target(target_of(yb, learn.loss_func, soft=False))
             if y.is_floating_point(): y = y.argmax(1)
             whole = logits_of(learn.model(*to_model(learn.model, seen_by_student(learn, xb))), self.recipe.select)
             maps = spatial(full_precision(seen.maps), seen.layouts).values() # as in the training

@@ -6,16 +6,20 @@
 __all__ = ['Facts', 'facts_of', 'Agreement', 'agree', 'same_statistics', 'other_channels', 'other_inputs']
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #9380de0f
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Callable
 
 import torch
 from fastai.data.transforms import Normalize
+from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, Resize
+from fastai.vision.core import TensorImage
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from ...core.task import task_of
 from ..layers.capture import tensors_in
-from .inputs import Renormalize
+from .inputs import Renormalize, statistics_of
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
 @dataclass(frozen=True)
@@ -26,16 +30,25 @@ class Facts:
     normalize:tuple=None # Mean and standard deviation, each `(1, C, 1, 1)`
     size:tuple=None    # Height and width of the images
     columns:tuple=None # Of a table: how categories are numbered and numbers normalised
+    images:tuple=field(default=(), compare=False) # Is an input one of images? None where nobody knows
+    axis:int=field(default=None, compare=False)   # Where the classes are, as the task's loss says
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #b650143d
 def facts_of(
     learn, # A `Learner`, or anything with `dls`
 )->Facts:
     "The `Facts` that its `DataLoaders` tell; none without `DataLoaders`"
-    dls = getattr(learn, 'dls', None)
-    if dls is None or not getattr(dls, 'loaders', None): return Facts()
+    dls,axis = getattr(learn, 'dls', None),_axis_of(learn)
+    if dls is None or not getattr(dls, 'loaders', None): return Facts(axis=axis)
     words,classes = _vocabularies(dls)
-    return Facts(classes, words, _statistics(dls), _image_size(dls), _columns(dls))
+    kinds = _kinds(dls)
+    norm = _normalizer(dls, kinds)
+    stats = None if norm is None else tuple(statistics_of(norm))
+    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm), axis)
+
+def _axis_of(learn):
+    task = task_of(getattr(learn, 'loss_func', None))
+    return task.axis if task.average=='softmax' else None # of others fastai says one that is of no use
 
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
@@ -62,11 +75,6 @@ def _transforms(dls):
     pipes = [getattr(dls, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     return [f for p in pipes for f in getattr(p, 'fs', ())]
 
-def _statistics(dls):
-    found = next((f for f in _transforms(dls) if isinstance(f, Normalize)), None)
-    if found is None or found.mean is None: return None
-    return tuple(torch.as_tensor(v, dtype=torch.float32).cpu() for v in (found.mean, found.std))
-
 def _columns(dls):
     "What fastai's `Categorify` and `Normalize` have found in a table's columns, as text"
     table = getattr(dls.loaders[0], 'dataset', None)
@@ -78,10 +86,44 @@ def _columns(dls):
 
 def _image_size(dls):
     "What the last transform with a size makes of an image"
-    sizes = [f.size for f in _transforms(dls) if getattr(f, 'size', None) is not None]
-    if not sizes: return None
-    s = sizes[-1]
-    return (s, s) if isinstance(s, int) else tuple(s)
+    sizes = [_height_first(f) for f in _transforms(dls) if getattr(f, 'size', None) is not None]
+    return sizes[-1] if sizes else None
+
+def _height_first(f):
+    "The size of a transform; fastai's of single images keep the width first"
+    size = (f.size, f.size) if isinstance(f.size, int) else tuple(f.size)
+    return size[::-1] if isinstance(f, (CropPad, RandomCrop, RandomResizedCrop, Resize)) else size
+
+# %% ../../../nbs/distill/teacher/facts.ipynb #72f1726e
+def _kinds(dls):
+    "The types of the inputs, with None for one that is not known before a batch is drawn"
+    ds,own = getattr(dls.loaders[0], 'dataset', None),[f for f in _transforms(dls) if not _is_fastais(f)]
+    if isinstance(ds, TensorDataset): kinds = [type(t) for t in ds.tensors]
+    else: kinds = [(getattr(o, 'types', None) or [None])[-1] for o in getattr(ds, 'tls', ())]
+    kinds = [_in_batch(k) for k in kinds[:getattr(ds, 'n_inp', max(len(kinds)-1, 1))]]
+    return [None if own and k is Tensor else k for k in kinds]
+
+def _is_fastais(f): return type(f).__module__.startswith('fastai.')
+
+def _in_batch(kind):
+    "As fastai's `ToTensor` has it"
+    kind = getattr(kind, '_tensor_cls', kind)
+    return kind if isinstance(kind, type) and issubclass(kind, Tensor) else None
+
+# %% ../../../nbs/distill/teacher/facts.ipynb #0ecc77d0
+def _normalizer(dls, kinds):
+    "The first `Normalize` that changes an input, as far as is known"
+    fs = [f for f in _transforms(dls) if isinstance(f, Normalize) and f.mean is not None]
+    return next((f for f in fs if not kinds or any(k is None or _changes(f, k) for k in kinds)), None)
+
+def _changes(f, kind):
+    x = torch.as_tensor(f.mean).detach().clone().as_subclass(kind)
+    return f(x, split_idx=f.split_idx) is not x
+
+def _images(kinds, norm):
+    "Which inputs are images: those that are normalised, or of fastai's type"
+    if norm is not None: return tuple(None if k is None else _changes(norm, k) for k in kinds)
+    return tuple(None if k in (None, Tensor) else issubclass(k, TensorImage) for k in kinds)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e9871c4c
 @dataclass(frozen=True)
@@ -91,9 +133,12 @@ class Agreement:
     tfm:Callable=None   # What the inputs go through; None: nothing
     lines:tuple=()      # What is different, in words
     n:int=None          # So many logits the teacher should have to pick from; None: not known
+    axis:int=None       # Where the teacher's logits have the classes; None: where the student's have them
 
     def of_logits(self, z:Tensor, axis:int=1)->Tensor:
-        "The teacher's logits `(B, C, ...)` for the student's classes. ValueError if there are not as many as classes"
+        """The teacher's logits for the student's classes, which are on `axis` then. ValueError if there are not as many
+        as classes"""
+        if self.axis is not None and z.ndim>2: z = z.movedim(self.axis, axis)
         if self.pick is None: return z
         if self.n in (None, z.shape[axis]): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
         raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
@@ -118,7 +163,8 @@ def agree(
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
     n = None if places is None else len(teacher.classes)
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n)
+    axis = teacher.axis if pick and student.axis is not None else None
+    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, axis)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #37f651a4
 def _pick_classes(teacher, student, logits):
@@ -143,16 +189,30 @@ def _renormalize(teacher, student):
     if t is None or same_statistics(t, s): return None,[]
     n,renormalize = _channels(t, s),Renormalize(s, t)
     def tfm(*xb):
-        _refuse_other_channels([x.shape[1] for x in xb if _is_image(x)], n)
-        return tuple(renormalize(x) if _is_image(x) and _fits(x, n) else x for x in xb)
+        found = _images_among(xb, student.images, n)
+        return tuple(renormalize(x) if i in found else x for i,x in enumerate(xb))
     return tfm,["its images were normalised otherwise: the batch is normalised anew for it"]
 
-def _is_image(x): return isinstance(x, Tensor) and x.ndim==4
+def _images_among(xb, known, n):
+    "The numbers of those inputs. ValueError for none, or for other channels than `n`"
+    floats = {i:x for i,x in enumerate(xb) if isinstance(x, Tensor) and x.is_floating_point()}
+    known = dict(enumerate(known))
+    found = [i for i in floats if known.get(i)]
+    found = found or [i for i,x in floats.items() if x.ndim==4 and known.get(i) is None]
+    if not found: _refuse_no_images(xb)
+    _refuse_other_channels([xb[i].shape[1] for i in found], n)
+    return [i for i in found if n==1 or xb[i].shape[1]==n]
 
-def _fits(x, n): return x.shape[1]==n or n==1 and x.is_floating_point()
+def _refuse_no_images(xb):
+    got = ', '.join(f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in xb)
+    raise ValueError("normalize: the teacher's images were normalised otherwise than the student's, and the batch has "
+                     f"no images (B, C, H, W) of floating point, got {got}: pass tfms=, a function from the student's "
+                     "batch to the teacher's")
 
+# %% ../../../nbs/distill/teacher/facts.ipynb #60135cbe
 def _channels(t, s):
-    "Of the images that the statistics are of; 1 for numbers that hold for any channel"
+    "Of the images that the statistics are of; 1 for numbers that hold for any channel, or are of another axis"
+    if any(v.numel()>v.shape[1] for o in (t, s) for v in o or ()): return 1
     theirs,ours = ({v.numel() for v in o or ()}-{1} for o in (t, s))
     both = theirs|ours
     if len(both)<2: return max(both, default=1)

@@ -41,19 +41,31 @@ class Renormalize:
         student, # What the batch comes with: DataLoaders, a Learner, a `Normalize`, `(mean, std)`, or None for none
         teacher, # What the teacher was trained with, in any of these forms
     ):
-        mean_s,std_s = statistics_of(student)
-        mean_t,std_t = statistics_of(teacher)
+        both = statistics_of(student) + statistics_of(teacher)
+        _refuse_shapes([v.shape for v in both if v.numel()>1])
+        mean_s,std_s,mean_t,std_t = both
         self.scale = std_s/std_t
         self.shift = (mean_s-mean_t)/std_t
 
     def __call__(self, x):
         self.scale = self.scale.to(x.device)
         self.shift = self.shift.to(x.device)
-        return x*self.scale + self.shift
+        return x*_along(self.scale, x) + _along(self.shift, x)
+
+def _along(v, x):
+    "Statistics of channels, for a batch of any number of axes"
+    return v.view(1, -1, *[1]*(x.ndim-2)) if _of_channels(v) else v
+
+def _refuse_shapes(shapes):
+    found = [tuple(o) for o in dict.fromkeys(shapes)]
+    if len(found)<2: return
+    raise ValueError(f"normalize: the means and deviations have the shapes {' and '.join(map(str, found))}: say in the "
+                     "shape of the student's how the teacher's images were normalised, or pass tfms=")
 
 # %% ../../../nbs/distill/teacher/inputs.ipynb #e3e673c1
 def statistics_of(o):
-    "Mean and std as `(1, C, 1, 1)`, read from wherever they are. TypeError if there are none"
+    """Mean and std, read from wherever they are: `(1, C, 1, 1)` where there is one for each channel, for series and
+    volumes too. TypeError if there are none"""
     o = getattr(o, 'dls', o)
     if hasattr(o, 'after_batch'): o = next((f for f in o.after_batch.fs if isinstance(f, Normalize)), None)
     if isinstance(o, Normalize): o = o.mean,o.std
@@ -62,7 +74,11 @@ def statistics_of(o):
     except (TypeError, ValueError):
         raise TypeError("normalize: expected (mean, std), a `Normalize`, DataLoaders or a Learner, "
                         f"got {o!r}") from None
-    return [torch.as_tensor(v, dtype=torch.float32).cpu().view(1, -1, 1, 1) for v in (mean, std)]
+    return [_of_images(torch.as_tensor(v, dtype=torch.float32).cpu()) for v in (mean, std)]
+
+def _of_images(v): return v.view(1, -1, 1, 1) if v.ndim<2 or v.numel() in v.shape[:2] else v
+
+def _of_channels(v): return v.shape[1]==v.numel()
 
 # %% ../../../nbs/distill/teacher/inputs.ipynb #936b6aba
 class OwnInputs:

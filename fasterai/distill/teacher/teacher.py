@@ -124,7 +124,7 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     return [net.agreement.of_logits(z, self._class_axis) for net,z in zip(self.nets, preds)], maps
 
 @patch
-def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, **self._outputs)
+def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, **self._outputs(net))
 
 @patch
 def _one_voice(self:Teacher, preds):
@@ -134,10 +134,10 @@ def _one_voice(self:Teacher, preds):
 @patch(as_prop=True)
 def _class_axis(self:Teacher): return known_axis(self.axis)
 
-@patch(as_prop=True)
-def _outputs(self:Teacher):
+@patch
+def _outputs(self:Teacher, net):
     "How to read what a network returns"
-    return dict(select=self.select, axis=self._class_axis, average=self.average)
+    return dict(select=self.select, axis=known_axis(net.agreement.axis, self.axis), average=self.average)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #56fdc96e
 @patch
@@ -233,6 +233,7 @@ def _agree_with(self:Teacher, student, logits):
     "Find out for each network how to ask it so that its answers are about the student's data"
     for net,facts in zip(self.nets, self.facts):
         said = net.agreement.lines
+        if self.given[0] is not None: facts = replace(facts, axis=self.given[0])
         net.agreement = agree(facts, student, self.select is None, not_said(net.tfm), logits)
         if net.agreement.lines!=said and not rank_distrib():
             for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
@@ -265,8 +266,8 @@ def _ask_ahead(self:Teacher, *xb, layers=(), logits=True):
     layers = _as_layers(layers)
     if not self.checked or self._is_recorded(layers, logits): return
     with same_rng(device_of(xb) or self.last_device):
-        self.nets[0].ahead(xb, layers, logits, **self._outputs)
-        for net in self.nets[1:] if logits else (): net.ahead(xb, (), True, **self._outputs)
+        self.nets[0].ahead(xb, layers, logits, **self._outputs(self.nets[0]))
+        for net in self.nets[1:] if logits else (): net.ahead(xb, (), True, **self._outputs(net))
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #ae65fd49
 @patch

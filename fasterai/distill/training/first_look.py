@@ -14,13 +14,18 @@ from ..loss.catalogue import catalogue
 from ..loss.logits import BinaryKD, Logits, Ranking
 
 # %% ../../../nbs/distill/training/first_look.ipynb #9f8b9887
-def _refuse_unknown_axis(logits, terms, facts):
+def _refuse_unknown_axis(logits, terms, facts, mask):
     if not isinstance(logits, torch.Tensor) or logits.ndim<3 or 'axis' in facts: return
-    asking = [o.name for o in terms if 'axis' in o.from_task]
+    asking = [o.name for o in terms if 'axis' in o.from_task and _minds_axis(o, facts, mask)]
     if not asking: return
     raise ValueError(f"axis: the logits have the shape {tuple(logits.shape)}, and the task's loss does not say which "
                      "axis holds the classes: pass Teacher(model, axis=-1) for tokens (1 for pixels), or "
                      f"partial({asking[0]}, axis=-1)")
+
+def _minds_axis(term, facts, mask):
+    if term.base not in (BinaryKD, Logits): return True
+    ignored = facts.get('ignore_index') if 'ignore_index' in term.from_task else term.hypers['ignore_index']
+    return ignored is not None or 'mask' in term.needs and mask is not None
 
 # %% ../../../nbs/distill/training/first_look.ipynb #31d818f3
 def _warn_of_unreachable(fm_s):
@@ -30,6 +35,19 @@ def _warn_of_unreachable(fm_s):
     warnings.warn(f"the maps of the student's {', '.join(map(repr, dead))} carry no gradient, so a loss on them "
                   "teaches the student nothing: is that part frozen, detached, or inside a checkpoint with "
                   "use_reentrant=True?")
+
+# %% ../../../nbs/distill/training/first_look.ipynb #88209356
+def _warn_of_time_first(outputs, terms, n, models):
+    "Maps of `n` samples on the second axis; value by value it is no matter"
+    if all(o.same_shape for o in terms if o.takes_features): return
+    modules = (m for o in models if o is not None for m in o.modules())
+    usual = any(getattr(m, 'batch_first', None) is False for m in modules)
+    def odd(x): return x.ndim==3 and x.shape[1]==n!=x.shape[0] and (usual or x.shape[0]%n)
+    found = [k for side in ('fm_s', 'fm_t') for k,x in outputs[side].items() if odd(x)]
+    if not found: return
+    warnings.warn(f"the maps of {', '.join(map(repr, dict.fromkeys(found)))} seem to have the {n} samples on their "
+                  "second axis, and losses take the first one for them: build these layers with batch_first=True, or "
+                  "name layers whose maps begin with the samples")
 
 # %% ../../../nbs/distill/training/first_look.ipynb #7ca6888f
 def _warn_of_probabilities(teacher_pred, axis):
@@ -69,12 +87,15 @@ def check_first(
     terms:tuple,        # The `Term`s that will compare it
     facts:dict,         # Class axis and ignored label, as far as they are known
     training:bool=True, # Is it a batch of the training?
+    n:int=None,         # Number of samples in it
+    models:tuple=(),    # Student and teacher, as far as there are networks
 )->bool:
     """Look at the first batch; True. ValueError for a class axis that nobody knows, or rows without a label that nobody
     leaves out; warnings for what looks wrong"""
-    _refuse_unknown_axis(outputs['pred'], terms, facts)
+    _refuse_unknown_axis(outputs['pred'], terms, facts, outputs.get('mask'))
     _refuse_uncounted(outputs.get('target'), terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
+    if n: _warn_of_time_first(outputs, terms, n, models)
     _warn_of_probabilities(outputs['teacher_pred'], _axis_of_teacher(outputs, facts.get('axis', 1)))
     return True
 

@@ -27,7 +27,7 @@ from .first_look import check_first, warn_of_softmax
 from .keep_batch import on_copies
 from .learned import remember
 from .lesson import (
-    detached, device_of, facts_for, full_precision, mask_of, mixed, n_classes_of, stand_in, target_of)
+    detached, device_of, facts_for, full_precision, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -230,7 +230,7 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
     logits = self._logits(pred)
-    target = target_of(yb, self.learn.loss_func, n_classes_of(logits), 'target' in recipe.needs)
+    target = target_of(yb, self.learn.loss_func, logits, 'target' in recipe.needs, self.facts.get('axis', 1))
     answer = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
     teacher_pred,fm_t = answer
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
@@ -248,11 +248,16 @@ def _logits(self:Session, pred):
 def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
-        if not self.checked: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training)
+        if not self.checked: self._look_first(outputs, n)
         if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
         return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
+
+@patch
+def _look_first(self:Session, outputs, n):
+    both = self.learn.model,self._first_model
+    self.checked = check_first(outputs, self.kd.recipe.terms, self.facts, self.learn.training, n, both)
 
 @patch(as_prop=True)
 def _first_model(self:Session): return next(iter(self.kd.teacher.models), None)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.rnn import ModelResetter
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fasterai.distill.layers.matching import match_feature_layers
-from fasterai.distill.losses import BinaryKD, FitNet, Logits, SoftTarget
+from fasterai.distill.losses import NKD, BinaryKD, DecoupledKD, FitNet, Logits, Similarity, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.keep_batch import on_copies
@@ -76,7 +77,66 @@ def test_the_axis_counts_wherever_it_is_said(kd):
     assert first_value(kd(t), s, tokens(), own_loss)==pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize('loss', [Logits, BinaryKD])
+def test_value_by_value_the_axis_is_no_matter_unless_something_is_left_out(loss):
+    s,t = Tagger(8),Tagger(16, 1)
+    x,_ = next(iter(tokens().valid))
+    assert first_value(KD(t, loss), s, tokens(), own_loss)==pytest.approx(loss(s(x), t(x)).item(), rel=1e-5)
+    with pytest.raises(ValueError, match='axis: the logits have'):
+        learner(s, tokens(), loss_func=own_loss).fit(1, cbs=KD(t, partial(loss, ignore_index=-100)))
+
+
+@pytest.mark.parametrize('loss', [SoftTarget, DecoupledKD, NKD])
+def test_padding_is_left_out_of_a_batch_of_one_token_each(loss):
+    s,t,ds = Tagger(8),Tagger(16, 1),torch.utils.data.TensorDataset(torch.tensor([[1], [2], [0], [0]]),
+                                                                    torch.tensor([[3], [4], [-100], [-100]]))
+    dls = DataLoaders(*[TfmdDL(ds, bs=4, num_workers=0) for _ in range(2)], device='cpu')
+    x,y = (o[:2, 0] for o in ds.tensors)
+    want = loss(pred=s(x), teacher_pred=t(x), target=y).item()
+    assert first_value(KD(t, loss), s, dls, CrossEntropyLossFlat(axis=-1))==pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize('length', [5, 6])
+def test_a_teachers_learner_says_where_its_classes_are(length):
+    class Swapped(nn.Module):
+        def __init__(self): super().__init__(); self.net = Tagger(8)
+        def forward(self, ids): return self.net(ids).mT
+    def dls(): return tokens(length=length)
+    s,u = Swapped(),Swapped()
+    t = learner(Tagger(16, 1), dls(), loss_func=CrossEntropyLossFlat(axis=-1))
+    x,_ = next(iter(dls().valid))
+    for who,want in (t, t.model(x).mT), (Teacher([t, u], average='none'), (t.model(x).mT+u(x))/2):
+        got = first_value(KD(who, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
+        assert got==pytest.approx(F.mse_loss(s(x), want).item(), rel=1e-4)
+    by_hand = Teacher(t, axis=1, select=lambda z: z.mT)
+    got = first_value(KD(by_hand, partial(Logits, ignore_index=None)), s, dls(), CrossEntropyLossFlat(axis=1))
+    assert got==pytest.approx(F.mse_loss(s(x), t.model(x).mT).item(), rel=1e-4)
+
+
 # --- what cannot teach --------------------------------------------------------
+
+class Steps(nn.Module):
+    "A recurrent network, with the samples or the time steps first in its map"
+    def __init__(self, width, batch_first):
+        super().__init__()
+        self.first = batch_first
+        self.rnn,self.head = nn.GRU(192//8, width, batch_first=batch_first),nn.Linear(width, 3)
+    def forward(self, x):
+        x = x.reshape(len(x), 8, -1)[:, :self.steps]
+        z = self.rnn(x if self.first else x.transpose(0, 1))[0]
+        return self.head(z.mean(1 if self.first else 0))
+
+
+@pytest.mark.parametrize('batch,steps,first,loss,said', [
+    (4, 3, False, Similarity, True), (4, 8, False, Similarity, True), (4, 3, True, Similarity, False),
+    (4, 3, False, FitNet, False)])
+def test_maps_that_begin_with_time_steps_are_warned_of(batch, steps, first, loss, said, recwarn):
+    s,t = Steps(4, first),Steps(6, first)
+    s.steps = t.steps = steps
+    learner(s, data(n=batch, bs=batch)).fit(1, cbs=KD(t, loss, 'rnn', 'rnn'))
+    found = [o for o in recwarn if f"the maps of 'rnn' seem to have the {batch} samples" in str(o.message)]
+    assert len(found)==said
+
 
 def test_a_map_without_a_gradient_is_named():
     student = net()

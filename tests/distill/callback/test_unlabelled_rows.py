@@ -109,6 +109,8 @@ def test_mixing_rows_with_and_without_a_label_is_refused(mix, loss):
     learn,cbs = learner(dls=mixed()),[KD(teacher(), loss, **at), mix()]
     with pytest.raises(ValueError, match=f'leave {mix.__name__} out'): learn.fit(1, cbs=cbs)
     learner(dls=data()).fit(1, cbs=[KD(teacher(), loss, **at), mix()]) # labels alone
+    learn = learner(dls=data(c=4), loss_func=CrossEntropyLossFlat(ignore_index=3)) # of which one does not count
+    with pytest.raises(ValueError, match='some that the task ignores'): learn.fit(1, cbs=cbs)
 
 
 def test_a_cached_teacher_answers_for_them_too():

@@ -80,6 +80,15 @@ def test_mixed_labels_reach_a_loss_that_takes_them_and_others_refuse(mix):
         learner().fit(1, cbs=[KD(teacher(), DecoupledKD), mix()])
 
 
+def test_labels_in_a_column_are_mixed_as_others_are():
+    seen = []
+    def soft(pred, target): seen.append(target); return -(target*pred.log_softmax(1)).sum(1).mean()
+    for y in data().train_ds.tensors[1], data().train_ds.tensors[1][:, None]:
+        set_seed(0)
+        learner(dls=data(y=y)).fit(1, cbs=[KD(None, soft), MixUp()])
+    for a,b in zip(seen[:4], seen[4:]): torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize('lf', [LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), nn.CrossEntropyLoss()])
 def test_other_task_losses(lf):
     learn = learner(loss_func=lf)

@@ -1,18 +1,22 @@
 "What both Learners know: classes in another order, another normalisation, other words and channels, mapped or refused"
+from types import SimpleNamespace as NS
+
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Normalize
-from fastai.vision.core import TensorImage
+from fastai.torch_core import TensorBase
+from fastai.vision.augment import CropPad, RandomResizedCrop, RandomResizedCropGPU, Resize
+from fastai.vision.core import TensorImage, TensorMask
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import FitNet, Logits
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.facts import facts_of, other_channels
-from fasterai.distill.teacher.teacher import Teacher
+from fasterai.distill.teacher.teacher import Renormalize, Teacher
 from helpers import learner
 
 
@@ -28,7 +32,7 @@ def images(vocab, mean=None, names=None, n=12):
     return ds.dataloaders(bs=4, shuffle=False, num_workers=0, after_batch=tfms, device='cpu')
 
 
-def model(c, seed=0):
+def model(c, seed=0): # of three channels of 16
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(48, c))
@@ -153,7 +157,6 @@ def test_one_teacher_of_two_learners_keeps_each_ones_classes(capsys):
 
 
 def test_codes_of_masks_words_and_several_targets_are_told_apart():
-    from types import SimpleNamespace as NS
     def datasets(*vocabs): return NS(tls=[NS(vocab=v) if v else NS() for v in vocabs])
     def facts(ds, n_inp=1, **tfms): return facts_of(NS(dls=NS(loaders=[NS(dataset=ds)], n_inp=n_inp, **tfms)))
     assert facts(datasets(None, ['a', 'b'])).classes==('a', 'b')
@@ -173,6 +176,50 @@ def test_every_image_of_a_batch_is_normalised_anew():
     assert z is table
 
 
+def of_types(*kinds, mean, shape=(3, 4, 4), ndim=4):
+    "DataLoaders of noise, an input for each type, normalised as fastai does"
+    g = torch.Generator().manual_seed(0)
+    xs = [torch.randn(8, *shape, generator=g) for _ in kinds]
+    def items(x, kind): return [lambda i: x[i] if kind is torch.Tensor else kind(x[i])]
+    ds = Datasets(range(8), tfms=[*map(items, xs, kinds), [lambda i: 'abc'[i%3], Categorize(vocab=list('abc'))]],
+                  splits=[list(range(8))]*2, n_inp=len(kinds))
+    stats = Normalize.from_stats([mean]*3, [.5]*3, ndim=ndim, cuda=False)
+    return ds.dataloaders(bs=4, shuffle=False, num_workers=0, after_batch=[stats], device='cpu')
+
+
+@pytest.mark.parametrize('kinds,changed', [((TensorImage, TensorBase), [True, False]), ((torch.Tensor,), [False]),
+                                           ((TensorMask, TensorImage), [False, True])])
+def test_what_the_students_data_do_not_normalise_is_left_alone(kinds, changed):
+    class Inputs(nn.Module):
+        def __init__(self): super().__init__(); self.w,self.xs = nn.Linear(1, 3),[]
+        def forward(self, *xs): self.xs = xs; return self.w(xs[0].flatten(1)[:, :1])
+    t,s = Inputs(),Inputs()
+    learner(s, of_types(*kinds, mean=.9)).fit(1, cbs=KD(learner(t, of_types(*kinds, mean=.2)), Logits, valid=True))
+    for a,b,was in zip(s.xs, t.xs, changed): torch.testing.assert_close(b, a+1.4 if was else a)
+
+
+@pytest.mark.parametrize('shape', [(3, 16), (3, 4, 2, 2)])
+def test_series_and_volumes_are_normalised_anew(shape):
+    net,dls = model(3, 1),[of_types(TensorImage, mean=m, shape=shape, ndim=len(shape)+1) for m in (.2, .9)]
+    for x,z in heard(learner(net, dls[0]), dls[1]): torch.testing.assert_close(z, net(x+1.4))
+    for x,z in heard(Teacher(net, normalize=([.2]*3, [.5]*3)), dls[1]): torch.testing.assert_close(z, net(x+1.4))
+
+
+def test_a_batch_without_images_cannot_be_normalised_anew():
+    said = r'normalize: .*no images \(B, C, H, W\) of floating point, got torch.float32 \(4, 3, 16\): pass tfms='
+    x,y = torch.rand(8, 3, 16),torch.arange(8)%3
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, y), bs=4, num_workers=0)]*2, device='cpu')
+    with pytest.raises(ValueError, match=said): heard(Teacher(model(3, 1), normalize=([.2]*3, [.5]*3)), dls)
+    with pytest.raises(ValueError, match='have the shapes'):
+        Renormalize(([.5]*3, [.5]*3), Normalize(torch.rand(1, 1, 1, 3), torch.rand(1, 1, 1, 3)))
+
+
+def test_height_and_width_of_fastais_transforms():
+    items,batch = [Resize((24, 32)), CropPad((24, 32)), RandomResizedCrop((24, 32))],RandomResizedCropGPU((24, 32))
+    def size(**tfms): return facts_of(NS(dls=NS(loaders=[NS()], **{k:NS(fs=[f]) for k,f in tfms.items()}))).size
+    assert [size(after_item=f) for f in items]==[(24, 32)]*3 and size(after_batch=batch)==(24, 32)
+
+
 def test_tables_that_number_or_normalise_otherwise_are_refused():
     import pandas as pd
     from fastai.tabular.core import Categorify, Normalize as NormalizeTable, TabularPandas
@@ -180,8 +227,7 @@ def test_tables_that_number_or_normalise_otherwise_are_refused():
         df = pd.DataFrame(dict(c=cats*4, x=[float(i)+shift for i in range(len(cats)*4)], y=['n', 'p']*(2*len(cats))))
         to = TabularPandas(df, [Categorify, NormalizeTable], ['c'], ['x'], y_names='y',
                            splits=[list(range(4)), list(range(4))])
-        return SimpleNamespace(dls=to.dataloaders(bs=2, num_workers=0))
-    from types import SimpleNamespace
+        return NS(dls=to.dataloaders(bs=2, num_workers=0))
     from fasterai.distill.teacher.facts import agree
     a,same,other,moved = (facts_of(table(*o)) for o in ((['u', 'v'],), (['u', 'v'],), (['v', 'w'],), (['u', 'v'], 5.)))
     assert agree(a, same).lines==()
