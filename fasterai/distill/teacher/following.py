@@ -9,6 +9,7 @@ __all__ = ['average_of', 'step_towards', 'fitted_decay', 'EMA']
 import math
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Callable
 
 from fastai.callback.training import GradientAccumulation
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ...core.names import unknown_name
 from ..layers.names import unwrap
 from .frozen import bare_copy
+from .given import refuse_no_function
 from .network import is_placed, name_of
 from .protocol import BaseTeacher
 from .teacher import Teacher
@@ -112,6 +114,7 @@ class EMA(BaseTeacher):
         if decay is not None and not 0<=decay<=1: raise ValueError(f"decay must be from 0 to 1, or None, got {decay}")
         if decay==1 and not warm: raise ValueError("decay=1 with warm=False would never move: take less, or warm=True")
         if buffers not in ('copy', 'average'): raise ValueError(unknown_name('buffers', buffers, ['copy', 'average']))
+        refuse_no_function(select, tfms)
         self.decay = decay
         self.warm = warm
         self.buffers = buffers
@@ -203,9 +206,16 @@ def answer(self:EMA,
 def after_step(self:EMA,
     learn, # The student's Learner, after a step of its optimizer
 ):
-    "Move by a step; a student that has been swapped is followed from here"
-    if unwrap(learn.model) is not self.student: return self._change_over(learn)
+    "Move by a step; a student that has been swapped, or has other layers now, is followed from here"
+    if unwrap(learn.model) is not self.student or not self._fits: return self._change_over(learn)
     step_towards(self.averaged, self.student, self.in_force, self.warm)
+
+@patch(as_prop=True)
+def _fits(self:EMA)->bool:
+    "Does the student still have the average's tensors?"
+    return _tensors(self.student)==_tensors(self.model)
+
+def _tensors(net): return [(n, t.shape) for n,t in chain(net.named_parameters(), net.named_buffers())]
 
 @patch
 def _change_over(self:EMA, learn):

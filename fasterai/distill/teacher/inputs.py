@@ -62,6 +62,7 @@ def statistics_of(o):
     except (TypeError, ValueError):
         raise TypeError("normalize: expected (mean, std), a `Normalize`, DataLoaders or a Learner, "
                         f"got {o!r}") from None
+    if not torch.as_tensor(std).gt(0).all(): raise ValueError(f"normalize: std must be above 0, got {std}")
     return [torch.as_tensor(v, dtype=torch.float32).cpu().view(1, -1, 1, 1) for v in (mean, std)]
 
 # %% ../../../nbs/distill/teacher/inputs.ipynb #936b6aba
