@@ -7,7 +7,7 @@ __all__ = ['KnowledgeDistillationCallback', 'get_model_layers', 'get_module_by_n
 
 # %% ../../nbs/distill/distillation_callback.ipynb #85d18ea2
 import warnings
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Callable
 
 from fastai.callback.core import Callback
@@ -26,6 +26,7 @@ from .losses import SoftTarget
 from .teacher.forward import evaluating
 from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
+from .training.keep_batch import refuse_written, writes_into
 from .training.learned import remember
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
@@ -256,14 +257,23 @@ def replace(self:KnowledgeDistillationCallback,
     **changes # Arguments of the callback
 ):
     "A new callback with the same teacher and other arguments; losses and adapters that are modules are copied"
+    self._refuse_teacherless()
     return type(self)(**{'teacher': self.teacher.another(), **self.recipe.arguments(), **changes})
 
 @patch
-def __copy__(self:KnowledgeDistillationCallback): return self.replace()
+def __copy__(self:KnowledgeDistillationCallback):
+    return self._without_teacher() if self.teacher is None else self.replace()
+
+@patch
+def _without_teacher(self:KnowledgeDistillationCallback):
+    "Another one that has been loaded from a file"
+    new = type(self).__new__(type(self))
+    new.__setstate__({k:v for k,v in vars(self).items() if k!='_learn'})
+    return new
 
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
-    new = self.replace()
+    new = copy(self)
     memo[id(self)] = new
     if self.eyes: new.load_learned(deepcopy(self.learned.state_dict()))
     if id(self.learn) in memo: new.learn = memo[id(self.learn)]
@@ -285,7 +295,11 @@ def terms_on(self:KnowledgeDistillationCallback,
         session.meet(record=False)
         with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
         pred,said = self.parts_of(learn, pred)
-        with evaluating(judges): return self.task_loss(learn)(pred, *yb),session.lesson(xb, yb, said)
+        before = writes_into(said)
+        with evaluating(judges):
+            task = self.task_loss(learn)(pred, *yb)
+            refuse_written(said, before)
+            return task,session.lesson(xb, yb, said)
 
 @patch
 def task_loss(self:KnowledgeDistillationCallback, learn)->Callable:

@@ -146,6 +146,7 @@ def replace(self:Remember,
     **changes # Arguments of `Remember`
 ):
     "A new callback with the same teacher and other arguments"
+    self._refuse_teacherless()
     return type(self)(**{'old': self.teacher.another(), 'ce': self.ce, **self.recipe.arguments(), **changes})
 
 # %% ../../../nbs/distill/methods/continual.ipynb #cbb8dc36

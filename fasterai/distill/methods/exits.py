@@ -162,6 +162,7 @@ def replace(self:DeepSupervision,
     **changes # Arguments of the callback
 ):
     "A new callback with other arguments, and exits that have learned nothing"
+    self._refuse_teacherless()
     rest = {k:v for k,v in self.recipe.arguments().items() if k not in ('loss', 'activations_student')}
     return type(self)(**{**self.given, **rest, **changes})
 

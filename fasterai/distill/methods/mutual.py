@@ -89,6 +89,7 @@ def replace(self:MutualLearning,
     **changes # Arguments of the callback
 ):
     "A new callback with other arguments, and copies of the peers as they are now"
+    self._refuse_teacherless()
     now = {**self.recipe.arguments(), 'peers': self.teacher.another(), **self.given}
     return type(self)(**{**now, **changes})
 

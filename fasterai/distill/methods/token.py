@@ -120,6 +120,7 @@ def replace(self:TokenDistillation,
     **changes # Arguments of `TokenDistillation`
 ):
     "A new callback with the same teacher and other arguments"
+    self._refuse_teacherless()
     same = {k:v for k,v in self.recipe.arguments().items() if k!='loss'}
     return type(self)(**{'teacher': self.teacher.another(), 'kind': self.kind, 'T': self.T, **same, **changes})
 

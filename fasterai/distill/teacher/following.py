@@ -9,6 +9,7 @@ __all__ = ['average_of', 'step_towards', 'fitted_decay', 'EMA']
 import math
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Callable
 
 import torch
@@ -26,6 +27,7 @@ from ..layers.capture import Capture, attributes_kept
 from ..layers.names import as_names, unwrap
 from .forward import device_of, same_rng
 from .frozen import bare_copy
+from .given import refuse_no_function
 from .network import is_placed, name_of
 from .protocol import BaseTeacher
 from .teacher import Teacher
@@ -121,6 +123,7 @@ class EMA(BaseTeacher):
         if buffers not in ('copy', 'average'): raise ValueError(unknown_name('buffers', buffers, ['copy', 'average']))
         if mode not in ('eval', 'train'): raise ValueError(unknown_name('mode', mode, ['eval', 'train']))
         self.mode = mode
+        refuse_no_function(select, tfms)
         self.decay = decay
         self.warm = warm
         self.buffers = buffers
@@ -234,9 +237,16 @@ def _say(self:EMA, xb, layers, logits):
 def after_step(self:EMA,
     learn, # The student's Learner, after a step of its optimizer
 ):
-    "Move by a step; a student that has been swapped is followed from here"
-    if unwrap(learn.model) is not self.student: return self._change_over(learn)
+    "Move by a step; a student that has been swapped, or has other layers now, is followed from here"
+    if unwrap(learn.model) is not self.student or not self._fits: return self._change_over(learn)
     step_towards(self.averaged, self.student, self.in_force, self.warm)
+
+@patch(as_prop=True)
+def _fits(self:EMA)->bool:
+    "Does the student still have the average's tensors?"
+    return _tensors(self.student)==_tensors(self.model)
+
+def _tensors(net): return [(n, t.shape) for n,t in chain(net.named_parameters(), net.named_buffers())]
 
 @patch
 def _change_over(self:EMA, learn):

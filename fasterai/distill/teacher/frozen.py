@@ -6,6 +6,7 @@
 __all__ = ['fold_batchnorms', 'bare_copy', 'twin', 'as_dtype', 'frozen_copy', 'integer_copy', 'refresh_copy']
 
 # %% ../../../nbs/distill/teacher/frozen.ipynb #e6ffaa33
+import re
 import warnings
 from collections import Counter
 from copy import deepcopy
@@ -104,11 +105,17 @@ def as_dtype(
 
 # %% ../../../nbs/distill/teacher/frozen.ipynb #d60b901a
 def _cast_weights(model, dtype):
-    for m in model.modules():
+    for name,m in model.named_modules():
         if any(isinstance(o, nn.RNNBase) for o in (m, *m.children())): continue  # its weights, or those that drop out
-        for p in m.parameters(recurse=False):
-            large = isinstance(m, (_ConvNd, nn.Linear)) or p.ndim>1
+        if 'parametrizations' in name.split('.'): continue # a weight is computed from these
+        for n,p in m.named_parameters(recurse=False):
+            large = (isinstance(m, (_ConvNd, nn.Linear)) or p.ndim>1) and not _makes_another(m, n)
             if large and p.is_floating_point(): p.data = p.data.to(dtype)
+
+def _makes_another(m, name):
+    "Do hooks of `spectral_norm`, `weight_norm` or pruning compute a weight from this one?"
+    made = re.sub('_(orig|g|v)$', '', name)
+    return made!=name and made not in m._parameters and hasattr(m, made)
 
 # %% ../../../nbs/distill/teacher/frozen.ipynb #3ea9e24c
 def frozen_copy(

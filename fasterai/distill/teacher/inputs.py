@@ -74,6 +74,7 @@ def statistics_of(o):
     except (TypeError, ValueError):
         raise TypeError("normalize: expected (mean, std), a `Normalize`, DataLoaders or a Learner, "
                         f"got {o!r}") from None
+    if not torch.as_tensor(std).gt(0).all(): raise ValueError(f"normalize: std must be above 0, got {std}")
     return [_of_images(torch.as_tensor(v, dtype=torch.float32).cpu()) for v in (mean, std)]
 
 def _of_images(v): return v.view(1, -1, 1, 1) if v.ndim<2 or v.numel() in v.shape[:2] else v

@@ -17,6 +17,7 @@ from ...core.task import logits_of
 from ..layers.capture import Capture, attributes_kept
 from ..layers.names import as_names, unwrap
 from .forward import device_of, evaluating, same_rng
+from .given import refuse_no_function
 from .protocol import BaseTeacher
 
 # %% ../../../nbs/distill/teacher/oneself.ipynb #2c972b33
@@ -30,6 +31,7 @@ class Oneself(BaseTeacher):
         select=None,      # From the student's output to its logits; None takes a tensor, or the first of a tuple
     ):
         if mode not in ('train', 'eval'): raise ValueError(unknown_name('mode', mode, ('train', 'eval')))
+        refuse_no_function(select)
         self.mode,self.select = mode,select
         self.students = [] # Learners whose fits are running, the innermost last
 

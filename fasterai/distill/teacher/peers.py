@@ -18,6 +18,7 @@ from ..layers.names import unwrap
 from .ensemble import ensemble_logits
 from .forward import device_of, same_rng
 from .network import devices_of, name_of
+from .given import refuse_no_function
 from .protocol import BaseTeacher, shared_with
 
 # %% ../../../nbs/distill/teacher/peers.ipynb #72bcba6a
@@ -33,6 +34,7 @@ class Peers(BaseTeacher):
         nets = [nets] if one else list(nets)
         self.learns = nn.ModuleList([_as_network(o) for o in nets])
         if not nets: raise ValueError("peers is empty: give at least one network beside the student")
+        refuse_no_function(select)
         self.select = select
         self.outs = []         # of the last batch in training, with their graphs
         self.as_student = None # in a fit: the loss of another network, were it the student

@@ -29,7 +29,7 @@ from .facts import agree, facts_of, other_channels, other_inputs
 from .forward import Plan, device_of, same_rng, size_of
 from .frozen import as_dtype, bare_copy, fold_batchnorms, frozen_copy
 from .given import as_list, as_module, as_modules, as_weights, refuse_axis
-from .given import refuse_recorded_stack, with_said
+from .given import refuse_no_function, refuse_recorded_stack, with_said
 from .inputs import Renormalize, not_said, own_inputs, resize_batch
 from .network import Network, devices_of, name_of
 from .protocol import AdaptedTeacher, BaseTeacher, Nobody, shared_with
@@ -66,6 +66,7 @@ class Teacher(BaseTeacher):
         shard=False,        # Under `distrib_ctx`: in pieces on all ranks?
     ):
         "Raises TypeError for what is no network, ValueError for an unknown dtype or weights that do not fit"
+        refuse_no_function(select, tfms)
         self.facts = [with_said(facts_of(m), classes, normalize, size) for m in as_list(models)] # of the data of each
         self.models = as_modules(models)
         self.weights = as_weights(weights, len(self.models))

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..layers.adapters import Adapters, adapter
 from ..layers.capture import Capture
@@ -38,7 +39,8 @@ class Eyes:
 
     def open(self):
         "Context of a forward whose maps are captured"
-        if self.shapes is None: self.statistics = [(b, b.clone()) for b in unwrap(self.model).buffers()]
+        if self.shapes is None:
+            self.statistics = [(b, b.clone()) for b in unwrap(self.model).buffers() if not is_lazy(b)]
         return self.capture or nullcontext()
 
     @contextmanager
@@ -79,6 +81,9 @@ class Eyes:
 def _needs_adapters(recipe):
     return isinstance(recipe.adapters, dict) or recipe.adapters=='auto' and any(o.same_shape for o in recipe.terms)
 
+def _needs_placers(recipe):
+    return recipe.adapters=='auto' and any(o.same_positions and not o.same_shape for o in recipe.terms)
+
 def _build_placers(fm_s, fm_t):
     "Modules without parameters that lay tokens out as a grid, or a grid as tokens; None if no pair needs one"
     def place(s, t): return adapter(s.shape, t.shape).place if s.ndim!=t.ndim and min(s.ndim, t.ndim)>2 else None
@@ -110,7 +115,8 @@ def _build(self:Eyes, fm_s, fm_t, teacher):
     if not series and not any(is_series(x.shape, both[1][k]) for k,x in fm_t.items()): both = None
     if not fm_t: return None,None,both
     fm_s,fm_t = _as_grids(both, fm_s, fm_t)
-    return self._build_adapters(fm_s, fm_t, series),_build_placers(fm_s, fm_t),both
+    placers = _build_placers(fm_s, fm_t) if _needs_placers(self.recipe) else None
+    return self._build_adapters(fm_s, fm_t, series),placers,both
 
 @patch
 def _build_adapters(self:Eyes, fm_s, fm_t, series):

@@ -12,6 +12,7 @@ from typing import Callable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 # %% ../../../nbs/distill/training/learned.ipynb #344787c5
 def _kept(attributes):
@@ -21,10 +22,13 @@ def _kept(attributes):
 def remember(
     *modules:nn.Module, # Whatever learns
 )->Callable:
-    "A function that puts `modules` back as they are now: structure, attributes and values, in the same objects"
+    """A function that puts `modules` back as they are now: structure, attributes and values, in the same objects.
+    ValueError for one of PyTorch's lazy ones that no batch has given a size"""
     mods = [m for module in modules for m in module.modules()]
     attributes = [(m, _kept(vars(m))) for m in mods]
     tensors = [t for m in mods for t in chain(m._parameters.values(), m._buffers.values()) if t is not None]
+    if any(map(is_lazy, tensors)):
+        raise ValueError(f"{_lazy_one(mods)!r} learns beside the student and has no values yet: make it with its sizes")
     values = [(t, t.detach().clone()) for t in tensors]
 
     @torch.no_grad()
@@ -34,3 +38,5 @@ def remember(
             vars(m).update(_kept(was))
         for t,was in values: t.copy_(was)
     return restore
+
+def _lazy_one(mods): return next(m for m in mods if any(map(is_lazy, m.parameters(recurse=False))))

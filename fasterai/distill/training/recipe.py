@@ -85,6 +85,7 @@ class Recipe:
         self._check_adapters()
         self._check_schedules()
         self._check_layers()
+        self._check_taken()
 
     @classmethod
     def of(cls,
@@ -172,6 +173,16 @@ def _check_layers(self:Recipe):
                              "(match_feature_layers finds them)")
     if (self.layers_s or self.layers_t) and not any(o.takes_features for o in self.terms):
         raise ValueError(f"layers were given, but {', '.join(o.name for o in self.terms)} takes no feature maps")
+
+@patch
+def _check_taken(self:Recipe):
+    "That somebody takes what was given beside the layers"
+    names = ', '.join(o.name for o in self.terms)
+    if self.mask is not None and 'mask' not in self.needs:
+        raise ValueError(f"mask was given, but {names} takes none: a loss that does names a parameter `mask`")
+    if not isinstance(self.adapters, dict) or not self.adapters or self.layers_s and self.layers_t: return
+    raise ValueError(f"adapters were given for {', '.join(map(repr, self.adapters))}, but {names} compares no layer "
+                     "of the student with one of the teacher")
 
 # %% ../../../nbs/distill/training/recipe.ipynb #ff03c471
 @patch

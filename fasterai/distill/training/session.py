@@ -24,7 +24,7 @@ from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
 from .first_look import check_first, warn_of_softmax
-from .keep_batch import on_copies
+from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import remember
 from .lesson import (
     detached, device_of, facts_for, full_precision, mask_of, mixed, stand_in, target_of)
@@ -208,6 +208,7 @@ def asks(self:Session, training:bool)->bool:
 def stop_listening(self:Session):
     "Take the hooks off the student; what they captured is kept for the lesson"
     self.hooks.close()
+    if self.asks(self.learn.training): self.fit.notes['writes'] = writes_into(self.learn.pred)
 
 # %% ../../../nbs/distill/training/session.ipynb #b4fc4016
 @patch
@@ -284,6 +285,7 @@ def teach(self:Session):
     if not (asks or training): return
     xb,yb = full_inputs(learn),learn.yb
     task = learn.loss_grad.as_subclass(torch.Tensor) if len(yb) else None # a subclass costs a detour for each sum
+    if asks: refuse_written(learn.pred, self.fit.notes.pop('writes', []))
     parts = self.lesson(xb, yb, learn.pred) if asks else {}
     distill = [parts.get(o.name) for o in self.kd.recipe.terms]
     self.kd.log.add([self._task_alone(task), *distill], self.weight, find_bs(xb), training)

@@ -13,7 +13,7 @@ from typing import Iterable
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import Lookahead, OptimWrapper
 from fastai.torch_core import norm_bias_params
 from fastcore.foundation import L
 from torch import nn
@@ -36,6 +36,16 @@ class OptimizerGuests:
         "The optimizer's state by parameter"
         return (self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt).state
 
+    @property
+    def has_slow(self)->bool: return isinstance(self.opt, Lookahead) and self.opt.slow_weights is not None
+
+    @property
+    def slow(self)->dict:
+        "`Lookahead`'s slow weights of the last group by parameter"
+        return dict(zip(self.opt.param_lists[-1], self.opt.slow_weights[-1])) if self.has_slow else {}
+
+    def set_slow(self, slow): self._set_last(self.opt.param_lists[-1], slow)
+
     def add(self, params, states=None):
         "Let `params` in, with the optimizer's `states` for them if they had been in another one"
         self._set_last([*self.opt.param_lists[-1], *params])
@@ -53,16 +63,22 @@ class OptimizerGuests:
         if not self.params: [vars(self.opt).pop(k, None) for k in ('state_dict', 'load_state_dict')]
         return {p:self.states.pop(p) for p in params if p in self.states}
 
-    def _set_last(self, ps):
+    def _set_last(self, ps, slow=None):
+        slow = {**self.slow, **(slow or {})}
         self.opt.param_lists = self.opt.param_lists[:-1] + [ps if isinstance(self.opt, OptimWrapper) else L(ps)]
+        if not self.has_slow: return
+        last = L(slow[p] if p in slow else p.detach().clone() for p in ps)
+        self.opt.slow_weights = self.opt.slow_weights[:-1] + [last]
 
     @contextmanager
     def outside(self):
         "The optimizer without its guests"
-        params = list(self.params)
+        params,slow = list(self.params),self.slow
         states = self.remove(params)
         try: yield self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
-        finally: self.add(params, states)
+        finally:
+            self.add(params, states)
+            self.set_slow({p:slow[p] for p in params if p in slow})
 
     def state_dict(self):
         with self.outside() as opt: return opt.state_dict()
@@ -138,8 +154,12 @@ def remember_states(
     along:TrainAlong, # While it is joined
 )->callable:
     "A function that gives the optimizer its present states for the parameters back"
-    states = OptimizerGuests.of(along.joined).states
-    was = {p:deepcopy(states.get(p, {})) for p in along.params}
+    guests = OptimizerGuests.of(along.joined)
+    was = {p:deepcopy(guests.states.get(p, {})) for p in along.params}
+    slow = {p:o.clone() for p,o in guests.slow.items() if p in was}
     def restore():
-        if along.joined is not None: OptimizerGuests.of(along.joined).states.update(was)
+        if along.joined is None: return
+        guests = OptimizerGuests.of(along.joined)
+        guests.states.update(was)
+        guests.set_slow(slow)
     return restore

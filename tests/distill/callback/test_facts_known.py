@@ -22,7 +22,7 @@ from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.keep_batch import on_copies
 from fasterai.distill.training.views import StudentSees
 from helpers import data, learner, n_hooks, net, same, state
-from kd_helpers import KD, layers, teacher
+from kd_helpers import KD, CPUMixedPrecision, layers, teacher
 
 
 def tokens(n=16, length=6, classes=5):
@@ -425,6 +425,20 @@ def test_a_student_that_writes_into_its_batch_changes_not_what_the_teacher_is_as
     xs = [x for i in range(2) for x in xs[8*i:8*i+4]][-len(asked):] # four to train, four to validate
     assert len(asked)==(8 if start_pct==0 else 4)
     for x,got in zip(xs, asked): assert x.equal(got)
+
+
+class Halved(nn.Module):
+    def forward(self, pred, y): return F.cross_entropy(pred.div_(2.), y)
+
+
+@pytest.mark.parametrize('cbs', [[], [CPUMixedPrecision()]], ids=['fp32', 'autocast'])
+def test_a_task_s_loss_that_writes_into_the_output_is_refused(cbs):
+    learn,kd = learner(loss_func=Halved()),KD(teacher(), Logits)
+    before = state(learn.model)
+    with pytest.raises(ValueError, match=r"pred.clone\(\)"): learn.fit(1, cbs=[kd, *cbs])
+    assert same(before, state(learn.model))
+    with pytest.raises(ValueError, match=r"pred.clone\(\)"): kd.terms_on(learn, *[(o,) for o in learn.dls.one_batch()])
+    learner(loss_func=Halved()).fit(1, cbs=[KD(teacher(), weight=0.), *cbs])
 
 
 class WritesNowAndThen(nn.Module):

@@ -1,4 +1,5 @@
 "Pairs of layers: their order, their names, what is refused"
+import math
 from functools import partial
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from torch import nn
 
 from fasterai.core.schedule import Schedule, lin
+from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import *
-from helpers import block, learner, n_hooks, net, same, state
+from helpers import block, data, learner, n_hooks, net, same, state
 from kd_helpers import KD, teacher, layers
 
 
@@ -75,6 +77,11 @@ def test_weights_and_adapters_are_checked_at_construction():
     with pytest.raises(ValueError, match='weight of a loss'): KD(teacher(), {SoftTarget: -1})
     with pytest.raises(ValueError, match="'atuo'"): KD(teacher(), adapters='atuo')
     with pytest.raises(ValueError, match='match_feature_layers'): KD(teacher(), Attention)
+    with pytest.raises(ValueError, match="given for 'zz', but SoftTarget compares no layer"):
+        KD(teacher(), adapters={'zz': nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match='VID takes none'): KD(teacher(), VID(), '0', '0', mask=lambda x: x)
+    with pytest.raises(ValueError, match='LazyConv2d.*make it with its sizes'):
+        KD(teacher(), FitNet, '0', '0', adapters={'0': nn.LazyConv2d(8, 1)})
 
 
 def test_maps_and_tokens_are_compared_by_position():
@@ -100,3 +107,32 @@ def test_maps_and_tokens_are_compared_by_position():
         assert a[-2:]==b[-2:] if len(b)==3 else a[0]==b[0]
         assert n>0 and kd.log.history.notna().all().all()
         learner(student).fit(1, cbs=KD(teacher_, Attention, s, t))
+
+
+@pytest.mark.parametrize('adapters', ['auto', None])
+def test_losses_that_compare_samples_take_tokens_beside_a_map_of_any_proportions(adapters):
+    class Shaped(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.lin,self.map = nn.Linear(192, math.prod(shape)),nn.Unflatten(1, shape)
+            self.head = nn.Linear(math.prod(shape), 3)
+        def forward(self, x): return self.head(self.map(self.lin(x.flatten(1))).flatten(1))
+    s,t = Shaped(9, 4),Shaped(6, 2, 5)
+    learn = learner(s, data(n=8))
+    x = learn.dls.train.one_batch()[0]
+    want = Similarity([s.map(s.lin(x.flatten(1)))], [t.map(t.lin(x.flatten(1)))]).item()
+    kd = KD(t, Similarity, 'map', 'map', adapters=adapters)
+    learn.fit(1, 0., cbs=kd)
+    assert kd.log.history.distill_loss.iloc[0]==pytest.approx(want, rel=1e-5)
+    with pytest.raises(ValueError, match='no grid'): learner(s).fit(1, cbs=KD(t, CWD, 'map', 'map'))
+
+
+def test_a_lazy_student_is_built_by_its_first_batch():
+    def trained(*cbs):
+        learn = learner(nn.Sequential(nn.LazyConv2d(4, 3, 2, 1), nn.LazyBatchNorm2d(), nn.AdaptiveAvgPool2d(1),
+                                      nn.Flatten(), nn.LazyLinear(3)))
+        torch.manual_seed(0)
+        learn.fit(1, cbs=cbs)
+        return learn.model.parameters()
+    kd = KD(teacher(), FitNet, '1', '0', task_weight=1., weight=1e-9)
+    for a,b in zip(trained(), trained(kd)): torch.testing.assert_close(a, b)

@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.training import GradientClip
-from fastai.optimizer import Adam, OptimWrapper
+from fastai.optimizer import Adam, OptimWrapper, ranger
 from torch import nn
 
 from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import *
-from helpers import GradsAt, block, learner, same, state
+from helpers import GradsAt, block, learner, net, same, state
 from kd_helpers import KD, teacher, layers
 
 
@@ -115,3 +115,22 @@ def test_learned_weights_load_before_the_first_batch():
         def before_step(self): seen.append(state(b.learned))
     learner(opt_func=Adam).fit(1, cbs=[b, First()])
     assert all(torch.equal(seen[0][k], saved[k]) for k,_ in b.learned.named_parameters())
+
+
+def test_lookahead_draws_the_adapters_of_a_fit_to_their_own_past(tmp_path):
+    learn,norms = learner(opt_func=ranger, path=tmp_path),[] # it looks ahead every six steps
+    learn.fit(2, cbs=KD(teacher(), FitNet, **layers))
+    n = sum(1 for _ in learn.model.parameters())
+    own = nn.Conv2d(4, 6, 1) # of another shape than the adapter before
+    with torch.no_grad():
+        for p in own.parameters(): p.zero_()
+    kd = KD(net(width=6, seed=1), FitNet, '0', '0', adapters={'0': own})
+    class Norms(GradsAt):
+        def before_fit(self): pass
+        def before_step(self): pass
+        def after_step(self):
+            norms.append(sum(p.norm().item() for p in own.parameters()))
+            assert len(self.learn.opt.state_dict()['slow_weights'][0])==n
+    learn.fit(2, 1e-9, cbs=[kd, Norms()])
+    assert len(norms)==8 and max(norms)<1e-6
+    assert len(learn.opt.slow_weights[0])==n

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
 from fastai.callback.schedule import Learner  # noqa: F401  with `lr_find`
 from fastai.metrics import accuracy
-from fastai.optimizer import SGD, Adam
+from fastai.optimizer import SGD, Adam, ranger
 from torch import nn
 
 from fasterai.distill.loss.learned import VID
@@ -77,11 +77,12 @@ def test_a_fit_within_a_fit_distils_and_so_does_the_outer_one_to_its_end():
     assert len(kd.log.history)==3*len(learn.dls.train) # the inner fit has a log of its own
 
 
-def test_lr_find_within_a_fit_gives_adapters_and_their_momentum_back(tmp_path):
+@pytest.mark.parametrize('opt_func', [Adam, ranger], ids=['Adam', 'ranger'])
+def test_lr_find_within_a_fit_gives_adapters_and_their_momentum_back(opt_func, tmp_path):
     def run(act):
         kd = KD(teacher(), FitNet, **layers)
         torch.manual_seed(0)
-        learn = learner(opt_func=Adam, path=tmp_path)
+        learn = learner(opt_func=opt_func, path=tmp_path)
         def keep_order(l):
             was = [copy.deepcopy(dl.rng) for dl in l.dls.loaders]
             act(l)

@@ -124,6 +124,11 @@ def test_export_and_pickle_hold_no_teacher(tmp_path):
     with pytest.raises(ValueError, match='without its teacher'):
         loaded.dls = learn.dls
         loaded.fit(1)
+    again = copy.deepcopy(loaded) # without a teacher, as it is
+    kd = again.cbs[-1]
+    assert kd is not loaded.cbs[-1] and kd.learn is again and copy.copy(kd).teacher is None
+    with pytest.raises(ValueError, match='without its teacher'): kd.replace(weight=.1)
+    again.validate()
 
 
 def _x(i): return torch.tensor([i, -i, 1, 0.])/40

@@ -343,6 +343,22 @@ def test_a_student_swapped_in_the_middle_is_followed():
     assert kd.teacher.student is learn.model and kd.teacher._n==4 # three more steps
 
 
+@pytest.mark.parametrize('grown', [nn.BatchNorm2d(4), nn.Identity()], ids=['tensors', 'none'])
+def test_a_student_that_gains_a_layer_in_the_middle_is_followed_from_there(grown):
+    class Grow(Callback):
+        order = 20
+        def after_epoch(self):
+            if self.learn.epoch: return
+            self.learn.model[0] = nn.Sequential(*self.learn.model[0], grown)
+            self.learn.create_opt()
+            self.learn.opt.set_hypers(lr=.01)
+    learn,kd = learner(),callback()
+    learn.fit(2, cbs=[kd, Grow()])
+    own = kd.teacher.model.state_dict()
+    assert [*own]==[*learn.model.state_dict()] or not [*grown.parameters()]
+    assert kd.teacher._n==(4 if [*grown.parameters()] else 9)
+
+
 def test_the_best_epoch_is_loaded_and_the_average_is_left_alone(tmp_path):
     learn,kd = learner(metrics=accuracy, path=tmp_path),callback()
     learn.fit(3, cbs=[kd, SaveModelCallback(monitor='accuracy')])

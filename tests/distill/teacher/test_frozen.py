@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from fasterai.distill.teacher.frozen import bare_copy, refresh_copy, twin
 from fasterai.distill.teacher.teacher import Teacher, fold_batchnorms, frozen_copy
@@ -54,6 +55,15 @@ def test_norms_and_vectors_stay_in_fp32(net):
     assert half[1].running_var.dtype==half[1].weight.dtype==torch.float32 and half[8].bias.dtype==torch.bfloat16
     assert half[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not any(p.requires_grad for p in half.parameters())
+
+@pytest.mark.parametrize('made', [
+    parametrizations.orthogonal, parametrizations.spectral_norm, parametrizations.weight_norm,
+    nn.utils.spectral_norm, nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, 'weight', .5)])
+def test_what_a_weight_is_computed_from_stays_in_fp32(made, x):
+    torch.manual_seed(0)
+    net = nn.Sequential(made(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad(): want = net.eval()(x)
+    assert 0<rel_err(Teacher(net, dtype='bf16')(x)[0], want)<.03
 
 def test_transformers_in_half_precision():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)

@@ -94,7 +94,12 @@ def test_masked_classes_are_no_error(x):
     (dict(dtype='bf61'), ValueError, "unknown dtype 'bf61'.*'bf16'"),
     (dict(dtype=torch.int8), ValueError, "unknown dtype 'int8'"),
     (dict(weights=[1, 2]), ValueError, 'weights must be 1 positive'), (dict(weights=[0]), ValueError, 'positive'),
-    (dict(tfms=[None]*2), ValueError, 'tfms has 2 entries for 1')])
+    (dict(tfms=[None]*2), ValueError, 'tfms has 2 entries for 1'),
+    (dict(weights=[float('nan')]), ValueError, 'positive'), (dict(weights=[torch.inf]), ValueError, 'positive'),
+    (dict(models=[Teacher(nn.Linear(2, 2))]), TypeError, 'a teacher goes alone'),
+    (dict(select='logits'), TypeError, "select must be a function .* got 'logits'"),
+    (dict(tfms=3), TypeError, 'tfms must be a function .* got 3'),
+    (dict(normalize=(.5, [.2, 0.])), ValueError, r'std must be above 0, got \[0.2, 0.0\]')])
 def test_bad_arguments(net, args, error, match):
     with pytest.raises(error, match=match): Teacher(**{'models': net, **args})
 
