@@ -9,6 +9,7 @@ __all__ = ['Fit', 'FitWatch', 'watch', 'unwatch']
 from contextlib import ExitStack
 from functools import partial
 
+from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastcore.foundation import L
 
@@ -37,6 +38,7 @@ class FitWatch:
         with fit.leaving:
             self.fits.append(fit)
             fit.leaving.callback(self.fits.remove, fit)
+            fit.leaving.callback(_unmix, self.learn, self.learn.loss_func)
             return run()
 
     def _run_batch(self, run):
@@ -57,6 +59,12 @@ class FitWatch:
         s = {k:v for k,v in s.items() if k not in ('_with_events', '__getstate__') and id(v) not in passing}
         s['opt'] = s.get('opt') # None for one that holds parameters of a fit: the next fit makes another
         return {**s, **{k: L(o for o in s[k] if id(o) not in passing) for k in ('cbs', '_metrics')}}
+
+# %% ../../nbs/core/leaving.ipynb #77ba12be
+def _unmix(learn, before):
+    "Take out the loss function that fastai's `MixUp` leaves in the Learner after an error"
+    mix = getattr(learn.loss_func, '__self__', None)
+    if isinstance(mix, MixHandler) and learn.loss_func!=before: learn.loss_func = mix.old_lf
 
 # %% ../../nbs/core/leaving.ipynb #4b71f923
 def watch(

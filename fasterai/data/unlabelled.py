@@ -7,6 +7,7 @@ __all__ = ['UNLABELLED', 'Extended', 'items_in', 'refuse_table', 'inputs_of', 'i
            'with_train', 'with_rows', 'labelled_part']
 
 # %% ../../nbs/data/unlabelled.ipynb #d441f1d3
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 from itertools import islice
@@ -48,6 +49,18 @@ class Extended(GetAttr):
         if self.n_classes is not None: y = F.one_hot(torch.as_tensor(y).long(), self.n_classes).float()
         return (*xs, y)
 
+# %% ../../nbs/data/unlabelled.ipynb #964db2e3
+@patch
+@contextmanager
+def set_split_idx(self:Extended,
+    i:int, # 0: as in training, 1: as in validation
+):
+    "Context in which the transforms of all rows are those of this split"
+    with ExitStack() as stack:
+        for o in self.labelled,self.inputs:
+            if hasattr(o, 'set_split_idx'): stack.enter_context(o.set_split_idx(i))
+        yield self
+
 # %% ../../nbs/data/unlabelled.ipynb #2b777cdc
 @patch
 def decode(self:Extended,
@@ -70,6 +83,7 @@ def items_in(
     refuse_table(dsets, "the training's data set")
     while isinstance(dsets, Extended): dsets = dsets.labelled
     from_rows = isinstance(dsets, (Datasets, TfmdLists))
+    _refuse_what_is_made(items, from_rows)
     if from_rows and isinstance(items, pd.DataFrame): items = [r for _,r in items.iterrows()]
     refuse_table(items, 'items')
     if isinstance(items, (str, bytes)) or not (hasattr(items, '__len__') and hasattr(items, '__getitem__')):
@@ -78,6 +92,14 @@ def items_in(
     return items.tolist() if isinstance(items, pd.Series) else items
 
 # %% ../../nbs/data/unlabelled.ipynb #27cb7da8
+def _refuse_what_is_made(items, from_rows):
+    "TypeError for what fastai makes of items"
+    if isinstance(items, DataLoaders):
+        raise TypeError("items must be a list, got DataLoaders: give the files or rows that they are made of")
+    if from_rows and isinstance(items, (Datasets, TfmdLists)):
+        raise TypeError(f"items must be a list of what the data's transforms start from, got a {type(items).__name__} "
+                        "that has been through its own: give its `items`")
+
 def refuse_table(
     o,        # Items, or a data set
     what:str, # What it is, for the error
@@ -209,11 +231,13 @@ def with_train(
 def with_rows(
     dl,      # A loader of fastai, perhaps one that draws rows by weight, or a part of them
     dataset, # That has more rows at the end, or fewer
+    rows=None, # Numbers of its rows among those of `dl`; None: the first ones
 ):
     "A loader like `dl` of `dataset`; new rows have the mean weight"
     if hasattr(dl, 'partial_n'): return dl.new(dataset, partial_n=dl.partial_n)
     wgts,n = getattr(dl, 'wgts', None),len(dataset)
     if wgts is None: return dl.new(dataset)
+    if rows is not None: return dl.new(dataset, wgts=wgts[rows])
     return dl.new(dataset, wgts=np.append(wgts, [wgts.mean()]*(n-len(wgts)))[:n])
 
 # %% ../../nbs/data/unlabelled.ipynb #518edd87

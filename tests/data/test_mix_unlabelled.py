@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fasterai.core.rows import as_in_validation
 from fasterai.core.seeds import same_start
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.methods.pseudo_labels import pseudo_labels
@@ -103,6 +104,8 @@ def test_images_without_labels_are_augmented_as_those_of_the_training(folder):
     mixed = mix_unlabelled(dls, [ramp], ratio=1)
     seen = [mixed.train.do_item(16)[0] for _ in range(8)]
     assert len({o.tobytes() if hasattr(o, 'tobytes') else o.numpy().tobytes() for o in seen})>1
+    with as_in_validation(mixed.train_ds): still = [mixed.train_ds[16][0] for _ in range(4)]
+    assert len({np.asarray(o).tobytes() for o in still})==1 and mixed.train_ds.inputs.split_idx==0
     ramp.unlink()
 
 

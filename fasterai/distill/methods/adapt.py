@@ -29,6 +29,7 @@ from ..loss.base import as_loss
 from ..losses import SoftTarget
 from .priors import batch_norms, imbalance
 from ..study.one_run import fit_one_cycle, quiet
+from ..teacher.facts import facts_of, refuse_other_data
 from ..teacher.following import EMA, fitted_decay
 from ..teacher.frozen import bare_copy
 from ..teacher.network import name_of
@@ -53,6 +54,9 @@ def Entropy(
 def _batches(learn, items, bs):
     "A loader of the items, shuffled, in whole batches. Warns of small ones"
     refuse_plain(items if hasattr(items, 'batch_sampler') else learn.dls.valid, 'adapt')
+    if isinstance(items, DataLoaders): raise TypeError("items must be a list or one loader, such as dls.train, got "
+                                                       "DataLoaders")
+    if isinstance(items, DataLoader): refuse_other_data('items', items, facts_of(learn), classes=False)
     dl = items if isinstance(items, DataLoader) else items_dl(learn.dls, items)
     n = len(dl.dataset)
     bs = min(bs, n)
@@ -126,8 +130,8 @@ def adapt(
     bs:int=64,             # Items in a batch, whose statistics are taken together
     loss:Callable=None,    # Of the training; None: `Entropy` for 'tent', `SoftTarget` at T=1 for 'ema'
 )->Learner:
-    """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm, no items or no
-    epochs; warns of batches under 32"""
+    """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm, no items, a loader
+    that normalises otherwise, or no epochs; warns of batches under 32"""
     if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
     if epochs is not None: whole_number('epochs', epochs)
     _refuse_without_statistics(learn)

@@ -61,8 +61,11 @@ def _of_later_classes(func, first):
     return func
 
 def _is_of_classes(w, first):
-    "Does `w` look like a number for each class, the later ones too?"
-    return isinstance(w, Tensor) and not isinstance(w, nn.Parameter) and w.ndim==1 and len(w)>first
+    "Does `w` look like a number for each class? ValueError if it is for the old ones alone"
+    if not isinstance(w, Tensor) or isinstance(w, nn.Parameter) or w.ndim!=1: return False
+    if len(w)!=first: return len(w)>first
+    raise ValueError(f"the loss function has a weight for each of the {first} old classes, and none for the new ones: "
+                     "give the Learner one with a weight for each class")
 
 # %% ../../../nbs/distill/methods/columns.ipynb #06a8161b
 class OneHotBCE(nn.Module):

@@ -9,7 +9,6 @@ __all__ = ['head_of', 'classes_of', 'head_of_learner', 'same_beginning', 'grow_h
 from contextlib import ExitStack
 from functools import partial
 from numbers import Integral
-from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -28,7 +27,7 @@ from ..layers.names import unwrap
 from ..loss.remember import ICaRL, LwF
 from .columns import CES, of_columns
 from ..study.one_run import streams_kept
-from ..teacher.facts import facts_of
+from ..teacher.facts import facts_of, facts_of_data, refuse_other_data
 from ..teacher.frozen import frozen_copy
 
 # %% ../../../nbs/distill/methods/continual.ipynb #45a3e482
@@ -44,28 +43,33 @@ def classes_of(
     dls, # `DataLoaders`
 )->tuple|None:
     "Names of the classes in the order of their columns; None where the data do not say"
-    return facts_of(SimpleNamespace(dls=dls)).classes
+    return facts_of_data(dls).classes
 
 # %% ../../../nbs/distill/methods/continual.ipynb #476054ba
 def head_of_learner(
     learn:Learner, # Whose data may say how many classes there are
 )->tuple[str, nn.Linear]:
-    "The last `nn.Linear` of its model; where that has not an output for each class, the one that gives the logits"
+    """The last `nn.Linear` of its model; where that has not an output for each class, the one that gives the logits.
+    ValueError where none does"""
     last,classes = head_of(learn.model),classes_of(learn.dls)
     n = len(classes) if classes else getattr(learn.dls, 'c', None)
-    return last if n in (None, last[1].out_features) else _gives_logits(learn) or last
+    if n in (None, last[1].out_features): return last
+    ran,z = _outputs(learn)
+    found = next((o for o,out in reversed(ran) if out.shape==z.shape and torch.equal(out, z)), None)
+    if found or z is None or last[1].out_features in z.shape[1:]: return found or last
+    raise ValueError(f"no nn.Linear of the {type(unwrap(learn.model)).__name__} gives its logits {tuple(z.shape)}, and "
+                     f"the last one, {last[0]!r}, has {last[1].out_features} outputs: a head must be an nn.Linear")
 
-def _gives_logits(learn):
-    "The `nn.Linear` whose output for a batch is what the model returns; None if there is none"
+def _outputs(learn):
+    "Each `nn.Linear` with what it gave for a batch, and the logits; nothing and None for a batch that is not for them"
     net,ran = unwrap(learn.model),[]
     linear = [(n, m) for n,m in net.named_modules() if isinstance(m, nn.Linear)]
     with streams_kept(): xb = to_model(net, split_batch(learn.dls, tuplify(one_batch(learn.dls)))[0])
     with as_found(net), ExitStack() as stack:
         for n,m in linear:
             stack.callback(m.register_forward_hook(lambda _, x, out, o=(n, m): ran.append((o, out))).remove)
-        try: z = logits_of(net(*seen_by_student(learn, xb)), who='student')
-        except Exception: return # these data are not for it
-    return next((o for o,out in reversed(ran) if out.shape==z.shape and torch.equal(out, z)), None)
+        try: return ran,logits_of(net(*seen_by_student(learn, xb)), who='student')
+        except Exception: return [],None
 
 # %% ../../../nbs/distill/methods/continual.ipynb #4cd0d012
 def same_beginning(
@@ -95,8 +99,8 @@ def grow_head(
     new:int|DataLoaders, # Number of new classes; or the next data, whose vocabulary goes on, and which `learn` then has
 )->nn.Module:
     """Add rows for new classes to the head; returns the frozen old model, for a teacher. ValueError for no new class, a
-    vocabulary in another order, a head of other classes than the data, or one whose weight is not its own alone:
-    `learn` is then as it was"""
+    vocabulary in another order, words or a normalisation other than before, a head of other classes than the data, one
+    that is no `nn.Linear`, or whose weight is not its own alone: `learn` is then as it was"""
     name,head = head_of_learner(learn)
     n_new = new if isinstance(new, Integral) else _n_more(learn, new, name, head.out_features)
     if n_new<1: raise ValueError(f"new must add a class or more to the {head.out_features} of {name!r}, got {n_new}")
@@ -112,6 +116,7 @@ def _n_more(learn, dls, name, n):
     before,after = classes_of(learn.dls),classes_of(dls)
     if after is None: raise ValueError("new: these DataLoaders name no classes, give the number of new ones")
     same_beginning(before, after, 'new')
+    refuse_other_data('new', dls, facts_of(learn), classes=False)
     if before is None or len(before)==n: return len(after)-n
     raise ValueError(f"the head {name!r} has {n} outputs, and learn's data {len(before)} classes, so that its rows "
                      "have no names: give learn the data that it was trained on, or the number of new classes")

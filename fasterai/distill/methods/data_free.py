@@ -31,8 +31,9 @@ from ..layers.names import unwrap
 from ..losses import SoftTarget
 from .dream import (Still, checked_size, dream, pixel_bounds,
                                             refuse_without_statistics, vocab_of)
-from .dreams import picture_type, refuse_other_pictures
+from .dreams import picture_type
 from .priors import BatchNormGap, batch_norms, disagreement, imbalance, inactivity
+from ..teacher.facts import refuse_other_data
 from ..teacher.forward import evaluating
 from ..teacher.teacher import Teacher
 
@@ -260,7 +261,7 @@ def data_free_learner(
     if not isinstance(student, nn.Module): raise TypeError(f"student: expected a network, got {type(student).__name__}")
     size,still,how = checked_size(size),Still(teacher),_way(method, way or {})
     refuse_without_statistics(still, how.bn, 'way=dict(bn=0)')
-    if valid is not None: refuse_other_pictures(valid, still.facts)
+    if valid is not None: refuse_other_data('valid', valid, still.facts, whose="the teacher's")
     nothing = TfmdDL(_Nothing(bs*n_batches, size), bs=bs, num_workers=0)
     dls = DataLoaders(nothing, valid or TfmdDL(_Nothing(0, size), bs=bs, num_workers=0), device=still.device)
     learn = Learner(dls, student, **{'loss_func': CrossEntropyLossFlat(), **kwargs})

@@ -15,6 +15,7 @@ from fastai.torch_core import TensorCategory
 from fastcore.basics import GetAttr, patch
 from torch import Tensor, nn
 
+from ...core.rows import as_in_validation
 from ...core.task import class_of_each, has_class, loader_like, refuse_plain, seen_by_student, split_batch
 from ...data.unlabelled import Extended, refuse_table, with_rows, with_train
 from ..layers.capture import Capture, as_found, to_model
@@ -39,7 +40,7 @@ def features_of(
     dl = loader_like(learn.dls.valid, _Still(dataset), shuffle=False, drop_last=False)
     layer = f'{head_of_learner(learn)[0]}:input'
     features,labels = [],[]
-    with as_found(learn.model), Capture(learn.model, [layer], detach=True) as c:
+    with as_found(learn.model), Capture(learn.model, [layer], detach=True) as c, as_in_validation(dataset):
         for b in dl:
             xb,yb = split_batch(learn.dls, b)
             learn.model(*to_model(learn.model, seen_by_student(learn, xb)))
@@ -88,7 +89,8 @@ def add(self:Exemplars,
     learn:Learner, # Trained on the new classes; left as it was
     dataset=None,  # Labelled rows; None: its training set
 )->Exemplars:
-    "Keep rows of the classes that are not there yet; returns self. ValueError for classes in another order"
+    """Keep rows of the classes that are not there yet, without augmentation; returns self. ValueError for classes in
+    another order"""
     dataset = learn.dls.train_ds if dataset is None else dataset
     refuse_table(dataset, 'dataset')
     classes = classes_of(learn.dls)
@@ -101,7 +103,8 @@ def add(self:Exemplars,
     for c in new:
         own = (labels==c).nonzero().flatten()
         picked = own[herd(features[own], n)].tolist()
-        self.rows[c] = [split_batch(learn.dls, tuple(dataset[i]))[0] for i in picked]
+        with as_in_validation(dataset):
+            self.rows[c] = [split_batch(learn.dls, tuple(dataset[i]))[0] for i in picked]
     self.classes = classes
     return self
 
@@ -146,7 +149,9 @@ def nearest_mean(
     memory:Exemplars, # Of each class
 )->Learner:
     """A Learner of a copy of the model that answers by the nearest mean, for `validate`, `predict` and `export`.
-    Rebuffi et al. (iCaRL), CVPR 2017, arXiv 1611.07725. ValueError for a class without examples"""
+    Rebuffi et al. (iCaRL), CVPR 2017, arXiv 1611.07725. ValueError for a class without examples, or classes in another
+    order"""
+    same_beginning(memory.classes, classes_of(learn.dls), 'learn')
     name,head = head_of_learner(learn)
     n = head.out_features
     lacking = [c for c in range(n) if c not in memory.rows]

@@ -16,6 +16,7 @@ from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.layout import spatial
 from ..losses import SoftTarget
+from ..teacher.facts import facts_of, refuse_other_data
 from ..training.lesson import full_precision, target_of
 from ..training.views import seen_by_student
 
@@ -91,8 +92,8 @@ class Exits(nn.Module):
         pred, # Its logits
         **_
     ):
-        "Make the exits for maps like these, unless they are there"
-        if self.exits is not None: return
+        "Make the exits for maps like these and as many classes, unless they are there"
+        if self.exits is not None and self.exits[0].head.out_features==pred.shape[1]: return
         maps = list(fm_s.values())
         width = pooled(maps[-1]).shape[1] if self.hint else self.width or max(pooled(o).shape[1] for o in maps)
         with torch.random.fork_rng(devices=[]):
@@ -173,8 +174,10 @@ def exit_accuracies(self:DeepSupervision,
     dl=None, # Labelled data; None: the validation set
 )->dict:
     """Share of right answers for each layer's exit, and for the `whole`, among the rows that have a label; leaves model
-    and exits as they were. TypeError for several targets"""
+    and exits as they were. TypeError for several targets, ValueError for `dl` of other classes or another
+    normalisation"""
     if not self.exits: raise ValueError("there are no exits yet: train with this callback first")
+    if dl is not None: refuse_other_data('dl', dl, facts_of(learn))
     dl = learn.dls.valid if dl is None else dl
     right = dict.fromkeys([*self.exits, 'whole'], 0)
     n,ignored = 0,_ignored(task_of(learn.loss_func).ignore_index)

@@ -9,7 +9,7 @@ __all__ = ['need_export', 'Shipped', 'export_student', 'Predictor']
 import json
 import random
 import tempfile
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from io import StringIO
@@ -24,6 +24,7 @@ from torch import nn
 
 from ...core.chatter import without_chatter
 from ...core.files import whole_file
+from ...core.rows import as_in_validation
 from ...core.task import loader_like, logits_of, split_batch, views_of
 from ..layers.int8 import as_int8, as_reference
 from .describe import describe, first_batch, for_file, input_names, refuse_other_than_learner
@@ -151,9 +152,7 @@ def _cannot(shipped, xb, error):
 def _calibration(learn, names, n, least=32):
     "Batches of training pictures without augmentation, spread over the set, as arrays by input"
     dls,found = learn.dls,0
-    ds = dls.train.dataset
-    as_in_validation = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
-    with streams_kept(), as_in_validation:
+    with streams_kept(), as_in_validation(dls.train.dataset):
         dl = loader_like(dls.train, bs=min(32, n), shuffle=True, drop_last=False, num_workers=0)
         dl.rng = random.Random(0)
         for b in dl:

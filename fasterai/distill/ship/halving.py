@@ -6,11 +6,15 @@
 __all__ = ['halving', 'halving_cost', 'split_training']
 
 # %% ../../../nbs/distill/ship/halving.ipynb #938841fc
+from contextlib import nullcontext
+
 import numpy as np
 from fastai.data.core import DataLoaders
 from fastcore.basics import GetAttr
 
+from ...core.rows import as_in_validation
 from ...core.task import refuse_plain
+from ...data.unlabelled import labelled_part, with_rows
 
 # %% ../../../nbs/distill/ship/halving.ipynb #5808ab2d
 def halving(
@@ -39,18 +43,22 @@ class _Part(GetAttr):
     _default = 'whole'
     def __init__(self, whole, idxs, split_idx): self.whole,self.idxs,self.split_idx = whole,idxs,split_idx
     def __len__(self): return len(self.idxs)
-    def __getitem__(self, i): return self.whole[int(self.idxs[i])]
+    def __getitem__(self, i):
+        with as_in_validation(self.whole) if self.split_idx else nullcontext(): return self.whole[int(self.idxs[i])]
 
+# %% ../../../nbs/distill/ship/halving.ipynb #e6f133f6
 def split_training(
     dls:DataLoaders,   # Their validation set is not looked at
     share:float=1/3,   # Of the training set, to judge by
     seed:int=0,        # Of the split
 )->DataLoaders:
-    "The training set in two. ValueError for a share that leaves no batch to train on, or nothing to judge by"
-    n = len(dls.train_ds)
+    """The labelled training set in two. ValueError for a share that leaves no batch to train on, or nothing to judge
+    by"""
     refuse_plain(dls.train, 'a search')
+    dls = labelled_part(dls)
+    n = len(dls.train_ds)
     order,k = np.random.default_rng(seed).permutation(n),round(share*n)
     if not 0<k<=n-dls.train.bs: raise ValueError(f"share={share:.3g} of {n} samples leaves {n-k} to train on in "
                                                  f"batches of {dls.train.bs}, and {k} to judge by")
-    train,judge = dls.train.new(_Part(dls.train_ds, order[k:], 0)),dls.valid.new(_Part(dls.train_ds, order[:k], 1))
-    return DataLoaders(train, judge, path=dls.path, device=dls.device)
+    train = with_rows(dls.train, _Part(dls.train_ds, order[k:], 0), order[k:])
+    return DataLoaders(train, dls.valid.new(_Part(dls.train_ds, order[:k], 1)), path=dls.path, device=dls.device)

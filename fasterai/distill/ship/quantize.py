@@ -15,6 +15,7 @@ from fastcore.basics import tuplify
 from torch import nn
 
 from ...core.leaving import watch
+from ...core.rows import as_in_validation
 from ...core.task import loader_like, seen_by_student, split_batch, views_of
 from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quantizers,
                                           freeze_statistics, observe, quantized_layers)
@@ -109,12 +110,12 @@ def calibration_batches(
     n:int=10,        # How many batches
     least:int=32,    # Samples that there must be
 )->list[tuple]:
-    """Inputs as the model of `learn` sees them, drawn from all of the training set, the same each time. ValueError for
-    too few samples, or no batch"""
+    """Inputs as the model of `learn` sees them in validation, drawn from all of the training set, the same each time.
+    ValueError for too few samples, or no batch"""
     if n<1: raise ValueError(f"n_batches must be 1 or more to calibrate on, got {n}")
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
-    with streams_kept():
+    with streams_kept(), as_in_validation(dls.train_ds):
         set_seed(0)
         for b in loader_like(dls.valid, dls.train_ds, shuffle=True):
             found.append(seen_by_student(learn, to_device(split_batch(dls, tuplify(b))[0], device)))

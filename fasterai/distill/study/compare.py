@@ -33,6 +33,7 @@ from ..loss.base import kl_div
 from .measure import model_cost
 from .one_run import quiet
 from .pictures import attention_map, plot_attention, plot_similarity, plot_soft_targets
+from ..teacher.facts import facts_of, refuse_other_data
 
 # %% ../../../nbs/distill/study/compare.ipynb #ce633649
 _all_ = ['attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']
@@ -51,7 +52,10 @@ def predictions(
     learn:Learner, # Whose; left as it was
     dl,            # A labelled DataLoader
 )->tuple:
-    "Raw predictions and targets (a tuple), in the order of the data set. ValueError without labels"
+    """Raw predictions and targets (a tuple), in the order of the data set. ValueError without labels, and for data of
+    other classes than the Learner's, or normalised otherwise"""
+    if not any(dl is o for o in getattr(learn.dls, 'loaders', ())):
+        refuse_other_data('dl', dl, facts_of(learn), whose=f'those of {name!r}')
     without_metrics = contextmanager(replacing_yield)(learn, 'metrics', [])
     with as_found(learn.model), quiet(learn), without_metrics: preds,targs = learn.get_preds(dl=dl, act=noop)
     yb = tuplify(targs) if targs is not None else ()

@@ -6,7 +6,6 @@
 __all__ = ['embeddings_of', 'knn_accuracy', 'probe_head', 'linear_probe']
 
 # %% ../../../nbs/distill/study/probes.ipynb #dead11ec
-from contextlib import nullcontext
 from typing import Callable
 
 import numpy as np
@@ -19,17 +18,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from ...core.rows import as_in_validation
 from ...core.task import class_of_each, has_class, loader_like, logits_of, split_batch
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from .one_run import streams_kept
+from ..teacher.facts import facts_of, refuse_other_data
 from ..training.views import seen_by_student
 
 # %% ../../../nbs/distill/study/probes.ipynb #c9123f6b
-def _for_validation(dataset):
-    "Context in which the transforms of a fastai data set are those of the validation"
-    return dataset.set_split_idx(1) if hasattr(dataset, 'set_split_idx') else nullcontext()
-
 def _as_rows(x):
     if x.ndim==2: return x.float().cpu()
     raise ValueError(f"embeddings must be (B, D), got {tuple(x.shape)}: pass select=, a function from the model's "
@@ -42,10 +39,11 @@ def embeddings_of(
     select:Callable=None, # From the model's output to the embeddings `(B, D)`; None: the output itself
 )->tuple[np.ndarray,np.ndarray]:
     """Embeddings `(N, D)` and classes `(N,)` of the samples whose label counts. Raises ValueError for data without one
-    class for each sample, or where none counts"""
+    class for each sample, where none counts, or that are normalised otherwise than the Learner's"""
+    refuse_other_data('labelled', dl, facts_of(learn), classes=False)
     dl = loader_like(dl, shuffle=False, drop_last=False)
     found = []
-    with streams_kept(), as_found(learn.model), _for_validation(dl.dataset):
+    with streams_kept(), as_found(learn.model), as_in_validation(dl.dataset):
         for b in dl:
             xb,yb = split_batch(dl, tuplify(b))
             y = class_of_each(yb, "pass labelled=, DataLoaders with such labels").cpu()

@@ -249,8 +249,10 @@ def _logits(self:Session, pred):
 def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
-        if not self.checked: self._look_first(outputs, n)
-        if eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model): self._build_learned(outputs)
+        first = not self.checked
+        if first: self._look_first(outputs, n)
+        new = eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model)
+        if new or first: self._build_learned(outputs) # there may be other classes than in the last fit
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
         return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}

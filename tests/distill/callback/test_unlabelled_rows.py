@@ -107,7 +107,10 @@ def test_a_loss_of_one_s_own_is_believed_unless_somebody_needs_the_label():
 def test_mixing_rows_with_and_without_a_label_is_refused(mix, loss):
     at = layers if loss is FitNet else {}
     learn,cbs = learner(dls=mixed()),[KD(teacher(), loss, **at), mix()]
+    own = learn.loss_func
     with pytest.raises(ValueError, match=f'leave {mix.__name__} out'): learn.fit(1, cbs=cbs)
+    assert learn.loss_func is own
+    learn.fit(1)
     learner(dls=data()).fit(1, cbs=[KD(teacher(), loss, **at), mix()]) # labels alone
     learn = learner(dls=data(c=4), loss_func=CrossEntropyLossFlat(ignore_index=3)) # of which one does not count
     with pytest.raises(ValueError, match='some that the task ignores'): learn.fit(1, cbs=cbs)

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from fasterai.distill.methods.adapt import METHODS, Entropy, adapt
 from fasterai.distill.training.views import StudentSees
+from classes import named
 from helpers import data, flags, learner, n_hooks, net, same, state
 
 
@@ -148,3 +149,16 @@ def test_interrupted():
     before = state(learn.model),flags(learn.model)
     with pytest.raises(KeyboardInterrupt): adapt(learn, loader(items()), 'tent', loss=boom)
     assert same(before[0], state(learn.model)) and flags(learn.model)==before[1] and not n_hooks(learn.model)
+
+
+def test_a_loader_of_another_normalisation_is_refused_and_another_order_of_classes_is_not():
+    learn = learner(dls=named('abc', std=.5))
+    with pytest.raises(ValueError, match="items: its pictures are normalised by .*0.25.*the Learner's are normalised"):
+        adapt(learn, named('abc', std=.25).train)
+    with pytest.warns(UserWarning, match='24 says little'): adapt(learn, named('cab', std=.5).train)
+
+
+def test_what_fastai_makes_of_items_is_no_list_of_them():
+    learn = learner(dls=named('abc'))
+    with pytest.raises(TypeError, match='one loader, such as dls.train, got DataLoaders'): adapt(learn, learn.dls)
+    with pytest.raises(TypeError, match='a Datasets that has been through its own'): adapt(learn, learn.dls.train_ds)

@@ -12,9 +12,12 @@ from fastai.callback.core import (
     Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
+from fastai.data.core import Datasets
+from fastai.data.transforms import Categorize
 from fastai.losses import (
     BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastcore.basics import noop
+from fasttransform import Transform
 from torch import nn
 
 from fasterai.core.task import task_of
@@ -26,7 +29,7 @@ from fasterai.distill.methods.columns import NewClasses, OneHotBCE
 from fasterai.distill.methods.continual import Remember, align_head, grow_head, head_of
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.following import EMA
-from classes import named
+from classes import At, named
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
 
@@ -389,6 +392,11 @@ def test_a_head_of_a_class_of_its_own_grows_in_place_with_its_hooks():
     assert model[-1] is head and head.out_features==5 and seen==[(8, 3), (8, 5)]
 
 
+class Words(Transform):
+    "Has a vocabulary, and changes nothing"
+    def __init__(self, vocab): self.vocab = vocab
+
+
 class LowRank(nn.Linear):
     "With an update in two factors, one of which has a row for each class"
     def __init__(self):
@@ -477,3 +485,43 @@ def test_a_hidden_layer_as_wide_as_the_data_have_classes_is_no_head():
     learn.dls = data(y=3+torch.arange(32)%2, c=5)
     hidden = model[1].weight.clone()
     assert align_head(learn, 2)>0 and torch.equal(model[1].weight, hidden) and model[3].out_features==6
+
+
+class OfTexts(nn.Module):
+    "Logits by what the classes are called"
+    def __init__(self): super().__init__(); self.body,self.texts = net(c=4),nn.Parameter(torch.randn(3, 4))
+    def forward(self, x): return self.body(x)@self.texts.T
+
+
+def test_a_network_whose_logits_no_linear_layer_gives_is_refused():
+    learn = learner(OfTexts())
+    before = state(learn.model)
+    for f in grow_head,align_head:
+        with pytest.raises(ValueError, match=r"no nn.Linear of the OfTexts gives its logits \(8, 3\).*'body.4', has 4"):
+            f(learn, 1)
+    assert same(state(learn.model), before)
+
+
+def test_the_next_data_are_normalised_and_numbered_as_the_first():
+    learn = learner(net(c=2), named('ab', std=.5))
+    for std,said in (None, 'not normalised'), (.25, r'normalised by \[0.0, 0.0, 0.0\] and \[0.25'):
+        with pytest.raises(ValueError, match=f"new: its pictures are {said}.*the Learner's are normalised"):
+            grow_head(learn, named('abc', std=std))
+    def text(vocab, words):
+        tfms = [[At([torch.zeros(3, 8, 8)]*24), Words(words)], [At('ab'*12), Categorize(vocab, sort=False)]]
+        return Datasets(range(24), tfms, splits=[range(24), range(24)]).dataloaders(bs=8, num_workers=0, device='cpu')
+    learn.dls = text('ab', ['x', 'y'])
+    with pytest.raises(ValueError, match='new: its words are numbered otherwise'):
+        grow_head(learn, text('abc', ['y', 'x']))
+    assert learn.model[-1].out_features==2
+    grow_head(learn, text('abc', ['x', 'y']))
+    assert learn.model[-1].out_features==3
+
+
+@pytest.mark.parametrize('n_new', [2, 3])
+def test_weights_of_the_old_classes_alone_are_refused(n_new):
+    learn = learner(net(c=3), loss_func=CrossEntropyLossFlat(weight=torch.ones(3)))
+    old = grow_head(learn, n_new)
+    with pytest.raises(ValueError, match='a weight for each of the 3 old classes, and none for the new'):
+        learn.fit(1, cbs=Remember(old))
+    assert learn.loss_func.func.weight is not None and len(learn.loss_func.func.weight)==3

@@ -7,7 +7,7 @@ from fastai.metrics import accuracy
 
 from fasterai.distill.methods.continual import grow_head
 from fasterai.distill.methods.exemplars import Exemplars, features_of, herd, nearest_mean
-from classes import named
+from classes import Gone, named
 from helpers import data, flags, learner, n_hooks, net, same, state
 
 
@@ -78,3 +78,19 @@ def test_labels_in_a_column_are_those_of_the_rows_and_ignored_ones_are_of_no_cla
         assert means=={c:[c]*4 for c in range(3)}
     for bad in y.float(),torch.stack([y, y], 1):
         with pytest.raises(ValueError, match='one class for each sample.*pass a dataset'): kept(bad)
+
+
+def test_examples_and_features_are_without_augmentation():
+    still,moved = (learner(net(c=3), named('abc', tfms=o)) for o in ([], [Gone()]))
+    assert not moved.dls.train_ds[0][0].any()
+    for a,b in zip(features_of(still), features_of(moved)): assert torch.equal(a, b)
+    a,b = (Exemplars(n=2).add(o) for o in (still, moved))
+    for c in range(3): assert all(torch.equal(x, z) for (x,),(z,) in zip(a.rows[c], b.rows[c]))
+    assert not moved.dls.train_ds[0][0].any()
+
+
+def test_a_memory_of_another_order_of_classes_is_refused():
+    learn = learner(net(c=3), named('abc'))
+    memory = Exemplars(n=2).add(learn)
+    with pytest.raises(ValueError, match="column 0 is 'a' and would become 'c'"):
+        nearest_mean(learner(learn.model, named('cab')), memory)

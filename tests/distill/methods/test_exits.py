@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.schedule import *  # noqa: F403 (gives Learner `lr_find`)
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, load_learner
@@ -15,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from fasterai.data.digits import digits_dls, digits_net
 from fasterai.distill.methods.exits import DeepSupervision, Exits
+from classes import named
 from helpers import Boom, data, learner, n_hooks, net, same, state
 
 
@@ -222,3 +224,30 @@ def test_of_several_targets_exits_know_none():
     with pytest.raises(TypeError, match='one target.*got 2'): several.fit(1, cbs=kd)
     learner().fit(1, cbs=kd)
     with pytest.raises(TypeError, match='one target.*got 2'): kd.exit_accuracies(several)
+
+
+def test_exits_of_a_head_that_has_grown_are_made_anew_and_learn():
+    learn,ds = learner(net(c=3)),DeepSupervision(['0', '1'])
+    learn.fit(1, cbs=ds)
+    old = ds.exits['0']
+    learn.fit(1, cbs=ds)
+    assert ds.exits['0'] is old # which go on as long as the classes are the same
+    learn.model[-1] = nn.Linear(8, 5)
+    learn.opt = None
+    before = []
+    class Note(Callback):
+        order = 90
+        def after_loss(self):
+            if not before: before.append(state(ds.learned))
+    learn.fit(1, cbs=[ds, Note()])
+    assert {o.head.out_features for o in ds.exits.values()}=={5}
+    now = state(ds.learned)
+    assert before and all(not torch.equal(v, now[k]) for k,v in before[0].items() if k.endswith('head.weight'))
+
+
+def test_accuracies_are_by_data_of_the_same_classes_and_normalisation():
+    learn,ds = learner(dls=named('abc', std=.5)),DeepSupervision('0')
+    learn.fit(1, cbs=ds)
+    assert ds.exit_accuracies(learn, named('abc', std=.5).valid)==ds.exit_accuracies(learn)
+    for other in named('cab', std=.5),named('abc'):
+        with pytest.raises(ValueError, match="dl: its .*the Learner's"): ds.exit_accuracies(learn, other.valid)

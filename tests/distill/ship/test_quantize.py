@@ -27,6 +27,7 @@ from fasterai.distill.layers.matching import match_feature_layers
 from fasterai.distill.losses import Attention, SoftTarget
 from fasterai.distill.ship.quantize import (FreezeQuantizers, calibration_batches, quantize_aware, validate_int8)
 from fasterai.distill.training.views import StudentSees
+from classes import Gone, named
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
 
 
@@ -101,6 +102,10 @@ def test_calibrated_on_all_of_the_data_though_files_are_sorted_by_class():
     want = learn.model.eval()(x)
     def off(bits): return ((quantize_aware(learn, bits).model.eval()(x)-want).norm()/want.norm()).item()
     assert off(8)<.03 and off(8)<3*off(7) # the activations of 'x86' have seven bits, and there are more of them
+
+def test_calibrated_without_augmentation():
+    still,moved = (calibration_batches(learner(net(c=3), named('abc', tfms=o)), 3, 24) for o in ([], [Gone()]))
+    assert all(torch.equal(a, b) for (a,),(b,) in zip(still, moved)) and still[0][0].any()
 
 def test_ranges_follow_training_alone(learn):
     q = quantize_aware(learn)

@@ -4,15 +4,18 @@ import warnings
 
 import pytest
 import torch
+from fastai.data.core import Datasets
 from fastai.metrics import accuracy
 from torch import nn
 
+from fasterai.data.unlabelled import mix_unlabelled
 from fasterai.distill.ship import budget
 from fasterai.distill.ship.budget import check_budget, relative_latency, student_cost
 from fasterai.distill.ship.halving import halving, halving_cost, split_training
 from fasterai.distill.ship.search import pareto, search_student
 from fasterai.distill.ship.space import size_of_space
 from fasterai.distill.study.measure import n_params
+from classes import At, Gone, named
 from helpers import data, net, same, state
 
 optuna = pytest.importorskip('optuna')
@@ -35,6 +38,21 @@ def test_parts_of_the_training_set():
     assert a.train.shuffle and not a.valid.shuffle
     for share in (0, .9, 1):
         with pytest.raises(ValueError, match='share='): split_training(dls, share)
+
+def test_parts_draw_as_the_whole_did():
+    "By weight, some rows alone, and without those that have no label; judged without augmentation"
+    x,w = torch.arange(24.),[1.]*8+[0.]*16
+    ds = Datasets(range(24), [[At(x)], [At([0, 1, 2]*8)]], splits=[range(24)]*2)
+    part = split_training(ds.weighted_dataloaders(w, bs=4, num_workers=0, device='cpu')).train
+    assert all(p==w[i]/sum(w[j] for j in part.dataset.idxs) for p,i in zip(part.wgts, part.dataset.idxs))
+    assert {i for _ in range(3) for b in part for i in b[0].tolist()}<=set(range(8))
+    part = split_training(ds.partial_dataloaders(8, bs=4, num_workers=0, device='cpu')).train
+    assert (part.partial_n, len(part), len(part.dataset))==(8, 2, 16)
+    both = split_training(mix_unlabelled(data(n=24), torch.randn(24, 3, 8, 8), 1.))
+    assert [len(o) for o in (both.train_ds, both.valid_ds)]==[16, 8]
+    assert all((b[1]>=0).all() for dl in both.loaders for b in dl)
+    both = split_training(named('abc', tfms=[Gone()]))
+    assert [any(b[0].any() for b in dl) for dl in (*both.loaders, both.train)]==[False, True, False]
 
 def test_costs(monkeypatch):
     small,ms = net(2),iter([3., 2., 9., 1., 3., 2.])

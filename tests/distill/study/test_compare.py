@@ -26,6 +26,8 @@ from fasterai.distill.study.compare import (Comparison, attention_map, compare, 
                                             plot_similarity, plot_soft_targets)
 from fasterai.distill.study.report import save_report
 from fasterai.distill.teacher.teacher import Teacher
+from classes import named
+from helpers import net
 
 N = 60
 
@@ -188,6 +190,14 @@ def test_on_a_test_set(y):
     learn = _given(_logits_with(torch.arange(N)<10, y), y)
     test = TfmdDL(TensorDataset(torch.arange(20).float(), other), bs=8, num_workers=0)
     assert compare(dict(a=learn), dl=test, cost=False).accuracy['a']==0.5
+
+def test_a_test_set_of_other_classes_or_another_normalisation_is_refused():
+    learn = Learner(named('abc', std=.5), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    def on(vocab='abc', std=.5): return compare(dict(a=learn), dl=named(vocab, std=std).valid, cost=False, n_boot=9)
+    assert on().accuracy['a']==compare(dict(a=learn), cost=False, n_boot=9).accuracy['a']
+    with pytest.raises(ValueError, match="dl: its classes are c, a, b, those of 'a' a, b, c"): on(vocab='cab')
+    for std in None,.25:
+        with pytest.raises(ValueError, match="dl: its pictures are .*those of 'a' are normalised"): on(std=std)
 
 # --- nothing is left behind
 

@@ -14,6 +14,7 @@ from torch import nn
 from fasterai.distill.loss.embeddings import NoTask
 from fasterai.distill.study.probes import embeddings_of, knn_accuracy, linear_probe, probe_head
 from fasterai.distill.training.views import StudentSees
+from classes import named
 from helpers import data, flags, learner, n_hooks, net, same, state
 
 
@@ -106,6 +107,13 @@ def test_no_augmentation_where_it_can_be_told():
     got,_ = embeddings_of(learn, dls.train)
     np.testing.assert_allclose(got, learn.model(x[:10]).detach(), rtol=1e-5, atol=1e-6)
     assert dls.train_ds.split_idx==0
+
+
+def test_labelled_samples_are_normalised_as_the_learner_s():
+    learn = learner(dls=named('abc', std=.5))
+    knn_accuracy(learn, named('cab', std=.5), k=3) # in whatever order
+    with pytest.raises(ValueError, match='labelled: its pictures are not normalised'):
+        knn_accuracy(learn, named('abc'), k=3)
 
 
 def test_the_student_sees_what_its_callback_shows():
