@@ -122,7 +122,7 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     outs = [out] + [ask(net, xb, (), True)[0] for net in self.nets[1:]]
     preds = [logits_of(o, self.select).detach() for o in outs]
     if not self.checked: refuse_axis(self.given[0], preds[0])
-    return [net.agreement.of_logits(z, self._class_axis) for net,z in zip(self.nets, preds)], maps
+    return [net.agreement.of_logits(z, known_axis(self.axis)) for net,z in zip(self.nets, preds)], maps
 
 @patch
 def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, **self._outputs(net))
@@ -130,10 +130,7 @@ def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, 
 @patch
 def _one_voice(self:Teacher, preds):
     if len(preds)==1 and self.average!='stack': return preds[0].float()
-    return ensemble_logits(preds, self.weights, self._class_axis, self.average or 'softmax')
-
-@patch(as_prop=True)
-def _class_axis(self:Teacher): return known_axis(self.axis)
+    return ensemble_logits(preds, self.weights, known_axis(self.axis), self.average or 'softmax')
 
 @patch
 def _outputs(self:Teacher, net):

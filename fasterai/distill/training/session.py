@@ -78,7 +78,7 @@ def _open_log(self:Session):
     kd,learn = self.kd,self.learn
     outer,kd.log = kd.log,LossLog(kd.loss_names, kd.recipe.valid)
     if self.outer: self.stack.callback(partial(setattr, kd, 'log', outer))
-    self.stack.callback(self._close_log) # late, since a device that failed may fail again
+    self.stack.callback(kd.log.close)    # late, since a device that failed may fail again
     if not self.outer: self.show(kd.log.columns(taken=[m.name for m in learn.metrics]))
 
 # %% ../../../nbs/distill/training/session.ipynb #87dfbe2a
@@ -93,10 +93,6 @@ def show(self:Session,
     self.fit.passing += columns
     self.stack.callback(remove)
 
-@patch
-def _close_log(self:Session):
-    "Take what an interrupted epoch has seen"
-    self.kd.log.close()
 
 # %% ../../../nbs/distill/training/session.ipynb #2cb83e97
 @patch
@@ -250,20 +246,15 @@ def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
         first = not self.checked
-        if first: self._look_first(outputs, n)
-        new = eyes.focus(outputs['fm_s'], outputs['fm_t'], self._first_model)
+        if first: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training, n, self._models)
+        new = eyes.focus(outputs['fm_s'], outputs['fm_t'], self._models[1])
         if new or first: self._build_learned(outputs) # there may be other classes than in the last fit
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
         return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
 
-@patch
-def _look_first(self:Session, outputs, n):
-    both = self.learn.model,self._first_model
-    self.checked = check_first(outputs, self.kd.recipe.terms, self.facts, self.learn.training, n, both)
-
 @patch(as_prop=True)
-def _first_model(self:Session): return next(iter(self.kd.teacher.models), None)
+def _models(self:Session): return self.learn.model,next(iter(self.kd.teacher.models), None)
 
 @patch
 def _build_learned(self:Session, outputs):
