@@ -2,6 +2,7 @@
 import sys
 import warnings
 
+import fastai.callback.data  # noqa: F401 (gives Datasets `weighted_dataloaders`)
 import pytest
 import torch
 from fastai.data.core import Datasets
