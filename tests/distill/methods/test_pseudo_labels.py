@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, ItemGetter
 from fastai.learner import Learner
 from fastai.losses import (
-    BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
+    BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
     LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
@@ -199,7 +199,7 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match='must return a Learner'): noisy(lambda dls: digits_net(4), rounds=1)
 
 
-@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), MSELossFlat()])
+@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), BCELossFlat(), MSELossFlat()])
 def test_a_task_without_classes_is_refused(loss_func):
     learn = learner(net(), data(y=torch.rand(32, 3)), loss_func=loss_func)
     with pytest.raises(ValueError, match='pseudo labels are classes, one for each row'):
