@@ -154,7 +154,8 @@ def logits_of(
 # %% ../../nbs/core/task.ipynb #4440496c
 _sigmoid = {nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss,
             F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss}
-_outputs = {nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
+_outputs = {nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
+            nn.BCELoss, nn.PoissonNLLLoss, F.binary_cross_entropy, F.poisson_nll_loss} # BCELoss takes probabilities
 _softmax = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def task_of(
     def fact(name): return bound.get(name, getattr(loss_func, name, getattr(inner, name, None)))
     axis,average = fact('axis'),_average(loss_func) or _average(inner)
     if axis is None and average=='softmax': axis = 1 # by PyTorch's own convention
-    if average is None and axis is not None: average = 'softmax'
+    if average is None and axis is not None and getattr(loss_func, 'is_2d', True): average = 'softmax'
     return Task(axis, fact('ignore_index'), average)
 
 # %% ../../nbs/core/task.ipynb #c10076df

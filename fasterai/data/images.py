@@ -8,6 +8,7 @@ __all__ = ['AnyDepth', 'image_dls']
 # %% ../../nbs/data/images.ipynb #1928da89
 import re
 from collections import Counter
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def _labels(files, pattern):
     if pattern is None: return [f.parent.name for f in files]
     try: found = [re.search(pattern, f.name) for f in files]
     except re.error as e: raise ValueError(f"pattern {pattern!r} is no regular expression: {e}") from e
-    missed = [f.name for f,m in zip(files, found) if m is None or not m.groups()]
+    missed = [f.name for f,m in zip(files, found) if m is None or not m.groups() or not m[1]]
     if missed:
         raise ValueError(f"pattern {pattern!r} finds no class (its first group) in {len(missed)} of {len(files)} file "
                          f"names, for example {missed[0]!r}")
@@ -67,7 +68,25 @@ def _sides(path, files):
     if 'valid' not in sides: sides = ['valid' if s=='test' else s for s in sides]
     if not {'train','valid'}<=set(sides): return files,None
     if n := sides.count('test'): print(f"left out {n} images in the test folder: there are others for validation")
+    if n := sides.count(None): print(f"left out {n} images that are neither in a training nor in a validation folder")
     return zip(*[(f,s) for f,s in zip(files, sides) if s in ('train','valid')])
+
+# %% ../../nbs/data/images.ipynb #7c04eb70
+def _in_folders(path, files, sides):
+    "Those that lie in the folder of a class, with their sides"
+    split = all(_split_of(path, f) for f in files)
+    depths = [len(f.relative_to(path).parts)-1-split for f in files]
+    if not any(depths): return files,sides
+    if stray := [f for f,d in zip(files, depths) if not d]:
+        print(f"left out {len(stray)} images beside the folders of the classes, such as {stray[0]}")
+    if deep := [f.parent.name for f,d in zip(files, depths) if d>1]:
+        print(f"{len(deep)} images lie in folders within folders, and the innermost is the class: {_few(deep)}")
+    return list(compress(files, depths)),sides and list(compress(sides, depths))
+
+def _few(names):
+    "The first of the names that differ, in words"
+    names = sorted(set(names))
+    return ', '.join(names[:5]) + ', ...'*(len(names)>5)
 
 # %% ../../nbs/data/images.ipynb #513efa64
 def _check_numbers(size, bs, valid_pct):
@@ -85,8 +104,20 @@ def _check_classes(path, counts, pattern):
 
 def _check_sides(labels, sides):
     train,valid = ({l for l,o in zip(labels, sides) if o==s} for s in ('train','valid'))
-    new = ', '.join(sorted(valid-train)[:5])
+    new = _few(valid-train)
     if new: raise ValueError(f"classes {new} are in the validation images but not in the training ones")
+
+# %% ../../nbs/data/images.ipynb #4c8e8e5a
+def _at_random(labels, valid_pct, seed):
+    "A `RandomSplitter` that leaves each class an image for the training"
+    def split(files):
+        train,valid = RandomSplitter(valid_pct, seed=seed)(files)
+        known = {labels[i] for i in train}
+        back = {labels[i]:i for i in valid if labels[i] not in known}
+        if not back: return train,valid
+        print(f"the validation got all images of {_few(back)}: one of each is kept for the training")
+        return [*train, *back.values()],[i for i in valid if i not in back.values()]
+    return split
 
 # %% ../../nbs/data/images.ipynb #b855c717
 class AnyDepth(PILImage):
@@ -122,6 +153,7 @@ def image_dls(
     _check_numbers(size, bs, valid_pct)
     if not path.is_dir(): raise FileNotFoundError(f"no folder {str(path)!r}")
     files,sides = _sides(path, _readable(path))
+    if pattern is None: files,sides = _in_folders(path, files, sides)
     labels = _labels(files, pattern)
     _check_classes(path, Counter(labels), pattern)
     if sides is not None: _check_sides(labels, sides)
@@ -130,7 +162,7 @@ def image_dls(
     block = DataBlock(
         (ImageBlock(AnyDepth), CategoryBlock), get_items=lambda _: list(files),
         get_y=parent_label if pattern is None else using_attr(RegexLabeller(pattern), 'name'),
-        splitter=IndexSplitter(valid) if valid else RandomSplitter(valid_pct, seed=seed),
+        splitter=IndexSplitter(valid) if valid else _at_random(labels, valid_pct, seed),
         item_tfms=Resize(size), batch_tfms=augmented + [Normalize.from_stats(*imagenet_stats)])
     dls = block.dataloaders(path, bs=bs, device=device, **kwargs)
     if not len(dls.train):

@@ -83,6 +83,7 @@ class OneByOne:
         set_seed(seed)
         learn = make()
         if not isinstance(learn, Learner): raise TypeError(f"make_learner must give a Learner, got {learn!r}")
+        measured(learn, taken=('network', 'networks', 'what', 'params', 'seconds')) # names that the table has
         if self.lr is not None: learn.lr = self.lr
         return learn
 

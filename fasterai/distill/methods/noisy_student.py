@@ -26,7 +26,7 @@ from ...core.seeds import same_start
 from ...data.unlabelled import items_in, labelled_part
 from .pseudo_labels import pseudo_labels
 from ..study.behind import behind, code_of_learner
-from ..study.one_run import Ticks, fit_one_cycle, measure, quiet, streams_kept
+from ..study.one_run import Ticks, fit_one_cycle, measure, measured, quiet, streams_kept
 from ..study.setting import data_text, learner_text, rows_text, setting_text
 
 # %% ../../../nbs/distill/methods/noisy_student.ipynb #38fc5e9f
@@ -58,10 +58,18 @@ class _Rounds:
         learn = self.makers[i](data)
         if not isinstance(learn, Learner):
             raise TypeError(f"make_learner must return a Learner, got a {type(learn).__name__}")
+        measured(learn, taken=('network', 'epochs', 'images', 'pseudo', 'confidence', 'seconds'))
+        if learn.dls is not data: _refuse_other(learn.dls.train_ds, data.train_ds)
         if self.seed is not None: same_start(learn.dls, self.seed)
         return learn
 
     def file(self, i): return self.path/f'network_{i}.pth'
+
+def _refuse_other(found, given):
+    "ValueError where a Learner's training set is not what `make_learner` was given"
+    if len(found)==len(given): return
+    raise ValueError("make_learner must train on the DataLoaders that it is given, which have the pseudo labels: got a "
+                     f"Learner with {len(found)} training samples, expected {len(given)}")
 
 # %% ../../../nbs/distill/methods/noisy_student.ipynb #2921901a
 @patch

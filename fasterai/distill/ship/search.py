@@ -32,7 +32,7 @@ from .space import check_space, need_optuna, proposals, size_of_space
 from ..study.one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
                                             measured, quiet, streams_kept)
 from ..study.study import Study
-from ..study.summary import lower_is_better
+from ..study.summary import COLUMNS, lower_is_better
 from ..teacher.protocol import BaseTeacher
 from ..teacher.teacher import Teacher
 
@@ -152,8 +152,8 @@ def _row(self:Search, params, train):
         warnings.warn(f"search_student: {_words(params)} failed and is left out, {type(e).__name__}: {e}")
         return {**row, 'epochs':0, 'state':'failed', 'why':f'{type(e).__name__}: {e}'}
     row |= dict(score=score, epochs=epochs)
-    if stopped or math.isfinite(score): return {**row, 'state':'stopped' if stopped else 'trained'}
-    return {**row, 'state':'failed', 'why':'diverged: its score, or its loss, is no number'}
+    if math.isfinite(score): return {**row, 'state':'stopped' if stopped else 'trained'}
+    return {**row, 'state':'failed', 'why':f'diverged: its {self.metric}, or its loss, is no number'}
 
 def _words(params): return ', '.join(f'{k}={v}' for k,v in params.items())
 
@@ -162,8 +162,8 @@ def _words(params): return ', '.join(f'{k}={v}' for k,v in params.items())
 def _ends(self:Search):
     "How the students ended, in words, and why the last that failed did"
     counts = pd.Series([r['state'] for r in self.rows]).value_counts()
-    why = [r['why'] for r in self.rows if r['state']=='failed'][-1]
-    return ', '.join(f'{n} {state}' for state,n in counts.items()) + f'; the last that failed: {why}'
+    why = [f"; the last that failed: {r['why']}" for r in self.rows if r['state']=='failed'][-1:]
+    return ', '.join(f'{n} {state}' for state,n in counts.items()) + ''.join(why)
 
 # %% ../../../nbs/distill/ship/search.ipynb #90ce24ef
 @patch
@@ -237,7 +237,7 @@ def _reference(reference, make, baseline, teacher):
 @patch
 def look_at(self:Search, dls, reference):
     "Find the metric, and how to measure what a student costs"
-    self.metric = chosen_metric(measured(self.learner(dls, reference)))
+    self.metric = chosen_metric(measured(self.learner(dls, reference), taken=COLUMNS))
     xb = split_batch(dls, tuplify(dls.valid.one_batch()))[0]
     self.cost = partial(self._cost, reference, tuple(x[:16] for x in xb))
     if self.baseline is None: return
@@ -259,7 +259,7 @@ def run(self:Search, dls, trials, seed, ticks):
                           'state':'hand-made'})
     self._try(dls, trials, seed, ticks)
     if any(r['state']=='trained' for r in self.rows): return
-    if any(r['state']=='failed' for r in self.rows):
+    if any(r['state'] in ('failed', 'stopped') for r in self.rows):
         raise ValueError(f"make: no student was trained to the end, {self._ends()}")
     least = {k: min(r[k] for r in self.rows) for k in self.budget}
     raise ValueError(f"budget: no student of {len(self.rows)} fits it; the least that was seen is {_words(least)}")

@@ -31,7 +31,7 @@ from ...core.task import first_of, one_batch, seen_by_student, split_batch, task
 from ..layers.capture import as_found
 from ..loss.base import kl_div
 from .measure import model_cost
-from .one_run import quiet
+from .one_run import own_names, quiet
 from .pictures import attention_map, plot_attention, plot_similarity, plot_soft_targets
 from ..teacher.facts import facts_of, refuse_other_data
 
@@ -169,7 +169,9 @@ def _metric_columns(m, score, baseline):
 # %% ../../../nbs/distill/study/compare.ipynb #f53f01cd
 def _metrics(learners, metrics):
     "The metrics by name, the same for every learner"
-    def by_name(l): return {m.name:m for m in L(metrics if metrics is not None else l.metrics).map(mk_metric)}
+    def by_name(l):
+        ms = L(metrics if metrics is not None else l.metrics).map(mk_metric)
+        return dict(zip(own_names(list(ms.attrgot('name')), taken=_columns), ms))
     found = {n:by_name(l) for n,l in learners.items()}
     names = list(dict.fromkeys(m for ms in found.values() for m in ms))
     if not names: raise ValueError("no learner has a metric: give `metrics`")

@@ -28,7 +28,7 @@ from .measure import model_cost
 from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
                                             measured, quiet)
 from .study import Study
-from .summary import in_words, lower_is_better
+from .summary import COLUMNS, in_words, lower_is_better
 
 # %% ../../../nbs/distill/study/experiment.ipynb #76e49bb6
 _others = dict(alone='the student without a teacher', teacher='the network that teaches', epochs='a column of `runs`',
@@ -76,13 +76,14 @@ class Experiment:
         cbs = None if model is self.teacher else deepcopy(self.cbs)
         return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr, cbs=cbs)
 
-    def _metric(self): return chosen_metric(measured(self.learner(self.teacher)))
+    def _metric(self): return chosen_metric(measured(self.learner(self.teacher), taken=COLUMNS))
 
 # %% ../../../nbs/distill/study/experiment.ipynb #0bc3b65e
 @patch
 def check(self:Experiment):
     "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
     for arm in self.arms.values(): fresh_callback(arm)
+    self._metric() # of two with one name none can be told
     xb = split_batch(self.dls, self.dls.one_batch())[0]
     x = next(tensors_in(xb))
     for who,learn in (('teacher',self.learner(self.teacher)), ('student',self.learner())):

@@ -20,19 +20,19 @@ from ...core.names import unknown_name
 from ...core.plots import plain
 from ...core.seeds import same_start
 from .behind import behind, code_of_learner, judging, with_code
-from .one_run import (RunTicks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
-                                            measured, quiet, refuse_no_validation, streams_kept)
+from .one_run import (RunTicks, check_arm, chosen_metric, fit_one_cycle, fresh_callback, maker,
+                                            measure, measured, quiet, refuse_no_validation, streams_kept)
 from .run_log import RunLog
 from .setting import data_text, learner_text, rows_text, setting_text, teacher_text, weights_of
 from .students import Students
-from .summary import (as_long, at_equal_epochs, at_equal_time, by_arm, in_words,
+from .summary import (COLUMNS, as_long, at_equal_epochs, at_equal_time, by_arm, in_words,
                                             is_share, lower_is_better, plot_gains, summary)
 
 # %% ../../../nbs/distill/study/study.ipynb #7c03eea0
 class Study:
     """Ways to train one student, over seeds and lengths of training; the runs of a seed start from the same weights
-    and see the same batches. Raises ValueError for arguments that a callback refuses, or a file of other runs.
-    `Study??` in a notebook shows what each argument is for"""
+    and see the same batches. Raises TypeError or ValueError for an arm that gives no callback to each run, metrics of
+    one name, or a file of other runs. `Study??` in a notebook shows what each argument is for"""
     def __init__(self,
         make_learner:Callable,  # `make_learner()` gives a fresh Learner of the student, with its learning rate
         arms:dict,              # Name -> the callback's arguments (a dict), what makes one, or None: the task alone
@@ -54,8 +54,7 @@ class Study:
         self.asked = {} # (arm, epochs, seed) -> columns by which the log knows the run
         self.starts = {} # seed -> fingerprint of the first weights
         self._set_baseline(baseline)
-        for arm in self.arms.values():
-            if isinstance(arm, dict): self._check(arm)
+        for name,arm in self.arms.items(): check_arm(name, arm)
         self._look_at_learner(cols)
         self.log = RunLog(path, cols or self._columns(), more=not cols)
 
@@ -64,24 +63,19 @@ class Study:
             raise ValueError(unknown_name('arm', baseline, self.arms))
         self.baseline = baseline or next((k for k,arm in self.arms.items() if arm is None), None)
 
-    def _check(self, arm):
-        if 'teacher' not in arm: raise ValueError(f"an arm needs a `teacher` beside {', '.join(arm) or 'nothing'}")
-        fresh_callback(arm)
-
     def _columns(self):
         known_by = dict.fromkeys(k for r in self.rows.values() for k in r if k!='setting')
         return [*known_by, 'setting', 'seed', 'epochs', *self.metrics, 'seconds']
 
     def _look_at_learner(self, cols):
         "What an untrained learner says of all runs: its metrics, and how it starts"
-        if cols and all('setting' in r for r in self.rows.values()):
-            self.metrics,self.own = [],{}
-            return
+        self.metrics,self.own = [],{}
+        if cols and all('setting' in r for r in self.rows.values()): return
         with streams_kept():
             set_seed(0)
             learn = self.make_learner()
             if self.measure is measure: refuse_no_validation(learn)
-            self.metrics = measured(learn)
+            self.metrics = measured(learn, taken=(*self._columns(), *COLUMNS))
             code = code_of_learner(learn)+rows_text(learn.dls),behind(self.fit),judging(learn.metrics, self.measure)
             self.own = dict(student=learner_text(learn), fit=self.fit, data=data_text(learn.dls), code=code)
 
@@ -262,7 +256,7 @@ def tests(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
 )->dict:
     """(arm, epochs) -> the paired test against the baseline, p adjusted for their number; empty with fewer than two
-    seeds"""
+    seeds in common, or no baseline"""
     return at_equal_epochs(by_arm(self.named()), self.metric_called(metric), self.baseline)
 
 # %% ../../../nbs/distill/study/study.ipynb #db0bb898
@@ -275,6 +269,7 @@ def verdict(self:Study,
     """What each arm did, for each length of training: against the baseline of as many epochs, and in another line
     against one of another length that took as long, if there is one"""
     metric,groups = self.metric_called(metric),by_arm(self.named())
+    self.need_runs()
     say = dict(metric=metric, alpha=alpha, lowest=lowest)
     diverged = self.diverged()
     lines = [f"{arm}, {n} epochs: diverged, valid_loss is no finite number for {len(seeds)} of "
@@ -287,18 +282,32 @@ def verdict(self:Study,
             words = in_words(t, len(groups[arm, n]), verb=arm, several=len(found)>1, **say)
             if not np.isfinite(t.diff): words = f'nothing can be told, {metric} is no number in some run'
             lines.append(f'{arm}, {n} epochs{name}: {words}')
-    return '\n'.join(lines) or "One seed is an anecdote: run several to know whether anything helped."
+    return '\n'.join(lines) or self._why_untold()
+
+@patch
+def _why_untold(self:Study):
+    "What is missing where there is no difference to tell"
+    seeds = {k: len(g) for k,g in by_arm(self.named()).items()}
+    names = list(dict.fromkeys(name for name,_ in seeds))
+    if len(names)==1: return f"Only {names[0]!r} was run, there is nothing to compare with."
+    if self.baseline is None:
+        return f"No arm is the task alone: say which one to compare with, such as Study(..., baseline={names[0]!r})."
+    if max(n for (name,_),n in seeds.items() if name!=self.baseline)>1:
+        return f"No arm shares two seeds with {self.baseline!r}, at one length of training: run both with the same."
+    return "One seed is an anecdote: run several to know whether anything helped."
 
 # %% ../../../nbs/distill/study/study.ipynb #f410122a
 @patch
 def plot(self:Study,
     metric:str=None, # Name; None: the first of the learner's metrics
 ):
-    "Each arm's gain over the baseline with its interval, at equal epochs and at equal time; returns the axes"
+    """Each arm's gain over the baseline with its interval, at equal epochs and at equal time; returns the axes.
+    ValueError where there is none"""
     metric = self.metric_called(metric)
-    share = is_share(metric)
+    share,table = is_share(metric),self.table(metric)
+    if 'gain' not in table: raise ValueError(f"nothing to draw. {self._why_untold()}")
     label = f"{f'points of {metric}' if share else metric} over {self.baseline}"
-    return plot_gains(self.table(metric), scale=100 if share else 1, label=plain(label))
+    return plot_gains(table, scale=100 if share else 1, label=plain(label))
 
 @patch
 def _repr_html_(self:Study):

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import half_width
-from .one_run import fit_one_cycle, streams_kept
+from .one_run import fit_one_cycle, own_names, streams_kept
 from .study import Study
 from .summary import differences, is_share, lower_is_better, with_adjusted
 from .teacher_numbers import measure_teacher, sureness
@@ -80,6 +80,7 @@ def which_teacher(
     teachers = _as_teachers(candidates)
     arms = {_alone: None, **{name: dict(teacher=t, **kd) for name,t in teachers.items()}}
     study = Study(make_student, arms, path, fit=fit)
+    own_names(study.metrics, taken=('teacher', 'own', 'entropy', 'confidence', 'to_best'))
     found = TeacherChoice(study, teachers, _facts(make_student, teachers), epochs, metric, lowest)
     study.run(epochs, seeds, progress=progress)
     return found

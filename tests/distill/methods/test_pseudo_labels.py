@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, ItemGetter
 from fastai.learner import Learner
 from fastai.losses import (
-    BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
+    BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
     LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
@@ -199,7 +199,16 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match='must return a Learner'): noisy(lambda dls: digits_net(4), rounds=1)
 
 
-@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), MSELossFlat()])
+def test_a_student_that_does_not_train_on_the_pseudo_labels_is_refused():
+    own = data()
+    def noisy(make): return noisy_student(make, own, torch.randn(5, 3, 8, 8), rounds=1, epochs=1, progress=False)
+    with pytest.raises(ValueError, match='the pseudo labels: got a Learner with 32 training samples, expected 37'):
+        noisy(lambda dls: learner(net(), own))
+    by_4 = noisy(lambda dls: learner(net(), DataLoaders(*[dl.new(bs=4) for dl in dls.loaders])))
+    assert by_4.table.images.tolist()==[32, 37]
+
+
+@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), BCELossFlat(), MSELossFlat()])
 def test_a_task_without_classes_is_refused(loss_func):
     learn = learner(net(), data(y=torch.rand(32, 3)), loss_func=loss_func)
     with pytest.raises(ValueError, match='pseudo labels are classes, one for each row'):

@@ -1,12 +1,13 @@
 "The budget comes before the training, poor students stop at a rung, and the winner is judged on what nobody has seen"
 import sys
 import warnings
+from functools import partial
 
 import fastai.callback.data  # noqa: F401 (gives Datasets `weighted_dataloaders`)
 import pytest
 import torch
 from fastai.data.core import Datasets
-from fastai.metrics import accuracy
+from fastai.metrics import accuracy, top_k_accuracy
 from torch import nn
 
 from fasterai.data.unlabelled import mix_unlabelled
@@ -154,6 +155,13 @@ def test_a_student_that_fails_costs_the_others_nothing():
     assert found.best['width'] in (4, 5) and len(found.plot().collections)>=2
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='1 failed; the last that failed: RuntimeError: no'):
         find([2])
+
+def test_scores_that_are_no_numbers_are_no_matter_of_the_budget():
+    def no_number(pred, y): return torch.tensor(float('nan'))
+    with pytest.raises(ValueError, match='to the end, 3 failed; .* diverged: its no_number, or its loss, is no'):
+        search(budget=None, baseline=None, metrics=no_number, cache=False)
+    ks = [partial(top_k_accuracy, k=1), partial(top_k_accuracy, k=2)]
+    with pytest.raises(ValueError, match="2 of them are called 'top_k_accuracy'"): search(metrics=ks)
 
 class Broken(nn.Module):
     "Answers NaN, which is class 0 to a metric"

@@ -11,7 +11,7 @@ from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import accuracy, mse
+from fastai.metrics import accuracy, mse, top_k_accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fasttransform import Transform
@@ -21,12 +21,18 @@ from torch.utils.data import TensorDataset
 from fasterai.distill.command.page import headline
 from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import FitNet, Logits, SoftTarget
+from fasterai.distill.methods.assistants import assistants
+from fasterai.distill.methods.generations import born_again
+from fasterai.distill.methods.noisy_student import noisy_student
+from fasterai.distill.study.compare import compare
 from fasterai.distill.study.experiment import Experiment
 from fasterai.distill.study.report import save_report
 from fasterai.distill.study.run_log import RunLog
 from fasterai.distill.study.setting import describe
 from fasterai.distill.study.study import Study
+from fasterai.distill.study.should_i_distil import should_i_distil
 from fasterai.distill.study.summary import by_arm, lower_is_better, summary
+from fasterai.distill.study.sweep import sweep
 
 
 def _dls(n=32, bs=8, regression=False, **kw):
@@ -249,6 +255,48 @@ def test_where_every_student_diverged_none_is_offered(teacher, tmp_path):
                      loss=no_number).run(1, 2, progress=False)
     assert exp.diverged and headline(exp).endswith('every distilled student diverged')
 
+def seconds(pred, y): return accuracy(pred, y)
+
+asking = dict(
+    study=lambda net, ms: Study(partial(make, metrics=ms), dict(alone=None)),
+    sweep=lambda net, ms: sweep(partial(make, metrics=ms), net, dict(T=[1, 2])),
+    experiment=lambda net, ms: Experiment(_dls(), net, _net, metrics=ms, loss_func=CrossEntropyLossFlat()),
+    answer=lambda net, ms: should_i_distil(_net, net, _dls(), metrics=ms, loss_func=CrossEntropyLossFlat()),
+    generations=lambda net, ms: born_again(partial(make, metrics=ms)),
+    assistants=lambda net, ms: assistants(lambda w: make(net=partial(_net, w), metrics=ms), [5, 4], net),
+    noisy=lambda net, ms: noisy_student(partial(make, metrics=ms), _dls(), torch.randn(5, 4)),
+    compare=lambda net, ms: compare(dict(a=make(metrics=ms), b=net)))
+
+@pytest.mark.parametrize('who', asking)
+def test_metrics_of_one_name_are_refused_before_any_training(teacher, monkeypatch, who):
+    monkeypatch.setattr(Learner, 'fit', None)
+    ks = [partial(top_k_accuracy, k=1), partial(top_k_accuracy, k=2)]
+    lambdas = [lambda p, y: 0., lambda p, y: 1.]
+    cases = {"2 of them are called 'top_k_accuracy'": ks, "2 of them are called '<lambda>'": lambdas}
+    if who!='compare': cases["'seconds' is another column's name"] = [accuracy, seconds]
+    for said,metrics in cases.items():
+        with pytest.raises(ValueError, match=said): asking[who](teacher, metrics)
+
+@pytest.mark.parametrize('name,arm,said', [
+    ('mix', MixUp(), "'mix' must be .*, got MixUp: give its class"), ('mix', [MixUp], 'got list'),
+    ('a', 'KD', 'got str'), ('a', _net(), 'got Sequential'), (None, None, 'a name must be text, got None')])
+def test_an_arm_that_gives_no_callback_to_each_run(name, arm, said):
+    with pytest.raises(TypeError, match=f'arms: .*{said}'): Study(make, {'alone':None, name:arm})
+
+def test_where_there_is_no_difference_to_tell_it_says_why(teacher):
+    arms = {k: dict(teacher=teacher, weight=w) for k,w in dict(a=.1, b=.9).items()}
+    def said(study):
+        with pytest.raises(ValueError, match='nothing to draw') as e: study.plot()
+        assert study.verdict() in str(e.value)
+        return study.verdict()
+    assert "No arm is the task alone: say which" in said(Study(make, arms).run(1, 2, progress=False))
+    assert Study(make, arms, baseline='a').run(1, 2, progress=False).verdict().startswith('b, 1 epochs:')
+    study = Study(make, dict(alone=None, **arms)).run(1, 1, 'alone', progress=False)
+    assert said(study)=="Only 'alone' was run, there is nothing to compare with."
+    assert said(study.run(1, 1, progress=False)).startswith('One seed is an anecdote')
+    assert said(study.run(1, 2, 'b', progress=False)).startswith("No arm shares two seeds with 'alone', at one")
+    assert study.run(1, 2, 'alone', progress=False).verdict().startswith('b, 1 epochs:')
+
 def test_data_without_a_validation_are_refused_before_any_training(teacher):
     dls = zeros()
     dls.loaders[1] = dls.valid.new(TensorDataset(*(t[:0] for t in dls.valid_ds.tensors)))
@@ -296,7 +344,7 @@ def test_seeds_and_arms_by_themselves():
 def test_before_any_run(teacher):
     study = Study(make, {'alone':None, 'b':None})
     exp = Experiment(_dls(), teacher, _net, lr=.05, loss_func=CrossEntropyLossFlat())
-    for ask in (study.table, study.plot, exp.learners, exp.plot, exp.run_as_long, lambda: exp.best,
+    for ask in (study.table, study.verdict, study.plot, exp.learners, exp.plot, exp.run_as_long, lambda: exp.best,
                 lambda: exp.best_arm, lambda: exp.typical):
         with pytest.raises(ValueError, match='no runs: call `run`'): ask()
     assert study._repr_html_()=='<p>no runs yet</p>' and exp.pairs=={} and exp.tests()=={} and not len(exp.runs)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 
 from fasterai.distill.teacher.teacher import Teacher, ensemble_logits
 from teacher_nets import assert_same_state, count_calls, make_net, net, plain, plain_maps, seed, state, x
@@ -55,7 +55,8 @@ def plain_mean(zs): return sum(zs)/len(zs)
 
 tasks = [(CrossEntropyLossFlat(), lambda z: softmax(z, 1)), (nn.CrossEntropyLoss(), lambda z: softmax(z, 1)),
          (BCEWithLogitsLossFlat(), sigmoid),
-         (MSELossFlat(), plain_mean), (nn.L1Loss(), plain_mean)]
+         (MSELossFlat(), plain_mean), (nn.L1Loss(), plain_mean), (nn.PoissonNLLLoss(), plain_mean),
+         (BCELossFlat(), plain_mean), (nn.BCELoss(), plain_mean)] # of probabilities
 
 @pytest.mark.parametrize('loss_func,combined', tasks)
 def test_the_task_says_what_is_averaged(x, loss_func, combined):
@@ -88,9 +89,10 @@ def test_what_the_user_says_goes_before_the_task(x):
 
 def test_a_task_that_does_not_say_is_asked_back_only_where_it_matters(x):
     def own_loss(pred, y): return pred.mean()
-    with pytest.raises(ValueError,
-                       match=r"average: the task's loss function does not say.*2 teachers are.*average='softmax'"):
-        Teacher([make_net(), make_net()]).begin(learner(own_loss))
+    for f in (own_loss, BaseLoss(nn.SoftMarginLoss, is_2d=False)): # the latter has an axis, and no class there
+        with pytest.raises(ValueError,
+                           match=r"average: the task's loss function does not say.*2 teachers are.*average='softmax'"):
+            Teacher([make_net(), make_net()]).begin(learner(f))
     Teacher(make_net()).begin(learner(own_loss))
     Teacher([make_net(), make_net()]).begin(learner(own_loss), layers=['3'], logits=False)
     pred = Teacher([make_net(), make_net()])(x)[0]                             # outside of a fit: probabilities
