@@ -9,7 +9,6 @@ __all__ = ['average_of', 'step_towards', 'fitted_decay', 'EMA']
 import math
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Callable
 
 import torch
@@ -80,7 +79,13 @@ def step_towards(
     "Move the average by a step of the student"
     n = int(averaged.n_averaged) # the start is one of them
     averaged.multi_avg_fn = partial(_move, min(n/(n+1), decay) if warm else decay)
+    _take_other_shapes(averaged.module, unwrap(student))
     averaged.update_parameters(unwrap(student))
+
+def _take_other_shapes(average, student):
+    "Buffers that have grown, such as what a layer saw last, are the student's: there is no mean of them"
+    for a,s in zip(average.buffers(), student.buffers()):
+        if a.shape!=s.shape: a.data = s.detach().to(a.device, a.dtype, copy=True)
 
 def _move(decay, averaged, current, n):
     "Tensors of one device and kind"
@@ -181,12 +186,10 @@ def begin(self:EMA,
 @patch
 def _look_at(self:EMA, student):
     "Go on with an average of this student, or begin one"
-    if self.student is student and self._n>1 and _shapes(student)==_shapes(self.model): return
+    if self.student is student and self._n>1 and self._fits: return
     self.averaged = average_of(student, self.buffers)
     self.voice = Teacher(self.model, tfms=self.tfms, select=self.select)
     self.student = student
-
-def _shapes(net): return {k:v.shape for k,v in net.state_dict().items()}
 
 # %% ../../../nbs/distill/teacher/following.ipynb #e5921526
 @patch
@@ -243,10 +246,10 @@ def after_step(self:EMA,
 
 @patch(as_prop=True)
 def _fits(self:EMA)->bool:
-    "Does the student still have the average's tensors?"
-    return _tensors(self.student)==_tensors(self.model)
+    "Does the student still have the average's parameters?"
+    return _shapes(self.student)==_shapes(self.model)
 
-def _tensors(net): return [(n, t.shape) for n,t in chain(net.named_parameters(), net.named_buffers())]
+def _shapes(net): return [(n, p.shape) for n,p in net.named_parameters()]
 
 @patch
 def _change_over(self:EMA, learn):

@@ -359,6 +359,25 @@ def test_a_student_that_gains_a_layer_in_the_middle_is_followed_from_there(grown
     assert kd.teacher._n==(4 if [*grown.parameters()] else 9)
 
 
+@pytest.mark.parametrize('persistent', [True, False])
+def test_a_buffer_that_changes_its_shape_is_the_students_and_the_average_goes_on(persistent):
+    class Seen(nn.Module):
+        "Keeps what it said last, of a smaller batch at the end of an epoch"
+        def __init__(self):
+            super().__init__()
+            self.net = net(4)
+            self.register_buffer('said', torch.zeros(1, 3), persistent=persistent)
+        def forward(self, x):
+            self.said = self.net(x).detach()
+            return self.net(x)
+    kd = KD(EMA(), SoftTarget)
+    learn = learner(Seen(), data(n=20))
+    learn.fit(2, cbs=kd)
+    ema = kd.teacher
+    assert int(ema.averaged.n_averaged)==1+2*len(learn.dls.train)==7
+    assert not close(ema.model.net, learn.model.net, tol=1e-4)
+
+
 def test_the_best_epoch_is_loaded_and_the_average_is_left_alone(tmp_path):
     learn,kd = learner(metrics=accuracy, path=tmp_path),callback()
     learn.fit(3, cbs=[kd, SaveModelCallback(monitor='accuracy')])
