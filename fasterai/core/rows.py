@@ -7,7 +7,7 @@ __all__ = ['told', 'digest_of', 'fingerprint', 'as_in_validation']
 
 # %% ../../nbs/core/rows.ipynb #d40f55d3
 import hashlib
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import Iterator, Sequence
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.foundation import L
+from fasttransform import Pipeline
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -78,8 +79,22 @@ def fingerprint(
     return torch.tensor(list(h.digest()), dtype=torch.uint8)
 
 # %% ../../nbs/core/rows.ipynb #eda9c07c
+@contextmanager
 def as_in_validation(
     ds, # A data set, fastai's or any
 ):
-    "Context in which its own transforms are those of the validation"
-    return ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
+    "Context in which its own transforms, and those of what it is made of, are those of the validation"
+    with ExitStack() as stack:
+        if hasattr(ds, 'set_split_idx'): stack.enter_context(ds.set_split_idx(1))
+        elif isinstance(pipe := getattr(ds, 'tfms', None), Pipeline):
+            stack.callback(setattr, pipe, 'split_idx', pipe.split_idx)
+            pipe.split_idx = 1
+        else:
+            for part in _parts(ds): stack.enter_context(as_in_validation(part))
+        yield
+
+def _parts(ds):
+    "What a `Subset`, a `ConcatDataset` or their like is of"
+    parts = getattr(ds, 'datasets', None)
+    if isinstance(parts, (list, tuple)): return parts
+    return [ds.dataset] if hasattr(ds, 'dataset') else []

@@ -55,10 +55,12 @@ def head_of_learner(
     n = len(classes) if classes else getattr(learn.dls, 'c', None)
     if n in (None, last[1].out_features): return last
     ran,z = _outputs(learn)
-    found = next((o for o,out in reversed(ran) if out.shape==z.shape and torch.equal(out, z)), None)
-    if found or z is None or last[1].out_features in z.shape[1:]: return found or last
+    found = next((o for o,out in reversed(ran) if _equal(out.squeeze(), z.squeeze())), None)
+    if found or z is None or last[1].out_features in (z.shape[1:] or (1,)): return found or last
     raise ValueError(f"no nn.Linear of the {type(unwrap(learn.model)).__name__} gives its logits {tuple(z.shape)}, and "
                      f"the last one, {last[0]!r}, has {last[1].out_features} outputs: a head must be an nn.Linear")
+
+def _equal(a, b): return a.shape==b.shape and torch.equal(a, b)
 
 def _outputs(learn):
     "Each `nn.Linear` with what it gave for a batch, and the logits; nothing and None for a batch that is not for them"

@@ -94,7 +94,8 @@ def _held_out(self:Dreams, valid):
     n = len(self)
     if not isinstance(valid, (int, float)):
         named = tuple(self.vocab) if all(isinstance(o, str) for o in self.vocab) else None
-        refuse_other_data('valid', valid, Facts(named, normalize=self.normalize), whose="the teacher's")
+        known = Facts(named, normalize=self.normalize, images=(True,))
+        refuse_other_data('valid', valid, known, whose="the teacher's")
         return 0
     held = round(n*valid) if isinstance(valid, float) else 0
     if 0<held<n: return held

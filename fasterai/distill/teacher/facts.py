@@ -256,13 +256,13 @@ def refuse_other_data(
     what:str,    # The argument that they came by, for the error
     data,        # `DataLoaders`, or one loader
     known:Facts, # Of the data that the network was trained on
-    classes:bool=True, # Must its classes be the same?
+    classes:bool=True, # Must its classes be the same, or the first of them?
     whose:str="the Learner's", # Those that are known
 ):
     "ValueError for other classes, words or columns, or another normalisation; nothing where one side tells nothing"
     here = facts_of_data(data)
     if Facts() in (here, known): return
-    if classes and here.classes and known.classes and here.classes!=known.classes:
+    if classes and here.classes and known.classes and here.classes!=known.classes[:len(here.classes)]:
         raise ValueError(f"{what}: its classes are {_some(here.classes)}, {whose} {_some(known.classes)}: make it with "
                          "the same vocab")
     if here.words and known.words and here.words!=known.words:
@@ -270,9 +270,21 @@ def refuse_other_data(
     if here.columns and known.columns and here.columns!=known.columns:
         raise ValueError(f"{what}: its table numbers its categories, or normalises its columns, otherwise than "
                          f"{whose}: make it with the same procs (`to.new`)")
-    if same_statistics(here.normalize, known.normalize): return
+    if same_statistics(here.normalize, known.normalize) or not (_tells(here) and _tells(known)): return
     raise ValueError(f"{what}: its pictures are {said_statistics(here.normalize)}, and {whose} are "
-                     f"{said_statistics(known.normalize)}: normalise both alike")
+                     f"{said_statistics(known.normalize)}: {_normalise_as(known, here, data)}")
+
+def _tells(facts):
+    "Is it known how pictures are normalised? Tensors without a `Normalize` may be so by hand"
+    return facts.normalize is not None or True in facts.images
+
+def _normalise_as(known, here, data):
+    "The remedy for `data`"
+    if known.normalize is None: return "make it without Normalize"
+    same = "Normalize.from_stats(mean, std) of the latter"
+    if not hasattr(data, 'loaders'): same += ", or by test_dl(items, with_labels=True) of the other's dls"
+    elif here.normalize is None: return "add it, as dls.add_tfms([Normalize.from_stats(mean, std)], 'after_batch')"
+    return f"make it with {same} (Normalize() alone takes its numbers from a batch)"
 
 def _some(classes): return ', '.join(classes[:10]) + (f', ... ({len(classes)})' if len(classes)>10 else '')
 

@@ -26,7 +26,7 @@ from fasterai.distill.loss.remember import LwF
 from fasterai.distill.losses import SoftTarget
 from fasterai.distill.methods.attack import Attack
 from fasterai.distill.methods.columns import NewClasses, OneHotBCE
-from fasterai.distill.methods.continual import Remember, align_head, grow_head, head_of
+from fasterai.distill.methods.continual import Remember, align_head, grow_head, head_of, head_of_learner
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.following import EMA
 from classes import At, named
@@ -487,6 +487,13 @@ def test_a_hidden_layer_as_wide_as_the_data_have_classes_is_no_head():
     assert align_head(learn, 2)>0 and torch.equal(model[1].weight, hidden) and model[3].out_features==6
 
 
+def test_one_squeezed_output_is_the_head_of_two_classes():
+    class Squeezed(nn.Module):
+        def __init__(self): super().__init__(); self.body = net(c=1)
+        def forward(self, x): return self.body(x).squeeze(-1)
+    assert head_of_learner(learner(Squeezed(), data(c=2)))[0]=='body.4'
+
+
 class OfTexts(nn.Module):
     "Logits by what the classes are called"
     def __init__(self): super().__init__(); self.body,self.texts = net(c=4),nn.Parameter(torch.randn(3, 4))
@@ -505,7 +512,7 @@ def test_a_network_whose_logits_no_linear_layer_gives_is_refused():
 def test_the_next_data_are_normalised_and_numbered_as_the_first():
     learn = learner(net(c=2), named('ab', std=.5))
     for std,said in (None, 'not normalised'), (.25, r'normalised by \[0.0, 0.0, 0.0\] and \[0.25'):
-        with pytest.raises(ValueError, match=f"new: its pictures are {said}.*the Learner's are normalised"):
+        with pytest.raises(ValueError, match=f"new: its pictures are {said}.*the Learner's are normalised.*from_stats"):
             grow_head(learn, named('abc', std=std))
     def text(vocab, words):
         tfms = [[At([torch.zeros(3, 8, 8)]*24), Words(words)], [At('ab'*12), Categorize(vocab, sort=False)]]

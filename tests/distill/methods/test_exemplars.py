@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from torch.utils.data import Subset
 
 from fasterai.distill.methods.continual import grow_head
 from fasterai.distill.methods.exemplars import Exemplars, features_of, herd, nearest_mean
@@ -84,6 +85,7 @@ def test_examples_and_features_are_without_augmentation():
     still,moved = (learner(net(c=3), named('abc', tfms=o)) for o in ([], [Gone()]))
     assert not moved.dls.train_ds[0][0].any()
     for a,b in zip(features_of(still), features_of(moved)): assert torch.equal(a, b)
+    assert torch.equal(features_of(moved, Subset(moved.dls.train_ds, range(5)))[0], features_of(still)[0][:5])
     a,b = (Exemplars(n=2).add(o) for o in (still, moved))
     for c in range(3): assert all(torch.equal(x, z) for (x,),(z,) in zip(a.rows[c], b.rows[c]))
     assert not moved.dls.train_ds[0][0].any()

@@ -197,7 +197,18 @@ def test_a_test_set_of_other_classes_or_another_normalisation_is_refused():
     assert on().accuracy['a']==compare(dict(a=learn), cost=False, n_boot=9).accuracy['a']
     with pytest.raises(ValueError, match="dl: its classes are c, a, b, those of 'a' a, b, c"): on(vocab='cab')
     for std in None,.25:
-        with pytest.raises(ValueError, match="dl: its pictures are .*those of 'a' are normalised"): on(std=std)
+        with pytest.raises(ValueError, match="those of .a. are normalised by .*: make it with Normalize.from_stats"):
+            on(std=std)
+
+def test_data_of_the_first_classes_and_tensors_normalised_by_hand_are_judged():
+    learn = Learner(named('abc', std=.5), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    def on(dl): return compare(dict(a=learn), dl=dl, cost=False, n_boot=9).accuracy['a']
+    old = named('ab', std=.5).valid
+    assert on(old)==pytest.approx(learn.validate(dl=old)[1])
+    xs,ys = (torch.cat([torch.Tensor(o) for o in os]) for os in zip(*learn.dls.valid))
+    by_hand = TfmdDL(TensorDataset(xs, ys.long()), bs=8, num_workers=0)
+    by_hand.vocab = learn.dls.vocab
+    assert on(by_hand)==on(learn.dls.valid)
 
 # --- nothing is left behind
 
