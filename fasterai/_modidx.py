@@ -5033,6 +5033,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fasterai/distill/training/eyes.py')},
             'fasterai.distill.training.first_look': { 'fasterai.distill.training.first_look._axis_of_teacher': ( 'distill/training/first_look.html#_axis_of_teacher',
                                                                                                                  'fasterai/distill/training/first_look.py'),
+                                                      'fasterai.distill.training.first_look._has_time_first': ( 'distill/training/first_look.html#_has_time_first',
+                                                                                                                'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._minds_axis': ( 'distill/training/first_look.html#_minds_axis',
                                                                                                             'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._refuse_uncounted': ( 'distill/training/first_look.html#_refuse_uncounted',

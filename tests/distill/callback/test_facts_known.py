@@ -138,6 +138,14 @@ def test_maps_that_begin_with_time_steps_are_warned_of(batch, steps, first, loss
     assert len(found)==said
 
 
+def test_windows_are_no_time_steps_whatever_stands_beside_the_layer(recwarn):
+    class Windows(Steps):
+        def __init__(self): super().__init__(6, True); self.beside = nn.LSTM(8, 8)
+        def forward(self, x): return self.head(self.rnn(x.reshape(2*len(x), 4, -1))[0].reshape(len(x), 8, -1).mean(1))
+    learner(Windows(), data(n=4, bs=4)).fit(1, cbs=KD(Windows(), Similarity, 'rnn', 'rnn'))
+    assert not [o for o in recwarn if 'samples on their second axis' in str(o.message)]
+
+
 def test_a_map_without_a_gradient_is_named():
     student = net()
     student[0].requires_grad_(False)
