@@ -26,7 +26,8 @@ from .eyes import Eyes
 from .first_look import check_first, warn_of_softmax
 from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import remember
-from .lesson import detached, device_of, facts_for, full_precision, mask_of, mixed, stand_in, target_of
+from .lesson import (
+    detached, device_of, facts_for, full_precision, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
