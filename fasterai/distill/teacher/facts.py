@@ -7,7 +7,7 @@ __all__ = ['Facts', 'facts_of', 'facts_of_data', 'Agreement', 'agree', 'same_sta
            'other_channels', 'other_inputs']
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #9380de0f
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from types import SimpleNamespace
 from typing import Callable
@@ -17,6 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, Resize
 from fastai.vision.core import TensorImage
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -143,24 +144,61 @@ class Agreement:
     tfm:Callable=None   # What the inputs go through; None: nothing
     lines:tuple=()      # What is different, in words
     n:int=None          # So many logits the teacher should have to pick from; None: not known
-    axis:int=None       # Where the teacher's logits have the classes; None: where the student's have them
+    axis:int=None       # Where the loss of the teacher's Learner has the classes; None: where the student's logits do
+    other:int=None      # Where the student's loss has them, if the caller says an axis for both
+    seen:bool=False     # Have logits of both been seen, so that `axis` is sure?
 
     def of_logits(self, z:Tensor, axis:int=1)->Tensor:
         """The teacher's logits for the student's classes, which are on `axis` then. ValueError if there are not as many
         as classes"""
-        if self.axis is not None and z.ndim>2: z = z.movedim(self.axis, axis)
+        if self.axis is not None and (z.ndim==3 or z.ndim>3 and self.seen): z = z.movedim(self.axis, axis)
         if self.pick is None: return z
         if self.n in (None, z.shape[axis]): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
         raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
                          f"{axis}; name each of them, in their order: Teacher(..., classes=[...])")
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #2e4a0c61
+@patch
+def after_look(self:Agreement,
+    z:Tensor,    # The teacher's logits
+    shape:tuple, # Of the student's; None: not known
+    axis:int=1,  # Where these have the classes
+)->Agreement:
+    "The same, after a look at where the classes can be: the loss of a Learner may never have met its network"
+    there = self.other if self.axis is None else axis
+    here = axis if self.axis is None else self.axis
+    if self.seen or None in (shape, there) or not 2<z.ndim==len(shape) or here%z.ndim==there%z.ndim: return self
+    stays,moves = (_fits(o, shape, there, self.n) for o in (z, z.movedim(here, there)))
+    if self.axis is None: line = _of_one_for_both(here, there) if moves else None
+    else: line = None if stays!=moves else _of_either_way(z, stays, here, there)
+    keeps = moves and (not stays or z.ndim==3) # pixels have their classes first, in all that is common
+    return replace(self, axis=self.axis if keeps else None, seen=True, lines=(*self.lines, *([line] if line else [])))
+
+def _fits(z, shape, axis, n):
+    want = list(shape)
+    if n is not None: want[axis] = n
+    return list(z.shape)[1:]==want[1:]
+
+def _of_one_for_both(here, there):
+    return (f"axis={here} counts for the student's logits too, whose loss has the classes on axis {there}: if only the "
+            f"teacher's are otherwise, take select=lambda z: z.movedim({here}, {there}) in place of axis=")
+
+def _of_either_way(z, fits, here, there):
+    said = f"its Learner's loss has the classes on axis {here}, the student's on axis {there}, and"
+    move = f"Teacher(model, select=lambda z: z.movedim({here}, {there}))"
+    if not fits: return f"{said} its logits {tuple(z.shape)} fit neither way: they stay as they are; {move} moves them"
+    if z.ndim>3: return f"{said} its logits {tuple(z.shape)} fit either way: they stay as they are; {move} moves them"
+    return (f"{said} its logits {tuple(z.shape)} fit either way: they are moved; Teacher(model, axis={there}) leaves "
+            "them")
+
+# %% ../../../nbs/distill/teacher/facts.ipynb #1e89f56d
 def agree(
     teacher:Facts,  # Of the teacher
     student:Facts,  # Of the student
     pick:bool=True, # May classes be picked? Not where a `select` of the user's answers for them
     tfm:bool=True,  # May inputs be transformed? Not where `tfms` of the user's do it
     logits:bool=True, # Does any loss look at logits? Else the teacher's classes may be any
+    axis:int=None,  # Of the classes of both, as the caller says
 )->Agreement:
     "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher lacks"
     if teacher.words and student.words and teacher.words!=student.words:
@@ -173,8 +211,12 @@ def agree(
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     said_size = _say_size(teacher, student) if tfm else []
     n = None if places is None else len(teacher.classes)
-    axis = teacher.axis if pick and student.axis is not None else None
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, axis)
+    where = _axes(teacher.axis, student.axis, axis) if pick else ()
+    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, *where)
+
+def _axes(teacher, student, said):
+    "What an `Agreement` knows of them; without the student's nothing"
+    return () if student is None else (teacher,) if said is None else (None, student)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #37f651a4
 def _pick_classes(teacher, student, logits):

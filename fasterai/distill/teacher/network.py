@@ -124,6 +124,25 @@ def inputs(self:Network,
         if tfm is not None: xb = _as_tuple(tfm(*xb))
     return xb
 
+@patch
+def agrees(self:Network,
+    agreement:Agreement, # How it is asked from now on; what is new about it is printed
+):
+    "Each line is said once"
+    said,self.agreement = self.agreement.lines,agreement
+    for line in () if rank_distrib() else agreement.lines:
+        if line not in said: print(f'teacher {name_of(self.source)}: {line}')
+
+@patch
+def for_student(self:Network,
+    z:torch.Tensor, # Logits that it gave
+    axis:int,       # Where the student's have the classes
+    shape:tuple,    # Of the student's; None: not known
+)->torch.Tensor:
+    "The logits for the student's classes"
+    self.agrees(self.agreement.after_look(z, shape, axis))
+    return self.agreement.of_logits(z, axis)
+
 def _as_tuple(o): return tuple(o) if isinstance(o, (tuple, list)) else (o,)
 
 # %% ../../../nbs/distill/teacher/network.ipynb #a79876b7

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastai.learner import Learner
-from fastai.torch_core import PrettyString, rank_distrib
+from fastai.torch_core import PrettyString
 from fastcore.basics import patch
 
 from ...core.cost import best_time, flops
@@ -122,7 +122,8 @@ def _ask_networks(self:Teacher, xb, layers, logits):
     outs = [out] + [ask(net, xb, (), True)[0] for net in self.nets[1:]]
     preds = [logits_of(o, self.select).detach() for o in outs]
     if not self.checked: refuse_axis(self.given[0], preds[0])
-    return [net.agreement.of_logits(z, known_axis(self.axis)) for net,z in zip(self.nets, preds)], maps
+    shape = self.fits[-1].shape if self.fits else None
+    return [net.for_student(z, known_axis(self.axis), shape) for net,z in zip(self.nets, preds)], maps
 
 @patch
 def _ask(self:Teacher, net, xb, layers, logits): return net(xb, layers, logits, **self._outputs(net))
@@ -207,11 +208,12 @@ def _is_attached_otherwise(self:Teacher, learn, layers, logits):
 
 @dataclass
 class _Fit:
-    "What a fit of `learn` has found, and what the cache is attached for in it: layers, and whether logits"
+    "What a fit of `learn` has found, with the student's logits, and what the cache is attached for in it"
     learn:object
     axis:int
     average:str
     agreements:list
+    shape:tuple=None
     recorded:tuple=None
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #bb5fd25e
@@ -230,11 +232,7 @@ def _learn_task(self:Teacher, task, logits):
 def _agree_with(self:Teacher, student, logits):
     "Find out for each network how to ask it so that its answers are about the student's data"
     for net,facts in zip(self.nets, self.facts):
-        said = net.agreement.lines
-        if self.given[0] is not None: facts = replace(facts, axis=self.given[0])
-        net.agreement = agree(facts, student, self.select is None, not_said(net.tfm), logits)
-        if net.agreement.lines!=said and not rank_distrib():
-            for line in net.agreement.lines: print(f'teacher {name_of(net.source)}: {line}')
+        net.agrees(agree(facts, student, self.select is None, not_said(net.tfm), logits, self.given[0]))
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #b27730fd
 @patch
@@ -242,8 +240,10 @@ def answer(self:Teacher,
     *xb,         # The student's inputs, one batch
     layers=(),   # As in `compute`
     logits=True, # As in `compute`
+    pred=None,   # The student's logits, if they are known
 )->tuple:
     "What the teacher says about the batch: from the cache, where one is attached for just this question, else computed"
+    if self.fits: self.fits[-1].shape = getattr(pred, 'shape', None)
     layers = _as_layers(layers)
     if not self._is_recorded(layers, logits): return self.compute(*xb, layers=layers, logits=logits)
     with in_turns(self.nets): return self.cache.ask(*xb)

@@ -7,9 +7,11 @@ __all__ = ['warn_of_softmax', 'check_first']
 
 # %% ../../../nbs/distill/training/first_look.ipynb #93e96ae5
 import warnings
+from itertools import zip_longest
 
 import torch
 
+from ..layers.names import unwrap
 from ..loss.catalogue import catalogue
 from ..loss.logits import BinaryKD, Logits, Ranking
 
@@ -40,14 +42,20 @@ def _warn_of_unreachable(fm_s):
 def _warn_of_time_first(outputs, terms, n, models):
     "Maps of `n` samples on the second axis; value by value it is no matter"
     if all(o.same_shape for o in terms if o.takes_features): return
-    modules = (m for o in models if o is not None for m in o.modules())
-    usual = any(getattr(m, 'batch_first', None) is False for m in modules)
-    def odd(x): return x.ndim==3 and x.shape[1]==n!=x.shape[0] and (usual or x.shape[0]%n)
-    found = [k for side in ('fm_s', 'fm_t') for k,x in outputs[side].items() if odd(x)]
+    def odd(k, x, m): return x.ndim==3 and x.shape[1]==n!=x.shape[0] and (x.shape[0]%n or _has_time_first(m, k))
+    sides = zip_longest(('fm_s', 'fm_t'), models)
+    found = [k for side,m in sides for k,x in outputs[side].items() if odd(k, x, m)]
     if not found: return
     warnings.warn(f"the maps of {', '.join(map(repr, dict.fromkeys(found)))} seem to have the {n} samples on their "
                   "second axis, and losses take the first one for them: build these layers with batch_first=True, or "
                   "name layers whose maps begin with the samples")
+
+def _has_time_first(model, layer):
+    "Is the layer built so, or a part of it, or what it is a part of? What stands beside it tells nothing"
+    name = layer.removesuffix(':input').partition('[')[0]
+    def near(k): return not k or f'{k}.'.startswith(f'{name}.') or f'{name}.'.startswith(f'{k}.')
+    parts = unwrap(model).named_modules() if model is not None else ()
+    return any(near(k) and getattr(m, 'batch_first', None) is False for k,m in parts)
 
 # %% ../../../nbs/distill/training/first_look.ipynb #7ca6888f
 def _warn_of_probabilities(teacher_pred, axis):

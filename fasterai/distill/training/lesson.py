@@ -65,12 +65,13 @@ def target_of(
     logits=None,     # The student's; None: of one class for each sample
     soft:bool=True,  # Does any loss look at the target?
     axis:int=1,      # Where the classes of the logits are
+    needed:bool=True,# Is there a loss that cannot do without it?
 ):
     "The target that losses see, None if the batch has no labels; under MixUp soft ones, of the shape of the logits"
     if not len(yb): return None
     mix,y = getattr(loss_func, '__self__', None),_for_each(detuplify(yb), logits)
     if not isinstance(mix, MixHandler): return y
-    _refuse_unlabelled(y, loss_func, type(mix).__name__)
+    _refuse_unlabelled(y, loss_func, type(mix).__name__, needed)
     if not soft: return y
     n,y1 = n_classes_of(logits, axis),_for_each(detuplify(mix.yb1), logits)
     y0,y1 = (_one_hot(o, has_class(o, loss_func), n) for o in (y, y1))
@@ -78,10 +79,13 @@ def target_of(
 
 def _one_hot(y, there, n): return nn.functional.one_hot(y.long().where(there, 0), n)*there.unsqueeze(-1).float()
 
-def _refuse_unlabelled(y, loss_func, mix):
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim!=1 or has_class(y, loss_func).all(): return
-    raise ValueError(f"{mix} would blend labelled rows with rows without a label, and the batch has labels below 0, or "
-                     f"some that the task ignores: leave {mix} out")
+def _refuse_unlabelled(y, loss_func, mix, needed):
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim!=1: return
+    least = min(y[~has_class(y, loss_func)].tolist(), default=None)
+    if least is None or least>=0 and not needed: return # the task's own loss mixes what it ignores as nothing
+    ignored = f", which the task leaves out by its ignore_index={least}" if least>=0 else ''
+    raise ValueError(f"{mix} would blend labelled rows with rows without a label, and the batch has the label {least}"
+                     f"{ignored}: leave {mix} out")
 
 # %% ../../../nbs/distill/training/lesson.ipynb #5664366e
 def facts_for(

@@ -227,7 +227,8 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
     logits = self._logits(pred)
-    target = target_of(yb, self.learn.loss_func, logits, 'target' in recipe.needs, self.facts.get('axis', 1))
+    needed = any('target' in o.required for o in recipe.terms)
+    target = target_of(yb, self.learn.loss_func, logits, 'target' in recipe.needs, self.facts.get('axis', 1), needed)
     answer = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
     teacher_pred,fm_t = answer
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)

@@ -113,6 +113,30 @@ def test_a_teachers_learner_says_where_its_classes_are(length):
     assert got==pytest.approx(F.mse_loss(s(x), t.model(x).mT).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize('shape,line', [((8, 5), ''), ((4, 4), 'its logits (8, 4, 4, 4) fit either way: they stay')])
+def test_a_loss_that_the_teacher_was_never_trained_with_moves_no_pixels(shape, line, capsys):
+    g = torch.Generator().manual_seed(0)
+    x,y = torch.randn(8, 3, *shape, generator=g),torch.randint(4, (8, *shape), generator=g)
+    ds = torch.utils.data.TensorDataset(x, y)
+    dls = DataLoaders(*[TfmdDL(ds, bs=8, num_workers=0) for _ in range(2)], device='cpu')
+    s,t = nn.Conv2d(3, 4, 1),nn.Conv2d(3, 4, 1)
+    want = F.mse_loss(s(x), t(x)).item()
+    got = first_value(KD(learner(t, dls), partial(Logits, ignore_index=None)), s, dls, CrossEntropyLossFlat(axis=1))
+    assert got==pytest.approx(want, rel=1e-4)
+    said = capsys.readouterr().out
+    assert line in said and bool(line)==bool(said)
+
+
+def test_an_axis_that_is_said_for_both_names_the_way_to_move_the_teachers_alone(capsys):
+    net = nn.Embedding(20, 5)
+    kd = KD(Teacher(Tagger(16, 1), axis=-1), partial(Logits, ignore_index=None))
+    class Swapped(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, ids): return self.net(ids).mT
+    first_value(kd, Swapped(), tokens(length=5), CrossEntropyLossFlat(axis=1))
+    assert 'take select=lambda z: z.movedim(-1, 1) in place of axis=' in capsys.readouterr().out
+
+
 # --- what cannot teach --------------------------------------------------------
 
 class Steps(nn.Module):
@@ -136,6 +160,14 @@ def test_maps_that_begin_with_time_steps_are_warned_of(batch, steps, first, loss
     learner(s, data(n=batch, bs=batch)).fit(1, cbs=KD(t, loss, 'rnn', 'rnn'))
     found = [o for o in recwarn if f"the maps of 'rnn' seem to have the {batch} samples" in str(o.message)]
     assert len(found)==said
+
+
+def test_windows_are_no_time_steps_whatever_stands_beside_the_layer(recwarn):
+    class Windows(Steps):
+        def __init__(self): super().__init__(6, True); self.beside = nn.LSTM(8, 8)
+        def forward(self, x): return self.head(self.rnn(x.reshape(2*len(x), 4, -1))[0].reshape(len(x), 8, -1).mean(1))
+    learner(Windows(), data(n=4, bs=4)).fit(1, cbs=KD(Windows(), Similarity, 'rnn', 'rnn'))
+    assert not [o for o in recwarn if 'samples on their second axis' in str(o.message)]
 
 
 def test_a_map_without_a_gradient_is_named():

@@ -112,8 +112,15 @@ def test_mixing_rows_with_and_without_a_label_is_refused(mix, loss):
     assert learn.loss_func is own
     learn.fit(1)
     learner(dls=data()).fit(1, cbs=[KD(teacher(), loss, **at), mix()]) # labels alone
-    learn = learner(dls=data(c=4), loss_func=CrossEntropyLossFlat(ignore_index=3)) # of which one does not count
-    with pytest.raises(ValueError, match='some that the task ignores'): learn.fit(1, cbs=cbs)
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixing_a_class_that_the_task_ignores_is_refused_where_a_loss_takes_the_target(mix):
+    def fit(*losses): learner(loss_func=CrossEntropyLossFlat(ignore_index=0)).fit(1, cbs=[*losses, mix()])
+    fit()
+    fit(KD(teacher()))
+    with pytest.raises(ValueError, match='the label 0, which the task leaves out by its ignore_index=0: leave'):
+        fit(KD(teacher(), lambda pred, target: -(target*pred.log_softmax(1)).sum(1).mean()))
 
 
 def test_a_cached_teacher_answers_for_them_too():
