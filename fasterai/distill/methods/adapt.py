@@ -29,10 +29,11 @@ from ..loss.base import as_loss
 from ..losses import SoftTarget
 from .priors import batch_norms, imbalance
 from ..study.one_run import fit_one_cycle, quiet
-from ..teacher.facts import facts_of, refuse_other_data
+from ..teacher.facts import facts_of
 from ..teacher.following import EMA, fitted_decay
 from ..teacher.frozen import bare_copy
 from ..teacher.network import name_of
+from ..teacher.other_data import refuse_other_data
 
 # %% ../../../nbs/distill/methods/adapt.ipynb #c7e2dc43
 @as_loss

@@ -27,8 +27,9 @@ from ..layers.names import unwrap
 from ..loss.remember import ICaRL, LwF
 from .columns import CES, of_columns
 from ..study.one_run import streams_kept
-from ..teacher.facts import facts_of, facts_of_data, refuse_other_data
+from ..teacher.facts import facts_of, facts_of_data
 from ..teacher.frozen import frozen_copy
+from ..teacher.other_data import refuse_other_data
 
 # %% ../../../nbs/distill/methods/continual.ipynb #45a3e482
 def head_of(

@@ -33,8 +33,8 @@ from .dream import (Still, checked_size, dream, pixel_bounds,
                                             refuse_without_statistics, vocab_of)
 from .dreams import picture_type
 from .priors import BatchNormGap, batch_norms, disagreement, imbalance, inactivity
-from ..teacher.facts import refuse_other_data
 from ..teacher.forward import evaluating
+from ..teacher.other_data import refuse_other_data
 from ..teacher.teacher import Teacher
 
 # %% ../../../nbs/distill/methods/data_free.ipynb #61ecd630

@@ -17,7 +17,8 @@ from fastcore.basics import patch, store_attr
 from torch import Tensor
 
 from ...core.plots import new_axes, plain
-from ..teacher.facts import Facts, refuse_other_data, said_statistics, same_statistics
+from ..teacher.facts import Facts, same_statistics
+from ..teacher.other_data import refuse_other_data, said_statistics
 
 # %% ../../../nbs/distill/methods/dreams.ipynb #e77850c0
 class Dreams:

@@ -16,7 +16,8 @@ from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.layout import spatial
 from ..losses import SoftTarget
-from ..teacher.facts import facts_of, refuse_other_data
+from ..teacher.facts import facts_of
+from ..teacher.other_data import refuse_other_data
 from ..training.lesson import full_precision, target_of
 from ..training.views import seen_by_student
 

@@ -33,7 +33,8 @@ from ..loss.base import kl_div
 from .measure import model_cost
 from .one_run import own_names, quiet
 from .pictures import attention_map, plot_attention, plot_similarity, plot_soft_targets
-from ..teacher.facts import facts_of, refuse_other_data
+from ..teacher.facts import facts_of
+from ..teacher.other_data import refuse_other_data
 
 # %% ../../../nbs/distill/study/compare.ipynb #ce633649
 _all_ = ['attention_map', 'plot_attention', 'plot_similarity', 'plot_soft_targets']

@@ -23,7 +23,8 @@ from ...core.task import class_of_each, has_class, loader_like, logits_of, split
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from .one_run import streams_kept
-from ..teacher.facts import facts_of, refuse_other_data
+from ..teacher.facts import facts_of
+from ..teacher.other_data import refuse_other_data
 from ..training.views import seen_by_student
 
 # %% ../../../nbs/distill/study/probes.ipynb #c9123f6b
