@@ -78,7 +78,7 @@ def _open_log(self:Session):
     kd,learn = self.kd,self.learn
     outer,kd.log = kd.log,LossLog(kd.loss_names, kd.recipe.valid)
     if self.outer: self.stack.callback(partial(setattr, kd, 'log', outer))
-    self.stack.callback(kd.log.close)    # late, since a device that failed may fail again
+    self.stack.callback(lambda: kd.log.close()) # late, since a device that failed may fail again
     if not self.outer: self.show(kd.log.columns(taken=[m.name for m in learn.metrics]))
 
 # %% ../../../nbs/distill/training/session.ipynb #87dfbe2a
