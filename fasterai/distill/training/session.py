@@ -249,7 +249,7 @@ def _compare(self:Session, outputs, n):
         first = not self.checked
         if first: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training, n, self._models)
         new = eyes.focus(outputs['fm_s'], outputs['fm_t'], self._models[1])
-        if new or first: self._build_learned(outputs) # there may be other classes than in the last fit
+        if new or first and self.fit: self._build_learned(outputs) # a fit may have other classes than the last
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
         return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
