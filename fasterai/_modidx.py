@@ -3166,6 +3166,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fasterai/distill/study/setting.py'),
                                                 'fasterai.distill.study.setting._closure': ( 'distill/study/setting.html#_closure',
                                                                                              'fasterai/distill/study/setting.py'),
+                                                'fasterai.distill.study.setting._compared': ( 'distill/study/setting.html#_compared',
+                                                                                              'fasterai/distill/study/setting.py'),
                                                 'fasterai.distill.study.setting._parts': ( 'distill/study/setting.html#_parts',
                                                                                            'fasterai/distill/study/setting.py'),
                                                 'fasterai.distill.study.setting._plain': ( 'distill/study/setting.html#_plain',

@@ -10,6 +10,8 @@ __all__ = ['NOTHING', 'weights_of', 'describe', 'codes_in', 'names_read', 'plain
 import dis
 import hashlib
 import re
+from copy import copy
+from dataclasses import fields
 from functools import partial
 from inspect import signature
 from pathlib import PurePath
@@ -29,6 +31,7 @@ from ...core.rows import fingerprint
 from ...core.seeds import same_start
 from ...core.task import one_batch
 from ..loss.terms import as_terms
+from ..teacher.facts import Facts
 from ..teacher.teacher import as_teacher
 
 # %% ../../../nbs/distill/study/setting.ipynb #08ab9f2f
@@ -209,8 +212,16 @@ def teacher_text(
     given = signature(type(teacher)).parameters
     own = {k:v for k,v in vars(teacher).items() if k in given and k not in ('axis', 'average')} # from the task
     nets = [(net.asked, net.tfm) for net in getattr(teacher, 'nets', ())]
-    said = getattr(teacher, 'given', None), getattr(teacher, 'facts', None)
+    facts = [_compared(o) if isinstance(o, Facts) else o for o in getattr(teacher, 'facts', ())]
+    said = getattr(teacher, 'given', None), facts if hasattr(teacher, 'facts') else None
     return _short_hash(describe([type(teacher), _plain(own), nets, said, list(getattr(teacher, 'models', ()))]))
+
+def _compared(facts):
+    "What makes facts equal to others"
+    new = copy(facts)
+    for f in fields(facts):
+        if not f.compare: del vars(new)[f.name]
+    return new
 
 # %% ../../../nbs/distill/study/setting.ipynb #c134c2a7
 def _value_text(name, v):
