@@ -70,11 +70,11 @@ def make(self:LossInfo,
 # %% ../../../nbs/distill/loss/catalogue.ipynb #1e999e4a
 _most = ('digits', 'cifar10_small', 'imagenette_mobilenet', 'catdog_mobilenet', 'breeds_mobilenet',
          'catdog_resnet18', 'imagenette_resnet18')
+_two = 'digits','imagenette_mobilenet'
 _compared = 'prediction','map','relation'
 _prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in _compared)
 _others = 'embedding','dense','memory','token','learned'
 _embedding,_dense,_memory,_token,_learned = (partial(LossInfo, kind=o) for o in _others)
-_general = partial(_learned, measured=('digits', 'imagenette_mobilenet')) # for networks of any kind
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #e2b5d6d1
 _predictions = [
@@ -157,11 +157,12 @@ _tokens = [
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #62b0f585
 _learned_losses = [
-    _general(VID, 'Ahn et al.', 'CVPR 2019', '1904.05835', 1, 'RepDistiller'),
-    _general(CRD, 'Tian et al.', 'ICLR 2020', '1910.10699', 0.8, 'authors', note='the pooled features'),
-    _general(ReviewKD, 'Chen et al.', 'CVPR 2021', '2104.09044', 5, 'authors', measured=('digits',),
+    _learned(VID, 'Ahn et al.', 'CVPR 2019', '1904.05835', 1, 'RepDistiller', measured=_two),
+    _learned(CRD, 'Tian et al.', 'ICLR 2020', '1910.10699', 0.8, 'authors', measured=_two,
+             note='the pooled features'),
+    _learned(ReviewKD, 'Chen et al.', 'CVPR 2021', '2104.09044', 5, 'authors', measured=('digits',),
              note='0.6 to 8 by the pair of networks'),
-    _general(OFD, 'Heo et al.', 'ICCV 2019', '1904.01866', 1, 'authors', hypers=dict(scale=1e-3),
+    _learned(OFD, 'Heo et al.', 'ICCV 2019', '1904.01866', 1, 'authors', hypers=dict(scale=1e-3), measured=_two,
              note='scale=1e-4 on ImageNet'),
     _learned(Queue, 'Fang et al. (SEED)', 'ICLR 2021', '2101.04731', 1, 'lightly-train', hypers=dict(T=0.07),
              note='T=0.2, T_teacher=0.0001 and size=65536 (authors)'),
