@@ -18,7 +18,7 @@ from torchvision import models as tv
 
 from .digits import digits_net
 from ..core.heads import last_layer, put_module, with_outputs
-from ..core.names import unknown_name
+from ..core.names import first_few, unknown_name
 
 # %% ../../nbs/data/archs.ipynb #22cb5065
 def _timm():
@@ -133,7 +133,7 @@ def load_weights(
     if by_order: sd = _renamed(sd, own, file.name)
     _refuse_others_weights(sd, own, file.name)
     bad = [k for k,v in sd.items() if _is_spoilt(v) and not _alike(v, own.get(k))]
-    if bad: raise ValueError(f"the weights in {file.name} are NaN or infinite: {_some(bad)}")
+    if bad: raise ValueError(f"the weights in {file.name} are NaN or infinite: {first_few(bad)}")
     model.load_state_dict(sd)
     return model
 
@@ -148,11 +148,12 @@ def _refuse_others_weights(sd, own, name):
     "ValueError if the state dict `sd` is not one of a model whose state dict is `own`"
     no_tensor = [k for k,v in sd.items() if k in own and isinstance(own[k], Tensor) and not isinstance(v, Tensor)]
     if no_tensor:
-        raise ValueError(f"{name} holds no weights: {_some(no_tensor)} should be tensors, got {sd[no_tensor[0]]!r}")
+        raise ValueError(f"{name} holds no weights: {first_few(no_tensor)} should be tensors, got "
+                         f"{sd[no_tensor[0]]!r}")
     odd = [k for k in own if k in sd and isinstance(own[k], Tensor) and sd[k].shape!=own[k].shape]
     problems = {'other shapes:': [f"{k} {tuple(sd[k].shape)} for {tuple(own[k].shape)}" for k in odd],
                 'missing:': [k for k in own if k not in sd], 'unknown:': [k for k in sd if k not in own]}
-    problems = [f"{what} {_some(ks)}" for what,ks in problems.items() if ks]
+    problems = [f"{what} {first_few(ks)}" for what,ks in problems.items() if ks]
     if not problems: return
     hint = _fastai_hint if '0.0.weight' in sd else ''
     raise ValueError(f"the weights in {name} are not those of this model with its number of classes: "
@@ -162,11 +163,6 @@ def _renamed(sd, own, name):
     "The tensors of `sd` under the names `own`"
     if len(sd)==len(own): return dict(zip(own, sd.values()))
     raise ValueError(f"by_order: {name} has {len(sd)} tensors, and this model {len(own)}")
-
-def _some(names):
-    "A few of them"
-    more = f' and {len(names)-3} more' if len(names)>3 else ''
-    return ', '.join(map(str, names[:3])) + more
 
 _fastai_hint = (" (they look like those of fastai's vision_learner, whose layers have other names: take that network, "
                 "make_model('fastai:resnet34', c) or --teacher fastai:resnet34, or use the callback with that learner)")

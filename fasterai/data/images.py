@@ -23,7 +23,7 @@ from fastai.vision.utils import verify_images
 from fastcore.basics import tuplify, using_attr
 from PIL import Image
 
-from ..core.names import whole_number
+from ..core.names import first_few, whole_number
 
 # %% ../../nbs/data/images.ipynb #c5e67f8a
 _splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test')
@@ -80,13 +80,9 @@ def _in_folders(path, files, sides):
     if stray := [f for f,d in zip(files, depths) if not d]:
         print(f"left out {len(stray)} images beside the folders of the classes, such as {stray[0]}")
     if deep := [f.parent.name for f,d in zip(files, depths) if d>1]:
-        print(f"{len(deep)} images lie in folders within folders, and the innermost is the class: {_few(deep)}")
+        names = first_few(sorted(set(deep)))
+        print(f"{len(deep)} images lie in folders within folders, and the innermost is the class: {names}")
     return list(compress(files, depths)),sides and list(compress(sides, depths))
-
-def _few(names):
-    "The first of the names that differ, in words"
-    names = sorted(set(names))
-    return ', '.join(names[:5]) + ', ...'*(len(names)>5)
 
 # %% ../../nbs/data/images.ipynb #513efa64
 def _check_numbers(size, bs, valid_pct):
@@ -104,7 +100,7 @@ def _check_classes(path, counts, pattern):
 
 def _check_sides(labels, sides):
     train,valid = ({l for l,o in zip(labels, sides) if o==s} for s in ('train','valid'))
-    new = _few(valid-train)
+    new = first_few(sorted(valid-train))
     if new: raise ValueError(f"classes {new} are in the validation images but not in the training ones")
 
 # %% ../../nbs/data/images.ipynb #4c8e8e5a
@@ -115,7 +111,7 @@ def _at_random(labels, valid_pct, seed):
         known = {labels[i] for i in train}
         back = {labels[i]:i for i in valid if labels[i] not in known}
         if not back: return train,valid
-        print(f"the validation got all images of {_few(back)}: one of each is kept for the training")
+        print(f"the validation got all images of {first_few(sorted(back))}: one of each is kept for the training")
         return [*train, *back.values()],[i for i in valid if i not in back.values()]
     return split
 

@@ -12,6 +12,7 @@ import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 
+from ...core.names import first_few
 from ...core.task import task_of, views_of
 from .describe import first_batch, refuse_other_than_learner, threshold_of
 from .onnx_file import OnnxFile
@@ -95,10 +96,8 @@ def _times(ratio): return f"{ratio:.1f} times faster" if ratio>=1 else f"{1/rati
 def _refuse_other_classes(file, learn):
     there,here = file.description.get('classes'),facts_of(learn).classes
     if there is None or here is None or there==list(here): return
-    raise ValueError(f"{file.path.name} was made for other classes than the Learner's: {_some(there)} there, "
-                     f"{_some(here)} here")
-
-def _some(classes): return ', '.join(classes[:5]) + (f', ... ({len(classes)})' if len(classes)>5 else '')
+    raise ValueError(f"{file.path.name} was made for other classes than the Learner's: {first_few(there)} there, "
+                     f"{first_few(here)} here")
 
 def _refuse_other_outputs(file, pred, wanted):
     if pred.shape==wanted.shape: return

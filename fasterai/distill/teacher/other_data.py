@@ -6,6 +6,7 @@
 __all__ = ['said_statistics', 'refuse_other_data']
 
 # %% ../../../nbs/distill/teacher/other_data.ipynb #bede1e60
+from ...core.names import first_few
 from .facts import Facts, facts_of_data, same_statistics
 
 # %% ../../../nbs/distill/teacher/other_data.ipynb #4f0b95c8
@@ -28,8 +29,8 @@ def refuse_other_data(
     here = facts_of_data(data)
     if Facts() in (here, known): return
     if classes and here.classes and known.classes and here.classes!=known.classes[:len(here.classes)]:
-        raise ValueError(f"{what}: its classes are {_some(here.classes)}, {whose} {_some(known.classes)}: make it with "
-                         "the same vocab")
+        raise ValueError(f"{what}: its classes are {first_few(here.classes)}, {whose} {first_few(known.classes)}: "
+                         "make it with the same vocab")
     if here.words and known.words and here.words!=known.words:
         raise ValueError(f"{what}: its words are numbered otherwise than {whose}: make it with the same vocab")
     if here.columns and known.columns and here.columns!=known.columns:
@@ -50,5 +51,3 @@ def _normalise_as(known, here, data):
     if not hasattr(data, 'loaders'): same += ", or by test_dl(items, with_labels=True) of the other's dls"
     elif here.normalize is None: return "add it, as dls.add_tfms([Normalize.from_stats(mean, std)], 'after_batch')"
     return f"make it with {same} (Normalize() alone takes its numbers from a batch)"
-
-def _some(classes): return ', '.join(classes[:10]) + (f', ... ({len(classes)})' if len(classes)>10 else '')
