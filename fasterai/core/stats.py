@@ -39,6 +39,7 @@ def paired_test(
     a,b = _pair(a, b, 2)
     d = a-b
     diff = float(d.mean())
+    if not np.isfinite(d).all(): return PairedTest(diff, np.nan, np.nan, np.nan, (np.nan, np.nan))
     if np.ptp(d)<=1e-12*np.abs(d).max(initial=0): # all equal, as of a metric in steps: their sign is what can be tested
         t = float(np.copysign(np.inf, diff)) if diff else 0.
         return PairedTest(diff, 0., t, 2.**(1-len(d)) if diff else 1., (diff, diff))

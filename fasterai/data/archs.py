@@ -113,9 +113,8 @@ def _state_dict(o, own, name):
     there is none"""
     while isinstance(o, dict) and (k := next((k for k in _inside if isinstance(o.get(k), dict)), None)): o = o[k]
     if not isinstance(o, dict) or not o: raise ValueError(f"{name} holds no state dict, but a {type(o).__name__}")
-    for p in _prefixes:
-        wrapped = all(str(k).startswith(p) for k in o) and not any(k.startswith(p) for k in own)
-        if wrapped: o = {k.removeprefix(p): v for k,v in o.items()}
+    def wraps(p): return all(str(k).startswith(p) for k in o) and not any(k.startswith(p) for k in own)
+    while p := next(filter(wraps, _prefixes), None): o = {k.removeprefix(p): v for k,v in o.items()}
     return o
 
 # %% ../../nbs/data/archs.ipynb #008cb556

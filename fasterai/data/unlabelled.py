@@ -191,7 +191,8 @@ def mix_unlabelled(
     items:Sequence,   # Without labels: what the `Datasets` start from (files, say), else rows of inputs
     ratio:float=4.,   # Rows without a label for each labelled one; a batch is 1+ratio times as large
 )->DataLoaders:
-    """`dls` whose training batches have rows without a label appended, with `UNLABELLED` for target. ValueError for
+    """`dls` whose training batches have rows without a label appended, with the target -100, which the task's loss has
+    to leave out: `CrossEntropyLossFlat` does, fastai's focal and smoothed losses count these rows. ValueError for
     other labels than classes, no items, or a ratio that adds none"""
     dl,ds = dls.train,dls.train_ds
     if isinstance(dl, UnlabelledDL):

@@ -7,6 +7,7 @@ __all__ = ['features_of', 'herd', 'Exemplars', 'NearestMean', 'nearest_mean']
 
 # %% ../../../nbs/distill/methods/exemplars.ipynb #04083c68
 from copy import deepcopy
+from functools import partial
 
 import torch
 from fastai.data.core import DataLoaders
@@ -38,6 +39,7 @@ def features_of(
     "What goes into the head, at length 1 `(N, D)`, and labels `(N,)`, in the order of `dataset`"
     dataset = learn.dls.train_ds if dataset is None else dataset
     dl = loader_like(learn.dls.valid, _Still(dataset), shuffle=False, drop_last=False)
+    dl.get_idxs = partial(range, len(dataset)) # fastai's loader of texts sorts them by length
     layer = f'{head_of_learner(learn)[0]}:input'
     features,labels = [],[]
     with as_found(learn.model), Capture(learn.model, [layer], detach=True) as c, as_in_validation(dataset):

@@ -14,6 +14,7 @@ from fastai.torch_core import find_bs, set_seed, to_device, trainable_params
 from fastcore.basics import tuplify
 from torch import nn
 
+from ...core.heads import refuse_computed
 from ...core.leaving import watch
 from ...core.rows import as_in_validation
 from ...core.task import loader_like, seen_by_student, split_batch, views_of
@@ -155,6 +156,7 @@ def _refuse_other_than_fp32(model):
 def _quantized(learn, bits, backend, layers, n_batches):
     model,batches = bare_copy(learn.model),calibration_batches(learn, n_batches)
     if layers is not None: layers = chosen_layers(model, as_names(layers))
+    for n in quantizable(model) if layers is None else layers: refuse_computed(n, model.get_submodule(n))
     if bits<8: return lsq_quantized(model, batches, bits, layers)
     model = fake_quantized(model, batches[0], backend, layers)
     calibrate(model, batches)

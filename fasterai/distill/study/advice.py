@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
-from ...core.names import unknown_name
+from ...core.names import unknown_name, whole_number
 from ...core.task import known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
@@ -243,7 +243,7 @@ def suggest_weights(
     a few batches without a step; with notes on what would go wrong. Raises ValueError for a ratio that is not
     positive, an unknown name, or data without labels"""
     terms = {t.name:t for t in kd.terms}
-    ratios = _ratios(ratio, terms)
+    ratios,n_batches = _ratios(ratio, terms),whole_number('n_batches', n_batches)
     params = [p for p in unwrap(learn.model).parameters() if p.requires_grad]
     if not params: raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     with no_random(seed), _learning_as_found(kd):

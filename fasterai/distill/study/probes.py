@@ -93,6 +93,9 @@ def probe_head(
     "A linear classifier of the embeddings, on the model's device. Raises ValueError for samples of one class"
     labelled = learn.dls if labelled is None else labelled
     x,y = embeddings_of(learn, labelled.train, select)
+    if y.min()<0:
+        raise ValueError(f"a probe has an output for each class from 0 on, and the labelled samples have {y.min()}: "
+                         "where that stands for no label, say so by ignore_index= of the Learner's loss")
     if len(set(y))<2: raise ValueError(f"a probe needs two classes or more, the labelled samples have {sorted(set(y))}")
     scaler = StandardScaler().fit(x)
     fitted = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(x), y)

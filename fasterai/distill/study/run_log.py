@@ -27,8 +27,9 @@ def cell(
     name:str, # The column; a `text` of your own may go by it
     v,        # The value
 )->str:
-    "A value as the file has it, the same in every process: numbers with twelve digits"
+    "A value as the file has it, the same in every process: whole numbers, and others with twelve digits"
     if isinstance(v, (bool, np.bool_)): return str(bool(v))
+    if isinstance(v, (int, np.integer)): return str(v)
     if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
     return str(v)
 
