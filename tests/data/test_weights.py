@@ -123,3 +123,10 @@ def test_a_head_is_replaced_where_it_is():
     assert with_new_head(m, 5) is m and (m[1].head.out_features, m[1].head.bias)==(5, None)
     with pytest.raises(ValueError, match='no layer of 1000'): with_new_head(nn.Linear(2, 3), 5)
     assert with_new_head(nn.Sequential(nn.Conv2d(2, 1000, 1)), 5)[0].out_channels==5
+
+@pytest.mark.parametrize('prefix', ['module._orig_mod.', '_orig_mod.module.', 'module.module.'])
+def test_wrappers_in_any_order(tmp_path, prefix):
+    m = model()
+    torch.save({prefix+k: v+1 for k,v in m.state_dict().items()}, tmp_path/'m.pth')
+    loaded = load_weights(model(), tmp_path/'m.pth').state_dict()
+    assert all(torch.equal(loaded[k], v+1) for k,v in m.state_dict().items())

@@ -293,6 +293,18 @@ def test_rows_without_a_label_by_another_number(ce):
     assert same(*found)
 
 
+@pytest.mark.parametrize('func', [nn.CrossEntropyLoss, CrossEntropyLossFlat, partial(partial, F.cross_entropy)])
+@pytest.mark.parametrize('ignore', [0, 1, 3])
+def test_the_number_of_the_ignored_label_may_be_that_of_a_new_class(func, ignore):
+    own,z,y = func(ignore_index=ignore),torch.randn(8, 4),torch.arange(8)%4
+    new = (y>=2) & (y!=ignore)
+    want = F.cross_entropy(z[new, 2:], y[new]-2)
+    torch.testing.assert_close(NewClasses(own, 2)(z, y), want)
+    maps,ys = z.T.reshape(1, 4, 2, 4),y.reshape(1, 2, 4)
+    if not isinstance(own, CrossEntropyLossFlat): torch.testing.assert_close(NewClasses(own, 2)(maps, ys), want)
+    assert task_of(own).ignore_index==ignore
+
+
 class Strong(nn.Module):
     "A loss whose `weight` is none of classes"
     def __init__(self, weight):

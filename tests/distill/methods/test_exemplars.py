@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.text.data import SortedDL
 from torch.utils.data import Subset
 
 from fasterai.distill.methods.continual import grow_head
@@ -96,3 +97,14 @@ def test_a_memory_of_another_order_of_classes_is_refused():
     memory = Exemplars(n=2).add(learn)
     with pytest.raises(ValueError, match="column 0 is 'a' and would become 'c'"):
         nearest_mean(learner(learn.model, named('cab')), memory)
+
+
+def test_a_loader_that_sorts_its_rows_keeps_them_in_their_order_here():
+    learn = learner(net(c=2), named(['b', 'a']))
+    f,y = features_of(learn)
+    learn.dls.loaders[1] = SortedDL(learn.dls.valid_ds, sort_func=lambda o: o[0].sum().item(), bs=8, num_workers=0)
+    again = features_of(learn)
+    assert torch.allclose(again[0], f) and again[1].tolist()==y.tolist()==[0, 1]*12
+    memory = Exemplars(4).add(learn)
+    kept = [r[0] for r in memory.rows[1]]
+    assert all(any(torch.equal(x, learn.dls.train_ds[i][0]) for i in range(1, 24, 2)) for x in kept)

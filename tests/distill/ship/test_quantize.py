@@ -16,6 +16,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.callback import schedule
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 from fasterai.core.seeds import same_start
@@ -288,6 +289,18 @@ def test_refused(learn):
     q = quantize_aware(learn)
     q.add_cb(MixedPrecision())
     with pytest.raises(ValueError, match='to_fp32'): q.fit(1)
+
+@pytest.mark.filterwarnings('ignore:.*norm')
+@pytest.mark.parametrize('bits', [3, 8])
+@pytest.mark.parametrize('bind', [partial(prune.l1_unstructured, name='weight', amount=.5), nn.utils.weight_norm,
+                                  nn.utils.spectral_norm])
+def test_weights_that_a_hook_computes_anew_are_refused(bind, bits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    bind(model[3])
+    with pytest.raises(ValueError, match="'3' computes its weight from others.*prune"):
+        quantize_aware(learner(model), bits)
+    assert quantize_aware(learner(model), 3, layers=['1', '5']).quantized==['1', '5']
+
 
 def test_without_torchs_quantization(learn, monkeypatch):
     for n in ('torch.ao.quantization.quantize_fx', 'torchao', 'torchao.quantization'):

@@ -176,6 +176,8 @@ def test_bad_input(small):
     with pytest.raises(ValueError, match='no labels'):
         suggest_weights(Learner(DataLoaders(bare, bare), learn.model, loss_func=learn.loss_func), KD(teacher, Logits))
     for p in learn.model.parameters(): p.requires_grad_(False)
+    with pytest.raises(ValueError, match='n_batches must be a whole number from 1 on, got 0'):
+        suggest_weights(learn, KD(teacher, Logits), n_batches=0)
     with pytest.raises(ValueError, match='unfreeze'): suggest_weights(learn, KD(teacher, Logits))
 
 def test_it_prints_as_a_table(small):

@@ -265,6 +265,24 @@ def test_learners_without_data_or_metrics(y):
 
 def _per_class(inp, targ): return torch.stack([(inp.argmax(1)==c).float().mean() for c in range(4)])
 
+@pytest.mark.parametrize('loss', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss()])
+def test_one_logit_is_no_softmax_of_one_class(loss):
+    z = {n:torch.randn(N, 1) for n in ('teacher', 'student')}
+    y = torch.arange(N)%2
+    if not isinstance(loss, BCEWithLogitsLossFlat): y = y[:, None].float()
+    found = compare({n:_given(o, y, loss_func=loss, metrics=mse) for n,o in z.items()}, cost=False)
+    t,s = (torch.cat([0*o, o], 1).log_softmax(1) for o in z.values())
+    agreed = (t.argmax(1)==s.argmax(1)).float().mean().item()
+    assert found.agreement['student']==pytest.approx(agreed) and .2<agreed<.8
+    assert found.kl['student']==pytest.approx((t.exp()*(t-s)).sum(1).mean().item(), rel=1e-5)
+
+def test_one_number_a_row_with_whole_targets_is_no_class():
+    z = {n:torch.randn(N, 1) for n in ('teacher', 'student')}
+    learners = {n:_given(o, torch.arange(N), loss_func=MSELossFlat(), metrics=mse) for n,o in z.items()}
+    found = compare(learners, cost=False)
+    off = (z['teacher']-z['student']).square().mean().sqrt().item()
+    assert found.rmse_to_teacher['student']==pytest.approx(off) and 'ece' not in found
+
 # --- pictures and pages
 
 def test_soft_targets_flatten_with_the_temperature(y):

@@ -122,6 +122,9 @@ def test_pairing_finds_what_separate_intervals_hide():
     seed_luck = rng.normal(0, 1, 8)
     a,b = seed_luck+0.1,seed_luck+rng.normal(0, 0.03, 8)
     assert paired_test(a, b).p<0.01
+    for odd in np.inf, np.nan:
+        found = paired_test([1, 2, odd], [1, 2, 3])
+        assert np.isnan([found.p, found.sd, *found.ci]).all()
 
 def test_mcnemar_by_enumeration():
     "Every way in which 6 disagreements can fall"

@@ -131,3 +131,10 @@ def test_select():
     assert knn_accuracy(learn, k=3, **pooled)==knn_accuracy(want, k=3)
     for k in (0, 33):
         with pytest.raises(ValueError, match='k must be 1 to 32'): knn_accuracy(learn, k=k, **pooled)
+
+
+def test_labels_below_0_have_no_row():
+    learn = embedder()
+    odd = data(24, y=torch.arange(24)%3-1)
+    with pytest.raises(ValueError, match='from 0 on, and the labelled samples have -1'): linear_probe(learn, odd)
+    assert 0<=knn_accuracy(learn, odd, k=3)<=1

@@ -77,6 +77,13 @@ def test_numbers_that_are_none_and_cells_that_were_edited(tmp_path):
     assert [log.number(r, 'loss') for r in log.rows[2:3]]==[float('inf')]
 
 
+def test_whole_numbers_of_many_digits_stay_apart(tmp_path):
+    log,seeds = RunLog(tmp_path/'r.csv', ['seed']),[1732000000000000001, 1732000000000000002]
+    for s in seeds: log.add(dict(seed=s))
+    again = RunLog(tmp_path/'r.csv', ['seed'])
+    assert again.frame().seed.tolist()==seeds and again.find(seed=seeds[1])==again.rows[1]
+
+
 @pytest.mark.parametrize('on_disk', [True, False])
 def test_rows_bring_columns_and_none_is_lost(tmp_path, on_disk):
     path = tmp_path/'r.csv' if on_disk else None
