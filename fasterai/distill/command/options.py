@@ -178,7 +178,7 @@ class Training:
 
     def __post_init__(self):
         self.lengths,self.n_seeds,self.of_teacher # checked now
-        if not 0<self.rate<1e3: raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0<self.rate<1e3: raise ValueError(f"lr must be above 0 and below 1000, got {self.lr}")
 
     @property
     def lengths(self)->list: return whole_numbers('epochs', _first(self.epochs, '10,60' if self.digits else '10'))

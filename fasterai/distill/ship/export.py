@@ -149,11 +149,11 @@ def _cannot(shipped, xb, error):
                       ".item() and no numpy, and sizes taken from the input. Nothing was written")
 
 # %% ../../../nbs/distill/ship/export.ipynb #9aa004c8
-def _calibration(learn, names, n, least=32):
+def _calibration(learn, names, n, bs, least=32):
     "Batches of training pictures without augmentation, spread over the set, as arrays by input"
     dls,found = learn.dls,0
     with streams_kept(), as_in_validation(dls.train.dataset):
-        dl = loader_like(dls.train, bs=min(32, n), shuffle=True, drop_last=False, num_workers=0)
+        dl = loader_like(dls.train, bs=min(bs, n), shuffle=True, drop_last=False, num_workers=0)
         dl.rng = random.Random(0)
         for b in dl:
             xb = split_batch(dls, tuplify(b))[0]
@@ -230,7 +230,7 @@ def export_student(
     try: proto = write(shipped, xb, names, opset, batch is not None)
     except Exception as e: raise _cannot(shipped, xb, e) from e
     if int8 and not learned:
-        batches = _of_one_size(_calibration(learn, names, calibrate), batch)
+        batches = _of_one_size(_calibration(learn, names, calibrate, batch or 32), batch)
         with _silence(): proto = _in_8_bits(proto, batches)
     _write(path, proto, said, dict(int8=int8, calibrated_on=calibrate if int8 and not learned else None))
     return path

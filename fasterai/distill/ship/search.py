@@ -37,10 +37,19 @@ from ..teacher.protocol import BaseTeacher
 from ..teacher.teacher import Teacher
 
 # %% ../../../nbs/distill/ship/search.ipynb #7f08de51
+_columns = 'params','mb','latency','epochs','score','state','why','done'
+
+def _named_otherwise(space):
+    "ValueError for an argument that has the name of one of the table's columns"
+    for k in space:
+        if k in _columns: raise ValueError(f"space: {k!r} is a column of the table: give that argument of `make` "
+                                           "another name")
+    return space
+
 class Search:
     "Students that were tried: `table`, `best`, `plot()`; and `study`, in which the winner was judged"
     def __init__(self, make, space, budget, baseline, epochs, eta):
-        self.make,self.space,self.budget = maker('make', make),check_space(space),check_budget(budget)
+        self.make,self.space,self.budget = maker('make', make),_named_otherwise(check_space(space)),check_budget(budget)
         self.baseline,self.epochs,self.eta = baseline,whole_number('epochs', epochs),whole_number('eta', eta, 2)
         self.rows = []
         self.study = None     # of the winner and the baseline, on new seeds

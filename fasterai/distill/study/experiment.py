@@ -171,7 +171,7 @@ def runs(self:Experiment)->pd.DataFrame:
     if self.study is None: return pd.DataFrame(columns=['epochs', 'seed', *arms])
     named = self.study.named().set_index(['epochs', 'seed'])[['arm', self._metric()]]
     found = {arm: named[named.arm==arm][self._metric()] for arm in arms}
-    return pd.DataFrame(found, index=found['alone'].index).dropna().reset_index()
+    return pd.concat(found, axis=1, join='inner').reset_index() # where all were run, be it to no number
 
 # %% ../../../nbs/distill/study/experiment.ipynb #7b8e5653
 @patch(as_prop=True)
@@ -181,6 +181,7 @@ def best_arm(self:Experiment)->str:
     longest,diverged = self._longest(),self.study.diverged()
     sound = [a for a in self.arms if (a, longest.epochs.max()) not in diverged]
     means = longest[sound or list(self.arms)].mean()
+    if means.isna().all(): return means.index[0]
     return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
 
 # %% ../../../nbs/distill/study/experiment.ipynb #e3d42f9d
@@ -208,20 +209,28 @@ def best(self:Experiment)->tuple:
     name = self.best_arm
     runs,diverged = self._longest(),self.study.diverged()
     runs = runs if self.diverged else runs[~runs.seed.isin(diverged.get((name, runs.epochs.max()), []))]
-    r = runs.sort_values(name, ascending=not lower_is_better(self._metric())).iloc[-1]
-    return r[name],self.study.models[name, int(r.epochs), int(r.seed)]
+    r = runs.sort_values(name, ascending=not lower_is_better(self._metric()), na_position='first').iloc[-1]
+    return r[name],self._student(name, int(r.epochs), int(r.seed))
+
+@patch
+def _student(self:Experiment, *run):
+    "The one of a finished run"
+    if run in self.study.models.found: return self.study.models[run]
+    raise ValueError(f"folder: {str(self.folder)!r} has the run {run} in its log.csv, and the student's weights are "
+                     "not there: bring them back, or remove that line to train it again")
 
 # %% ../../../nbs/distill/study/experiment.ipynb #f36ea1af
 @patch(as_prop=True)
 def typical(self:Experiment)->tuple:
     "The students alone and distilled of the seed whose difference is the median one (the lower of two)"
     self.need_runs()
-    return tuple(self.study.models[arm, *self._typical_run()] for arm in ('alone', self.best_arm))
+    return tuple(self._student(arm, *self._typical_run()) for arm in ('alone', self.best_arm))
 
 @patch
 def _typical_run(self:Experiment):
     runs = self._longest()
-    r = runs.iloc[(runs[self.best_arm]-runs.alone).argsort().iloc[(len(runs)-1)//2]]
+    gain = (runs[self.best_arm]-runs.alone).sort_values(kind='stable') # without a number last
+    r = runs.loc[gain.index[(max(gain.count(), 1)-1)//2]]
     return int(r.epochs),int(r.seed)
 
 # %% ../../../nbs/distill/study/experiment.ipynb #bd099663
@@ -245,7 +254,7 @@ def table(self:Experiment)->pd.DataFrame:
     cost = self.costs
     rows = [('teacher', '', self._teacher_score(), float('nan'))]
     for n,g in self.runs.groupby('epochs'):
-        rows += [(f'student {k}', n, g[k].mean(), g[k].std()) for k in ('alone', *self.arms)]
+        rows += [(f'student {k}', n, g[k].mean(skipna=False), g[k].std(skipna=False)) for k in ('alone', *self.arms)]
     df = pd.DataFrame(rows, columns=['model', 'epochs', self._metric(), 'sd'])
     for k,name in dict(params='parameters', size_mb='size (MB)', latency_ms='latency (ms)').items():
         df[name] = [cost[m.split()[0]][k] for m in df.model]
@@ -280,7 +289,7 @@ def verdict(self:Experiment,
 def learners(self:Experiment)->dict:
     "The teacher and the students of the typical seed as `Learner`s, for `compare` and its plots"
     self.need_runs()
-    students = {arm: self.study.models[arm, *self._typical_run()] for arm in ('alone', *self.arms)}
+    students = {arm: self._student(arm, *self._typical_run()) for arm in ('alone', *self.arms)}
     return {k:self.learner(m) for k,m in {'teacher': self.teacher, **students}.items()}
 
 # %% ../../../nbs/distill/study/experiment.ipynb #956722e7

@@ -97,6 +97,19 @@ def test_outputs_that_are_not_a_tensor(tmp_path):
     assert answers(export_student(learner(named), tmp_path/'b.onnx', select=lambda o: o['out']), named.net, x)
 
 
+@pytest.mark.parametrize('batch', [1, 3, 64])
+def test_a_fixed_batch_is_calibrated_on_as_many_samples(tmp_path, batch, monkeypatch):
+    seen = []
+    def noting(proto, batches):
+        seen.extend(b['input'] for b in batches)
+        return proto
+    monkeypatch.setattr(export, '_in_8_bits', noting)
+    learn = learner(dls=data(50))
+    export_student(learn, tmp_path/'s.onnx', int8=True, calibrate=40, batch=batch)
+    shown = {x.tobytes() for b in seen for x in b}
+    assert len(shown)==40 and all(len(b)==batch for b in seen)
+
+
 def test_a_fixed_batch(tmp_path):
     file = OnnxFile(export_student(learner(), tmp_path/'s.onnx', batch=3, int8=True))
     assert file(torch.randn(3, 3, 8, 8)).shape==(3, 3)

@@ -1,5 +1,5 @@
 "Studies: what makes a run another run, runs that share nothing, any metric, and files that outlive their writers"
-import csv, os
+import csv, math, os
 from copy import deepcopy
 from functools import partial
 from multiprocessing import get_context
@@ -254,6 +254,30 @@ def test_where_every_student_diverged_none_is_offered(teacher, tmp_path):
     exp = Experiment(zeros(), teacher, _net, lr=1e-6, metrics=[accuracy], loss_func=CrossEntropyLossFlat(),
                      loss=no_number).run(1, 2, progress=False)
     assert exp.diverged and headline(exp).endswith('every distilled student diverged')
+
+@pytest.mark.parametrize('bad_seeds', [(0,), (0, 1, 2)])
+def test_runs_without_a_number_leave_the_others_as_they_are(teacher, bad_seeds):
+    arms = dict(bad=dict(loss=no_number), good=dict(loss=Logits))
+    exp = Experiment(_dls(), teacher, _net, lr=.01, metrics=None, loss_func=CrossEntropyLossFlat(), arms=arms)
+    exp.run(1, 3, progress=False)
+    for r in exp.study.log.rows:
+        if r['arm']=='bad' and int(r['seed']) not in bad_seeds: r.update(valid_loss='0.7')
+    runs = exp.runs
+    assert len(runs)==3 and runs.bad.isna().tolist()==[s in bad_seeds for s in range(3)] and exp.best_arm=='good'
+    table = exp.table().set_index('model').valid_loss
+    assert table['student good']==pytest.approx(runs.good.mean()) and math.isnan(table['student bad'])
+    assert table['student alone']==pytest.approx(runs.alone.mean()) and exp.best[0]==runs.good.min()
+    assert len(exp.pairs)==3 and {*exp.learners()}=={'teacher', 'alone', 'bad', 'good'}
+
+def test_students_whose_weights_are_gone(teacher, tmp_path):
+    def experiment():
+        return Experiment(_dls(), teacher, _net, lr=.01, loss_func=CrossEntropyLossFlat(), folder=tmp_path)
+    experiment().run(1, 2, progress=False)
+    for o in (tmp_path/'students').iterdir(): o.unlink()
+    exp = experiment().run(1, 2, progress=False)
+    assert len(exp.runs)==2
+    for ask in (lambda: exp.best, lambda: exp.typical, exp.learners):
+        with pytest.raises(ValueError, match="the student's weights are not there: bring them"): ask()
 
 def seconds(pred, y): return accuracy(pred, y)
 

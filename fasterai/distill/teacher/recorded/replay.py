@@ -186,7 +186,7 @@ def dry_run(
         with seeded(seed): return inputs(trace.draw(rows))
     first = draw(rows, 0)
     if not _same(first, draw(rows, 1)): raise ValueError(views.changed)
-    if not views.k and not _nearly_same(draw(rows[:1], 0), first):
+    if not views.k and not all(_nearly_same(draw([row], 0), first, i) for i,row in enumerate(rows)):
         raise ValueError("cache: the input made of a sample depends on the others in its batch "
                          "(padding to the longest?); use cache=Replay(k=8), which keeps batches together")
     trace.rows = None
@@ -196,11 +196,11 @@ def _same(a, b):
     a,b = signature(a),signature(b)
     return a.shape==b.shape and (a==b).all()
 
-def _nearly_same(one, several):
-    "Is a batch of one the first of `several`?"
-    if (signature(one)[0]==signature(several)[0]).all(): return True
-    pairs = list(zip(tensors_in(one), tensors_in(several), strict=True))
-    return all(torch.equal(a, b[:1]) or _close(a, b[:1]) for a,b in pairs if a.ndim and len(a)==1)
+def _nearly_same(one, several, i):
+    "Is a batch of one the number `i` of `several`?"
+    if (signature(one)[0]==signature(several)[i]).all(): return True
+    pairs = [(a, b[i:i+1]) for a,b in zip(tensors_in(one), tensors_in(several), strict=True) if a.ndim and len(a)==1]
+    return all(torch.equal(a, b) or _close(a, b) for a,b in pairs)
 
 def _close(a, b):
     if a.shape!=b.shape or not a.is_floating_point(): return False

@@ -128,10 +128,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match='maps=True'):
             TeacherCache().attach(learner(loaders(), Teacher()), Teacher(), layers=['0'])
 
-    def test_padding_to_the_longest(self):
+    @pytest.mark.parametrize('length', [lambda i: 1+i%5, lambda i: 5-i%5]) # a sample's; of the first least or most
+    def test_padding_to_the_longest(self, length):
         def pad(b): m = max(len(x) for x,_ in b); return [(F.pad(x, (0, m-len(x)), value=1.), y) for x,y in b]
         class Ragged(Blobs):
-            def __getitem__(self, i): return torch.ones(1+i%5),torch.tensor(i)
+            def __getitem__(self, i): return torch.ones(length(i)),torch.tensor(i)
         self.refused(ValueError, 'padding', loaders(Ragged(), before_batch=pad))
 
     def test_a_generator_that_replay_cannot_set(self):
