@@ -52,7 +52,8 @@ def half_width(
     x:Sequence[float],  # One value for each seed
     conf:float=0.95,    # Confidence of the interval
 )->float:
-    "Half of Student's interval of the mean of `x`; NaN for fewer than two values"
+    "Half of Student's interval of the mean of `x`; NaN for fewer than two values, ValueError for another `conf`"
+    if not 0<conf<1: raise ValueError(f"conf is a share, above 0 and below 1, got {conf}")
     if len(x)<2: return float('nan')
     return float(stats.t.ppf((1+conf)/2, len(x)-1)*stats.sem(x))
 

@@ -46,7 +46,8 @@ def _labels(files, pattern):
 def _readable(path):
     "The images below `path` that can be opened, sorted; what cannot is printed"
     files = get_image_files(path)
-    results = {f.parent for f in path.rglob('plan.json') if '"training_images"' in f.read_text(errors='replace')}
+    plans = filter(Path.is_file, path.rglob('plan.json'))
+    results = {f.parent for f in plans if '"training_images"' in f.read_text(errors='replace')}
     files = [f for f in files if f.parent not in results] # of `fasterai_distill`, whose figures are no pictures
     if not files: raise ValueError(f"no images in {str(path)!r}")
     bad = set(verify_images(files))

@@ -130,3 +130,10 @@ def test_wrappers_in_any_order(tmp_path, prefix):
     torch.save({prefix+k: v+1 for k,v in m.state_dict().items()}, tmp_path/'m.pth')
     loaded = load_weights(model(), tmp_path/'m.pth').state_dict()
     assert all(torch.equal(loaded[k], v+1) for k,v in m.state_dict().items())
+
+def test_weights_of_before_batches_were_counted(tmp_path):
+    def norms(): return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    old = {k:v+1 for k,v in norms().state_dict().items() if not k.endswith('num_batches_tracked')}
+    torch.save(old, tmp_path/'m.pth')
+    m = load_weights(norms(), tmp_path/'m.pth')
+    assert all(torch.equal(m.state_dict()[k], v) for k,v in old.items()) and m[1].num_batches_tracked==0

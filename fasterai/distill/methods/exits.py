@@ -93,7 +93,10 @@ class Exits(nn.Module):
         pred, # Its logits
         **_
     ):
-        "Make the exits for maps like these and as many classes, unless they are there"
+        """Make the exits for maps like these and as many classes, unless they are there. ValueError for classes of
+        pixels or tokens"""
+        if pred.ndim!=2: raise ValueError("DeepSupervision: its exits learn one class a sample, and the student's "
+                                          f"logits are {tuple(pred.shape)}, expected (B, C)")
         if self.exits is not None and self.exits[0].head.out_features==pred.shape[1]: return
         maps = list(fm_s.values())
         width = pooled(maps[-1]).shape[1] if self.hint else self.width or max(pooled(o).shape[1] for o in maps)

@@ -24,6 +24,7 @@ from torch import nn
 
 from ...core.chatter import without_chatter
 from ...core.files import whole_file
+from ...core.names import whole_number
 from ...core.rows import as_in_validation
 from ...core.task import loader_like, logits_of, split_batch, views_of
 from ..layers.int8 import as_int8, as_reference
@@ -239,9 +240,9 @@ def export_student(
 def _checked(path, int8, calibrate, opset, batch):
     path = Path(path)
     if path.suffix!='.onnx': raise ValueError(f"path must end with .onnx, got {path.name!r}")
-    if int8 and calibrate<32: raise ValueError(_too_few(f'got {calibrate}', 32))
+    if int8 and not calibrate>=32: raise ValueError(_too_few(f'got {calibrate}', 32))
     if opset is not None and opset<18: raise ValueError(f"opset must be 18 or more, got {opset}")
-    if batch is not None and batch<1: raise ValueError(f"batch must be at least 1, got {batch}")
+    if batch is not None: whole_number('batch', batch)
     if path.is_dir(): raise ValueError(f"path {str(path)!r} is a folder")
     no_folder = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
     if no_folder: raise ValueError(f"path: {str(no_folder)!r} is a file, and was to be the folder of {path.name}")

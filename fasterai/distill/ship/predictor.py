@@ -241,6 +241,7 @@ class Predictor:
         out = self.description['output']
         if out['activation']=='sigmoid':
             there = p>out['threshold']
+            if len(there)==1 and len(self.classes or ())==2: return self._label(there[0]),int(there[0]),p
             return [self._label(i) for i,o in enumerate(there) if o],there,p
         i = p.argmax(out['axis']-(out['axis']>0)) # without the batch, an axis less
         return (self._label(i), int(i), p) if i.ndim==0 else (i, i, p)

@@ -24,7 +24,7 @@ from torch import nn
 
 from ...core.names import unknown_name, whole_number
 from ...core.plots import COLORS, GREY, look, new_axes
-from ...core.seeds import same_start
+from ...core.seeds import same_start, which_seeds
 from ...core.task import split_batch
 from .budget import check_budget, student_cost
 from .halving import halving, split_training
@@ -225,6 +225,7 @@ def search_student(
     that makes no sense, that nothing fits, or that the baseline does not fit, and if every student fails"""
     need_optuna()
     whole_number('trials', trials)
+    judges = which_seeds(seeds, first=seed+1)
     found = Search(make, space, budget, baseline, epochs, eta)
     found.learner = partial(Learner, lr=lr, metrics=metrics, loss_func=loss_func, opt_func=opt_func)
     if not isinstance(teacher, BaseTeacher): teacher = Teacher(teacher, cache=cache)
@@ -234,7 +235,7 @@ def search_student(
     ticks = Ticks((trials+bool(baseline))*epochs, progress)
     found.run(parts, trials, seed, ticks)
     ticks.close()
-    found._judge(dls, range(seed+1, seed+1+seeds) if isinstance(seeds, int) else seeds, progress)
+    found._judge(dls, judges, progress)
     return found
 
 def _reference(reference, make, baseline, teacher):

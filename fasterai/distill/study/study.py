@@ -7,8 +7,6 @@ __all__ = ['Study', 'is_diverged']
 
 # %% ../../../nbs/distill/study/study.ipynb #da54c42e
 import time
-from collections.abc import Iterable
-from numbers import Integral
 from typing import Callable, Sequence
 
 import numpy as np
@@ -16,9 +14,9 @@ import pandas as pd
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
 
-from ...core.names import unknown_name
+from ...core.names import unknown_name, whole_numbers
 from ...core.plots import plain
-from ...core.seeds import same_start
+from ...core.seeds import same_start, which_seeds
 from .behind import behind, code_of_learner, judging, with_code
 from .one_run import (RunTicks, check_arm, chosen_metric, fit_one_cycle, fresh_callback, maker,
                                             measure, measured, quiet, refuse_no_validation, streams_kept)
@@ -145,18 +143,6 @@ def _new_student(self:Study):
     with streams_kept(): return self.make_learner().model
 
 # %% ../../../nbs/distill/study/study.ipynb #5e94a6d5
-def _is_whole(o): return isinstance(o, Integral) and not isinstance(o, bool)
-
-def _listed(name, o, least):
-    "A list of whole numbers out of one, or several; ValueError for any below `least`"
-    given,o = o,list(o) if isinstance(o, Iterable) and not isinstance(o, str) else [o]
-    if not o: raise ValueError(f"{name} is empty: give at least one")
-    if not all(_is_whole(n) and n>=least for n in o):
-        raise ValueError(f"{name} must be whole numbers from {least} on, got {given!r}")
-    if len(set(o))<len(o): raise ValueError(f"{name} must differ, got {o}")
-    return [int(n) for n in o]
-
-# %% ../../../nbs/distill/study/study.ipynb #21134e8d
 @patch
 def run(self:Study,
     epochs:int|Sequence[int]=5, # Lengths of the trainings
@@ -167,8 +153,7 @@ def run(self:Study,
 )->Study:
     """Train what is missing, the runs of a seed together; returns self. Raises ValueError for unknown arms, for lengths
     below 1, and for no or equal seeds"""
-    lengths = _listed('epochs', epochs, 1)
-    seeds = _listed('seeds', range(seeds) if _is_whole(seeds) and seeds>=0 else seeds, 0)
+    lengths,seeds = whole_numbers('epochs', epochs),which_seeds(seeds)
     arms = [arms] if isinstance(arms, str) else arms
     for a in arms or ():
         if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))

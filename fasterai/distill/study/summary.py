@@ -147,10 +147,12 @@ def lower_is_better(
 )->bool:
     "Is it a loss, an error or a distance, as fastai, scikit-learn and torchmetrics call them?"
     name = metric.lower()
+    if name.startswith(_scores): return False
     return any(s in name for s in _distances) or not _short.isdisjoint(name.split('_'))
 
+_scores = 'neg_','d2_' # as scikit-learn calls what it has made of a loss
 _distances = ('loss', 'error', 'mse', 'mae', 'msle', 'mape', 'rmspe', 'perplexity', 'brier', 'deviance', 'divergence',
-              'distance', 'entropy', 'hinge', 'miss_rate')
+              'distance', 'entropy', 'hinge', 'miss_rate', 'lost', 'lpips')
 _short = {'nll', 'kl', 'ece', 'mce', 'wer', 'cer', 'ter', 'fid', 'ppl', 'fpr', 'fnr'}
 
 def is_share(

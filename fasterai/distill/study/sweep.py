@@ -245,12 +245,13 @@ def sweep(
 
 # %% ../../../nbs/distill/study/sweep.ipynb #f27ce1d9
 def _judge(study, teacher):
-    "The row of the teacher, judged as the student is; none for several"
+    "The row of the teacher, judged as the student is; none for several, or for one without parameters"
     row = dict(run='teacher', setting=setting_text(teacher=teacher_text(teacher), data=study.own['data']))
     of_learner,_,of_judging = study.own['code']
     row = with_code(study.log, row, ' '.join([of_learner, of_judging, behind(teacher)]))
     model = teacher.model if isinstance(teacher, Learner) else teacher
-    if not study.log.find(**row) and isinstance(model, nn.Module):
+    has_network = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
+    if has_network and not study.log.find(**row):
         with streams_kept():
             like = study.make_learner()
             sees = [StudentSees(f) for f in views_of(teacher)] # a student, once, of what it had learned to see

@@ -12,10 +12,9 @@ from typing import Sequence
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner, load_model
-from fastcore.basics import listify
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import unknown_name, whole_numbers
 from .frozen import bare_copy
 
 # %% ../../../nbs/distill/teacher/checkpoints.ipynb #92fd88cd
@@ -44,7 +43,7 @@ def _files(learn, fname):
 def _some(found, epochs, fname):
     "Those of the files that are asked for"
     if not found: raise ValueError(f"no files {fname}_0.pth, {fname}_1.pth, ... where this Learner saves its models")
-    wanted = list(found) if epochs is None else listify(epochs)
+    wanted = list(found) if epochs is None else whole_numbers('epochs', epochs)
     for n in wanted:
         if n not in found: raise ValueError(unknown_name(f'checkpoint of {fname!r} after epoch', n, map(str, found)))
     return {f'epoch {n}': found[n] for n in wanted}

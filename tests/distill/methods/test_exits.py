@@ -262,3 +262,10 @@ def test_accuracies_are_by_data_of_the_same_classes_and_normalisation():
     assert ds.exit_accuracies(learn, named('abc', std=.5).valid)==ds.exit_accuracies(learn)
     for other in named('cab', std=.5),named('abc'):
         with pytest.raises(ValueError, match="dl: its .*the Learner's"): ds.exit_accuracies(learn, other.valid)
+
+
+def test_classes_of_pixels_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    learn = learner(model, data(y=torch.zeros(32, 8, 8).long()), loss_func=CrossEntropyLossFlat(axis=1))
+    with pytest.raises(ValueError, match=r'one class a sample.*logits are \(8, 3, 8, 8\), expected'):
+        learn.fit(1, cbs=DeepSupervision(['0']))

@@ -185,7 +185,9 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, what', [
     (dict(path='s.pt'), "path must end with .onnx, got 's.pt'"), (dict(opset=11), 'opset must be 18 or more'),
-    (dict(batch=0), 'batch must be at least 1'), (dict(int8=True, calibrate=31), 'calibrate: got 31.*fewer than 32')])
+    (dict(batch=0), 'batch must be a whole number from 1 on, got 0'),
+    (dict(batch=1.5), 'batch must be a whole'), (dict(int8=True, calibrate=float('nan')), 'got nan'),
+    (dict(int8=True, calibrate=31), 'calibrate: got 31.*fewer than 32')])
 def test_arguments_that_make_no_sense(tmp_path, monkeypatch, args, what):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=what): export_student(learner(), **args)

@@ -10,6 +10,7 @@ from fastai.vision.augment import CropPad, RandomResizedCrop, Resize, aug_transf
 from fastai.vision.core import PILImageBW
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize, RandomSplitter, get_image_files, parent_label
+from fastai.losses import BCEWithLogitsLossFlat
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
 from torch import nn
@@ -20,6 +21,7 @@ from fasterai.data.images import image_dls
 from fasterai.distill.ship.describe import describe
 from fasterai.distill.ship.export import export_student
 from fasterai.distill.ship.predictor import Predictor, description_of, prepare
+from classes import named
 from helpers import data, learner
 from ship_helpers import quiet_learner, save_digits, small_net
 
@@ -96,6 +98,19 @@ def test_numbers_for_names_a_half_for_a_threshold_and_batches_of_one_size(tmp_pa
         else: assert [o[0] for o in found]==[[i for i in range(3) if o[i]>.5] for o in probs]
         said = predict.description
         assert said['classes'] is None and said['output']['threshold']==(None if labels is None else .5)
+
+
+def test_one_logit_says_which_of_two_classes(tmp_path):
+    dls = named(['cat', 'dog'])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+    file = export_student(learner(model, dls, loss_func=BCEWithLogitsLossFlat()), tmp_path/'s.onnx')
+    x = dls.valid_ds[0][0]
+    p = model(x[None]).sigmoid().item()
+    label,i,probs = Predictor(file)(x.numpy())
+    assert (label, i)==(['cat', 'dog'][p>.5], int(p>.5)) and probs[0]==pytest.approx(p, abs=1e-5)
+    with torch.no_grad(): model[1].weight.neg_(), model[1].bias.neg_()
+    file = export_student(learner(model, dls, loss_func=BCEWithLogitsLossFlat()), tmp_path/'t.onnx')
+    assert Predictor(file)(x.numpy())[0]==['cat', 'dog'][p<.5]
 
 
 @pytest.fixture(scope='module')

@@ -179,6 +179,9 @@ def test_refused(monkeypatch):
     made.clear()
     for space in ({}, dict(width=4), dict(width=(4, 2)), dict(width=[])):
         with pytest.raises(ValueError, match='space'): search_student(data(), net(), make, space)
+    for seeds in 0, -1, 1.5, []:
+        with pytest.raises(ValueError, match='seeds '): search(seeds=seeds)
+    assert not made
     for name in 'params','epochs','score':
         with pytest.raises(ValueError, match=f"space: '{name}' is a column of the table"): search(space={name:[2, 4]})
     for name,low in dict(trials=1, epochs=1, eta=2).items():

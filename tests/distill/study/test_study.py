@@ -359,6 +359,7 @@ def test_lengths_that_are_none(epochs):
 def test_seeds_and_arms_by_themselves():
     import numpy as np
     study = Study(make, {'alone':None, 'b':None})
+    with pytest.raises(ValueError, match='seeds: tables would round those above 2.53'): study.run(1, [2**60, 2**60+1])
     for seeds in (True, '3', 1.5, -1, [0, -1], None):
         with pytest.raises(ValueError, match='seeds must be whole numbers from 0 on, got'): study.run(1, seeds)
     runs = study.run(np.int64(1), np.int64(2), 'alone', progress=False).runs
@@ -478,11 +479,13 @@ def test_loaders_of_pytorch_itself(tmp_path):
     assert len(study.runs)==2 and study.runs.accuracy.between(0, 1).all()
 
 
-@pytest.mark.parametrize('name', ['msle', 'exp_rmspe', 'brier_score_multi', 'ece', 'kl_divergence', 'MSE', 'wer'])
+@pytest.mark.parametrize('name', ['msle', 'exp_rmspe', 'brier_score_multi', 'ece', 'kl_divergence', 'MSE', 'wer',
+                                  'word_information_lost', 'lpips'])
 def test_less_of_an_error_is_better(name): assert lower_is_better(name)
 
 
-@pytest.mark.parametrize('name', ['accuracy', 'r2_score', 'cohen_kappa', 'precision_score', 'speaker_f1', 'dice'])
+@pytest.mark.parametrize('name', ['accuracy', 'r2_score', 'cohen_kappa', 'precision_score', 'speaker_f1', 'dice',
+                                  'neg_mean_squared_error', 'neg_log_loss', 'd2_absolute_error_score'])
 def test_more_of_a_score_is_better(name): assert not lower_is_better(name)
 
 

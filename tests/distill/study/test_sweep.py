@@ -41,6 +41,12 @@ def _sweep(teacher, grid={'T':[1, 4], 'weight':[0.5, 0.9]}, seeds=(0, 1), **kw):
 
 def _numbers(res): return res.runs.drop(columns='seconds')
 
+def test_a_teacher_without_parameters_teaches_and_has_no_row():
+    runs = _sweep(nn.Sequential(nn.Flatten(), nn.LayerNorm(4, elementwise_affine=False)), {'loss':[First]}).runs
+    assert sorted(runs.run)==['alone', 'alone', 'distilled', 'distilled'] and runs.valid_loss.notna().all()
+
+def First(pred, teacher_pred): return (pred[:, 0]-teacher_pred[:, 0]).square().mean()
+
 def test_every_point_and_seed_once(teacher):
     runs = _sweep(teacher).runs
     assert (runs.run=='teacher').sum()==1 and (runs.run=='alone').sum()==2

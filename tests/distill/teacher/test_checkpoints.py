@@ -29,6 +29,8 @@ def test_files_of_fastai_s_callback(tmp_path, with_opt):
         assert same(state(o), seen.nets[n]) and not o.training and not any(p.requires_grad for p in o.parameters())
     assert same(state(learn.model), before) and learn.model is not nets['epoch 11']
     assert list(checkpoints(learn, 'wide', [11, 2]))==['epoch 11', 'epoch 2']
+    with pytest.raises(ValueError, match="epochs must be whole numbers from 1 on, got '2'"):
+        checkpoints(learn, 'wide', '2')
 
 
 def test_states_and_files_by_name(tmp_path):

@@ -39,7 +39,11 @@ def plan_recording(
 )->pd.DataFrame:
     "A line for each number of views and each way to keep an answer"
     return pd.DataFrame([_line(n, classes, k, v, rows_per_second, gpus, dtype, kwargs)
-                         for v in _several(views) for k in _several(topk)])
+                         for v in _several(views) for k in _shorter(_several(topk), classes)])
+
+def _shorter(topk, classes):
+    "Those that leave something out, if there are any"
+    return [k for k in topk if k is None or k<classes] or topk
 
 def _several(o): return o if isinstance(o, (tuple, list)) else [o]
 

@@ -113,6 +113,11 @@ class TestPaper:
         record(Teacher(classes=1000), loaders().train, tmp_path, **kw)
         assert Manifest.at(tmp_path).row.itemsize==row_bytes(1000, **kw)
 
+    def test_few_classes_have_no_twenty_likeliest(self):
+        assert plan_recording(1000, 10).kept.tolist()==['all logits']
+        with pytest.raises(ValueError, match='topk=20 leaves nothing out of 10 classes'):
+            plan_recording(1000, 10, topk=20)
+
     def test_imagenet_21k(self):
         plan = plan_recording(14_200_000, 21_841, views=8, rows_per_second=500, gpus=(8,))
         assert plan['bytes a row'].tolist()==[43712, 112] and plan.rows.tolist()==[8*14_200_000]*2
