@@ -130,7 +130,7 @@ def load_weights(
     own = model.state_dict()
     sd = _state_dict(_read(file), own, file.name)
     if by_order: sd = _renamed(sd, own, file.name)
-    sd = {**{k:v for k,v in own.items() if k.endswith('num_batches_tracked')}, **sd} # which old files lack
+    sd |= {k:v for k,v in own.items() if k.endswith('num_batches_tracked') and k not in sd} # which old files lack
     _refuse_others_weights(sd, own, file.name)
     bad = [k for k,v in sd.items() if _is_spoilt(v) and not _alike(v, own.get(k))]
     if bad: raise ValueError(f"the weights in {file.name} are NaN or infinite: {first_few(bad)}")
