@@ -10,13 +10,10 @@ from contextlib import nullcontext
 
 import torch
 from fastcore.basics import patch
-from torch.func import functional_call
 
 from ...core.names import unknown_name
-from ...core.task import logits_of
-from ..layers.capture import Capture, attributes_kept
-from ..layers.names import as_names, unwrap
-from .forward import device_of, evaluating, same_rng
+from ..layers.names import unwrap
+from .forward import evaluating, untraced
 from .given import refuse_no_function
 from .protocol import BaseTeacher
 
@@ -54,11 +51,5 @@ def answer(self:Oneself,
     "Logits in fp32, or None, and detached maps. RuntimeError outside of a fit"
     if not self.students: raise RuntimeError("Oneself has no student: it answers within a fit of its callback")
     net = unwrap(self.students[-1].model)
-    listening = Capture(net, as_names(layers), detach=True)
     still = evaluating(list(net.modules())) if self.mode=='eval' else nullcontext()
-    buffers = {k:b.clone() for k,b in net.named_buffers()}
-    kept = attributes_kept(net.modules()) # a recurrent network has its hidden state in one
-    with kept, same_rng(device_of(xb)), still, listening: out = functional_call(net, buffers, xb)
-    maps = listening.maps
-    listening.clear()
-    return logits_of(out, self.select, 'student').float() if logits else None, maps
+    with still: return untraced(net, xb, layers, logits, self.select, 'student')
