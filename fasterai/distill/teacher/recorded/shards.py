@@ -340,9 +340,4 @@ def put(self:Shards,
     "Store rows of another recording; OSError if they do not fit on the disk"
     for tag in np.unique(rec['tag']):
         at = np.flatnonzero(rec['tag']==tag)
-        self.write(rows[at], tag, rec['sig'][at], {name: _AsTensor(rec[name][at]) for name in rec.dtype.names[3:]})
-
-class _AsTensor:
-    "An array where `write` expects a tensor"
-    def __init__(self, a): self.a = a
-    def numpy(self): return self.a
+        self.write(rows[at], tag, rec['sig'][at], {name: rec[name][at] for name in rec.dtype.names[3:]})
