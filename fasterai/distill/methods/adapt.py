@@ -28,7 +28,7 @@ from ..layers.names import unwrap
 from ..loss.base import as_loss
 from ..losses import SoftTarget
 from .priors import batch_norms, imbalance
-from ..study.one_run import fit_one_cycle, quiet
+from ..study.one_run import fit_one_cycle, quiet, trains_alike
 from ..teacher.facts import facts_of
 from ..teacher.following import EMA, fitted_decay
 from ..teacher.frozen import bare_copy
@@ -86,9 +86,8 @@ def _another(learn, dls=None, **kwargs):
     "A Learner like `learn`, with a copy of its model and of the callbacks that change the inputs"
     views = [copy(cb) for cb in learn.cbs if 'view' in vars(cb)]
     for cb in views: cb.learn = None
-    given = dict(loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter,
-                 metrics=list(learn.metrics), path=learn.path, model_dir=learn.model_dir, wd=learn.wd, moms=learn.moms)
-    return Learner(dls or learn.dls, bare_copy(learn.model), cbs=views, **{**given, **kwargs})
+    given = {**trains_alike(learn), 'splitter': learn.splitter, **kwargs}
+    return Learner(dls or learn.dls, bare_copy(learn.model), cbs=views, **given)
 
 def _refuse_without_statistics(learn):
     if batch_norms(unwrap(learn.model)): return

@@ -13,7 +13,6 @@ from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from fastai.torch_core import set_seed
 from fastcore.basics import patch
 
 from ...core.names import unknown_name
@@ -71,8 +70,7 @@ class Study:
         "What an untrained learner says of all runs: its metrics, and how it starts"
         self.metrics,self.own = [],{}
         if cols and all('setting' in r for r in self.rows.values()): return
-        with streams_kept():
-            set_seed(0)
+        with streams_kept(0):
             learn = self.make_learner()
             if self.measure is measure: refuse_no_validation(learn)
             self.metrics = measured(learn, taken=(*self._columns(), *COLUMNS))
@@ -118,8 +116,7 @@ def train(self:Study,
 )->dict:
     """Train once and return the run's numbers. Raises ValueError if `make_learner` gives other weights for the same
     seed"""
-    with streams_kept():
-        set_seed(seed)
+    with streams_kept(seed):
         learn = self.make_learner()
         start = weights_of(learn.model)
         if self.starts.setdefault(seed, start)!=start:
