@@ -73,9 +73,9 @@ def _evenness(logits):
     rest = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf).softmax(-1)
     return float(torch.special.entr(rest).sum(-1).mean())/math.log(logits.shape[-1]-1)
 
-def _soft_enough(logits, T, dark=0.1):
-    "The lowest temperature from `T` on that leaves a share `dark` to the other classes"
-    while _dark(logits, T)<dark and T<50: T *= 1.1
+def _soft_enough(logits, T):
+    "The lowest temperature from `T` on that leaves a tenth to the other classes"
+    while _dark(logits, T)<0.1 and T<50: T *= 1.1
     return round(T, 1) if T<10 else round(T)
 
 def _class_axis(learn): return known_axis(task_of(learn.loss_func).axis)

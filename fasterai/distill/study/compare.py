@@ -12,7 +12,6 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import fastai.callback.progress  # noqa: F401 (gives Learner `no_bar`)
 import numpy as np
 import pandas as pd
 import torch
@@ -225,11 +224,11 @@ def _label_fidelity(pred, t_pred, thresh):
     return dict(agreement=float(((p>thresh)==(q>thresh)).float().mean()), kl=float(kl.mean()))
 
 # %% ../../../nbs/distill/study/compare.ipynb #73cfa4a8
-def _si(v, digits=3):
+def _si(v):
     "A number with a unit's prefix: 12345 is 12.3k"
     for size,prefix in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if abs(v)>=size: return f'{v/size:.{digits}g}{prefix}'
-    return f'{v:.{digits}g}'
+        if abs(v)>=size: return f'{v/size:.3g}{prefix}'
+    return f'{v:.3g}'
 
 _three = '{:.3g}'.format
 _costs = dict(params=('parameters', _si), size_mb=('MB on disk', _three), macs=('multiply-adds', _si),
