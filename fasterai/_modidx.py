@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.core.leaving.watch': ('core/leaving.html#watch', 'fasterai/core/leaving.py')},
             'fasterai.core.names': { 'fasterai.core.names.first_few': ('core/names.html#first_few', 'fasterai/core/names.py'),
                                      'fasterai.core.names.free_name': ('core/names.html#free_name', 'fasterai/core/names.py'),
+                                     'fasterai.core.names.one_of': ('core/names.html#one_of', 'fasterai/core/names.py'),
                                      'fasterai.core.names.unknown_loss': ('core/names.html#unknown_loss', 'fasterai/core/names.py'),
                                      'fasterai.core.names.unknown_name': ('core/names.html#unknown_name', 'fasterai/core/names.py'),
                                      'fasterai.core.names.whole_number': ('core/names.html#whole_number', 'fasterai/core/names.py')},

@@ -14,7 +14,7 @@ import torch
 from fastai.learner import load_learner
 from fastcore.basics import ifnone, patch
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...data.archs import load_weights, make_model
 from ...data.digits import digits_dls
 from ...data.images import image_dls
@@ -87,8 +87,7 @@ class Networks:
     pretrained:str=None      # One of `PRETRAINED`
 
     def __post_init__(self):
-        if self.pretrained not in (None, *PRETRAINED):
-            raise ValueError(unknown_name('pretrained', self.pretrained, PRETRAINED))
+        if self.pretrained is not None: one_of('pretrained', self.pretrained, PRETRAINED)
 
     @property
     def exported(self)->bool: return self.trust_pickle and str(self.weights).endswith(('.pkl', '.pickle'))

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from .layout import layout_of
 from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, unwrap,
                                            wrapping)
@@ -96,7 +96,7 @@ class Capture:
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'
     ):
         "Raises ValueError for an unknown layer, a model that `DataParallel` copies, or one whose layers are not called"
-        if calls not in ('last', 'all'): raise ValueError(unknown_name('calls', calls, ('last', 'all')))
+        one_of('calls', calls, ('last', 'all'))
         self.model,self.layers = model,as_names(layers)
         self.kind = kind
         self.handles = []

@@ -20,7 +20,7 @@ from fastai.optimizer import Adam
 from fastai.torch_core import trainable_params
 from torch import Tensor
 
-from ...core.names import unknown_name, whole_number
+from ...core.names import one_of, whole_number
 from ...core.task import refuse_plain, seen_by_student, split_batch
 from ...data.unlabelled import items_dl
 from ..distillation_callback import KnowledgeDistillationCallback
@@ -132,7 +132,7 @@ def adapt(
 )->Learner:
     """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm, no items, a loader
     that normalises otherwise, or no epochs; warns of batches under 32"""
-    if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
+    one_of('method', method, METHODS)
     if epochs is not None: whole_number('epochs', epochs)
     _refuse_without_statistics(learn)
     new,dl = _another(learn),_batches(learn, items, bs)

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of, unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
 from ...core.task import first_of, known_axis, one_batch, seen_by_student, split_batch, task_of
@@ -340,7 +340,7 @@ def plot_compare(
 ):
     "A metric against what the models cost; returns the axes. ValueError for a metric or cost that the table lacks"
     metric = metric or table.attrs['metrics'][0]
-    if metric not in table.attrs['metrics']: raise ValueError(unknown_name('metric', metric, table.attrs['metrics']))
+    one_of('metric', metric, table.attrs['metrics'])
     for c in costs:
         if c not in table: raise ValueError(unknown_name('cost', c, [o for o in _costs if o in table]))
     axs = new_axes(1, len(costs), size=(3.8, 3), sharey=True)[0]

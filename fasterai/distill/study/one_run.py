@@ -23,7 +23,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from ...core.interrupt import stop_if_interrupted
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found
 
@@ -110,9 +110,7 @@ def chosen_metric(
     metric:str=None, # One of them; None: the first after the loss
 )->str:
     "The metric's name. ValueError, with the nearest one, if there is no such"
-    if metric is None: return metrics[min(1, len(metrics)-1)]
-    if metric not in metrics: raise ValueError(unknown_name('metric', metric, metrics))
-    return metric
+    return metrics[min(1, len(metrics)-1)] if metric is None else one_of('metric', metric, metrics)
 
 # %% ../../../nbs/distill/study/one_run.ipynb #184fe136
 def maker(

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.plots import plain
 from ...core.seeds import same_start
 from .behind import behind, code_of_learner, judging, with_code
@@ -58,8 +58,7 @@ class Study:
         self.log = RunLog(path, cols or self._columns(), more=not cols)
 
     def _set_baseline(self, baseline):
-        if baseline is not None and baseline not in self.arms:
-            raise ValueError(unknown_name('arm', baseline, self.arms))
+        if baseline is not None: one_of('arm', baseline, self.arms)
         self.baseline = baseline or next((k for k,arm in self.arms.items() if arm is None), None)
 
     def _columns(self):
@@ -167,8 +166,7 @@ def run(self:Study,
     lengths = _listed('epochs', epochs, 1)
     seeds = _listed('seeds', range(seeds) if _is_whole(seeds) and seeds>=0 else seeds, 0)
     arms = [arms] if isinstance(arms, str) else arms
-    for a in arms or ():
-        if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))
+    for a in arms or (): one_of('arm', a, self.arms)
     missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms], keep)
     ticks = RunTicks([n for _,n,_ in missing], progress)
     for a,n,s in missing:

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of, unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.task import views_of
 from ..distillation_callback import KnowledgeDistillationCallback
@@ -41,8 +41,7 @@ _cb_args = [p for p in inspect.signature(KnowledgeDistillationCallback).paramete
 def _values(grid):
     "The grid with a list of values for each name"
     if isinstance(grid, str):
-        if grid not in presets: raise ValueError(unknown_name('grid', grid, presets))
-        grid = presets[grid]
+        grid = presets[one_of('grid', grid, presets)]
     several = list,tuple,range,np.ndarray,L
     grid = {k: list(v) if isinstance(v, several) else [v] for k,v in grid.items()}
     if grid and all(grid.values()): return grid
@@ -204,7 +203,7 @@ def _level(ax, vals, name, style):
 # %% ../../../nbs/distill/study/sweep.ipynb #2e648fb1
 def _check_kwargs(kwargs, point):
     for k,v in kwargs.items():
-        if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
+        one_of('argument', k, _cb_args)
         if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
 
 # %% ../../../nbs/distill/study/sweep.ipynb #289bec2d

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ..layers.names import unwrap
 from .forward import untraced
 from .frozen import bare_copy
@@ -122,13 +122,11 @@ class EMA(BaseTeacher):
     ):
         if decay is not None and not 0<=decay<=1: raise ValueError(f"decay must be from 0 to 1, or None, got {decay}")
         if decay==1 and not warm: raise ValueError("decay=1 with warm=False would never move: take less, or warm=True")
-        if buffers not in ('copy', 'average'): raise ValueError(unknown_name('buffers', buffers, ['copy', 'average']))
-        if mode not in ('eval', 'train'): raise ValueError(unknown_name('mode', mode, ['eval', 'train']))
-        self.mode = mode
+        self.mode = one_of('mode', mode, ('eval', 'train'))
         refuse_no_function(select, tfms)
         self.decay = decay
         self.warm = warm
-        self.buffers = buffers
+        self.buffers = one_of('buffers', buffers, ('copy', 'average'))
         self.tfms = tfms
         self.select = select
         self.averaged = None # holds the average, and how many were averaged

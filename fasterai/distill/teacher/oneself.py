@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from fastcore.basics import patch
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ..layers.names import unwrap
 from .forward import evaluating, untraced
 from .given import refuse_no_function
@@ -27,9 +27,8 @@ class Oneself(BaseTeacher):
         mode:str='train', # 'train': in the mode that the student is in; 'eval': with running statistics, no dropout
         select=None,      # From the student's output to its logits; None takes a tensor, or the first of a tuple
     ):
-        if mode not in ('train', 'eval'): raise ValueError(unknown_name('mode', mode, ('train', 'eval')))
         refuse_no_function(select)
-        self.mode,self.select = mode,select
+        self.mode,self.select = one_of('mode', mode, ('train', 'eval')),select
         self.students = [] # Learners whose fits are running, the innermost last
 
     def begin(self, learn, layers=(), logits=True): self.students.append(learn)
