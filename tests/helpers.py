@@ -3,6 +3,7 @@ import copy, random
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
@@ -51,6 +52,13 @@ def n_hooks(*models):
 def state(model): return copy.deepcopy(model.state_dict())
 def flags(model): return [m.training for m in model.modules()],[p.requires_grad for p in model.parameters()]
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class CPUMixedPrecision(MixedPrecision):
+    "fastai's own is for CUDA; autocast works on the CPU"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.amp.autocast('cpu', dtype=torch.bfloat16)
 
 
 class Boom(Callback):

@@ -14,7 +14,7 @@ from typing import Callable
 
 from fastai.callback.schedule import sched_cos, sched_lin
 
-from .names import unknown_name
+from .names import one_of
 
 # %% ../../nbs/core/schedule.ipynb #4ddbb6a3
 @dataclass(frozen=True)
@@ -113,6 +113,5 @@ def as_schedule(
     "`s` as a `Schedule`; ValueError for an unknown name"
     if s is ramp_up: return ramp_up()
     if isinstance(s, str):
-        if s not in _schedules: raise ValueError(unknown_name('schedule', s, _schedules))
-        return _schedules[s]
+        return _schedules[one_of('schedule', s, _schedules)]
     return s if isinstance(s, Schedule) else Schedule(s)

@@ -293,7 +293,7 @@ def terms_on(self:KnowledgeDistillationCallback,
     judges = [o.base for o in self.terms if isinstance(o.base, nn.Module) and session.outer]
     with session.stack:
         session.meet(record=False)
-        with session.eyes_open(): pred = learn.model(*seen_by_student(learn, xb))
+        with session.kd.eyes.open(): pred = learn.model(*seen_by_student(learn, xb))
         pred,said = self.parts_of(learn, pred)
         before = writes_into(said)
         with evaluating(judges):

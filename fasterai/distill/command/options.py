@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import torch
 from fastai.learner import load_learner
-from fastcore.basics import patch
+from fastcore.basics import ifnone, patch
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...data.archs import load_weights, make_model
 from ...data.digits import digits_dls
 from ...data.images import image_dls
@@ -39,8 +39,6 @@ def whole_numbers(
     if min(ns)<least: raise ValueError(f"{name} must be at least {least}, got {s}")
     return sorted(set(ns))
 
-def _first(value, other): return other if value is None else value
-
 # %% ../../../nbs/distill/command/options.ipynb #f5a152ec
 @dataclass(frozen=True)
 class Pictures:
@@ -60,7 +58,7 @@ class Pictures:
     @property
     def digits(self)->bool: return self.path is None
     @property
-    def batch_size(self)->int: return _first(self.bs, 25 if self.digits else 64)
+    def batch_size(self)->int: return ifnone(self.bs, 25 if self.digits else 64)
     @property
     def name(self)->str:
         "Of a folder for the results"
@@ -89,8 +87,7 @@ class Networks:
     pretrained:str=None      # One of `PRETRAINED`
 
     def __post_init__(self):
-        if self.pretrained not in (None, *PRETRAINED):
-            raise ValueError(unknown_name('pretrained', self.pretrained, PRETRAINED))
+        if self.pretrained is not None: one_of('pretrained', self.pretrained, PRETRAINED)
 
     @property
     def exported(self)->bool: return self.trust_pickle and str(self.weights).endswith(('.pkl', '.pickle'))
@@ -181,14 +178,14 @@ class Training:
         if not 0<self.rate<1e3: raise ValueError(f"lr must be above 0 and below 1000, got {self.lr}")
 
     @property
-    def lengths(self)->list: return whole_numbers('epochs', _first(self.epochs, '10,60' if self.digits else '10'))
+    def lengths(self)->list: return whole_numbers('epochs', ifnone(self.epochs, '10,60' if self.digits else '10'))
     @property
-    def n_seeds(self)->int: return whole_numbers('seeds', _first(self.seeds, 8 if self.digits else 1))[0]
+    def n_seeds(self)->int: return whole_numbers('seeds', ifnone(self.seeds, 8 if self.digits else 1))[0]
     @property
     def of_teacher(self)->int:
-        return whole_numbers('teacher_epochs', _first(self.teacher_epochs, 10 if self.digits else max(self.lengths)))[0]
+        return whole_numbers('teacher_epochs', ifnone(self.teacher_epochs, 10 if self.digits else max(self.lengths)))[0]
     @property
-    def rate(self)->float: return _first(self.lr, 1e-2 if self.digits else 1e-3)
+    def rate(self)->float: return ifnone(self.lr, 1e-2 if self.digits else 1e-3)
 
 # %% ../../../nbs/distill/command/options.ipynb #6194b132
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _as_long(exp):
     runs = exp.study.named()
     longest = exp.runs.epochs.max()
     if runs[runs.arm=='alone'].epochs.max()<=longest: return ''
-    test = at_equal_time(by_arm(runs), exp._metric(), 'alone').get((exp.best_arm, longest))
+    test = at_equal_time(by_arm(runs), exp.metric, 'alone').get((exp.best_arm, longest))
     return f"; against training as long without a teacher: {100*test.diff:+.1f} ({_points(test)})" if test else ''
 
 # %% ../../../nbs/distill/command/page.ipynb #c7571d55
@@ -67,7 +67,7 @@ def results(
     if longer.empty: return table
     found = longer[longer.epochs==longer.epochs.max()]
     said = {'model': 'student alone, as long', 'epochs': found.epochs.iloc[0]}
-    metric = found[exp._metric()]
+    metric = found[exp.metric]
     row = table[table.model=='student alone'].iloc[-1:].assign(**said, **{metric.name: metric.mean()}, sd=metric.std())
     return pd.concat([table, row], ignore_index=True)
 

@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.ops import Permute
 
 from ...core.names import unknown_name
+from .capture import modes_kept
 
 # %% ../../../nbs/distill/layers/adapters.ipynb #35a14b28
 _prefixes = (0, 1, 2, 5)  # none, class, class and distillation (DeiT), class and four registers (DINOv2)
@@ -279,10 +280,7 @@ def dry(self:Adapters,
     fm_s:dict, # Student's maps `{layer: tensor}`
 )->dict:
     "`forward` in evaluation mode; each module's mode is as before afterwards"
-    modes = {m: m.training for m in self.modules()}
-    try: return self.eval()(fm_s)
-    finally:
-        for m,mode in modes.items(): m.training = mode
+    with modes_kept(self.modules()): return self.eval()(fm_s)
 
 # %% ../../../nbs/distill/layers/adapters.ipynb #24df7f22
 def carry_over(

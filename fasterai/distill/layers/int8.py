@@ -15,7 +15,7 @@ from fastai.torch_core import apply
 from torch import Tensor, nn
 
 from . import int8_fx, int8_pt2e
-from .capture import tensors_in
+from .capture import modes_kept, tensors_in
 
 # %% ../../../nbs/distill/layers/int8.ipynb #0d5a8056
 def _way():
@@ -95,14 +95,12 @@ def calibrate(
     """Set the ranges by what goes through the network in evaluation mode, those of activations from the least to the
     most; nothing else in it changes"""
     if not fake_quantizers(model): raise ValueError(f"{type(model).__name__} has no layer that can be quantized")
-    modes = [(m, m.training) for m in model.modules()]
-    observe(model.eval(), True)
-    try:
-        with torch.no_grad(), _spanning(model):
-            for xb in batches: model(*(x.as_subclass(Tensor) for x in xb))
-    finally:
-        observe(model, False)
-        for m,mode in modes: m.training = mode
+    with modes_kept(model.modules()):
+        observe(model.eval(), True)
+        try:
+            with torch.no_grad(), _spanning(model):
+                for xb in batches: model(*(x.as_subclass(Tensor) for x in xb))
+        finally: observe(model, False)
 
 # %% ../../../nbs/distill/layers/int8.ipynb #393be0b9
 def freeze_statistics(

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.fx import Tracer
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.chatter import without_chatter
 
 # %% ../../../nbs/distill/layers/int8_fx.ipynb #75f35923
@@ -46,9 +46,7 @@ def check_backend(
     backend:str, # Name
 )->str:
     "`backend`, if this PyTorch has its kernels; ValueError else"
-    valid = [o for o in torch.backends.quantized.supported_engines if o!='none']
-    if backend not in valid: raise ValueError(unknown_name('backend', backend, valid))
-    return backend
+    return one_of('backend', backend, [o for o in torch.backends.quantized.supported_engines if o!='none'])
 
 # %% ../../../nbs/distill/layers/int8_fx.ipynb #78aa47e5
 def _recipe(q, backend):

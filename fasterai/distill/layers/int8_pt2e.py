@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.chatter import without_chatter
 
 # %% ../../../nbs/distill/layers/int8_pt2e.ipynb #2d322d98
@@ -170,7 +170,7 @@ def fake_quantized(
     """A network that computes the same, with observers and fake quantizers, not calibrated yet. ValueError for an
     unknown backend, or a network that `torch.export` cannot follow"""
     ao,xb,training = tools(),_two_or_more(xb),model.training
-    if backend not in _highest: raise ValueError(unknown_name('backend', backend, _highest))
+    one_of('backend', backend, _highest)
     try:
         with without_chatter(): graph = _tidied(_exported(model.train(), xb).module())
     except Exception as e:

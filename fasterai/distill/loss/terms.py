@@ -9,13 +9,12 @@ __all__ = ['Term', 'as_terms', 'with_hypers', 'OUTPUTS', 'FROM_TASK']
 import inspect
 import math
 from functools import partial
-from itertools import chain, count
 from typing import Callable
 
 from fastcore.basics import listify, patch
 from torch import Tensor, nn
 
-from ...core.names import unknown_name
+from ...core.names import free_name, unknown_name
 from .base import FROM_TASK, OUTPUTS, mode_defaults
 from .catalogue import recipe_of
 
@@ -130,7 +129,7 @@ def as_terms(
     if not terms: raise ValueError("loss is empty: give at least one distillation loss")
     taken = set()
     for o in terms:
-        o.name = next(n for n in chain([o.name], (f'{o.name}_{i}' for i in count(2))) if n not in taken)
+        o.name = free_name(o.name, taken)
         taken.add(o.name)
     return terms
 

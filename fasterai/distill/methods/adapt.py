@@ -20,7 +20,7 @@ from fastai.optimizer import Adam
 from fastai.torch_core import trainable_params
 from torch import Tensor
 
-from ...core.names import unknown_name, whole_number
+from ...core.names import one_of, whole_number
 from ...core.task import refuse_plain, seen_by_student, split_batch
 from ...data.unlabelled import items_dl
 from ..distillation_callback import KnowledgeDistillationCallback
@@ -28,7 +28,7 @@ from ..layers.names import unwrap
 from ..loss.base import as_loss
 from ..losses import SoftTarget
 from .priors import batch_norms, imbalance
-from ..study.one_run import fit_one_cycle, quiet
+from ..study.one_run import fit_one_cycle, quiet, trains_alike
 from ..teacher.facts import facts_of
 from ..teacher.following import EMA, fitted_decay
 from ..teacher.frozen import bare_copy
@@ -86,9 +86,8 @@ def _another(learn, dls=None, **kwargs):
     "A Learner like `learn`, with a copy of its model and of the callbacks that change the inputs"
     views = [copy(cb) for cb in learn.cbs if 'view' in vars(cb)]
     for cb in views: cb.learn = None
-    given = dict(loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter,
-                 metrics=list(learn.metrics), path=learn.path, model_dir=learn.model_dir, wd=learn.wd, moms=learn.moms)
-    return Learner(dls or learn.dls, bare_copy(learn.model), cbs=views, **{**given, **kwargs})
+    given = {**trains_alike(learn), 'splitter': learn.splitter, **kwargs}
+    return Learner(dls or learn.dls, bare_copy(learn.model), cbs=views, **given)
 
 def _refuse_without_statistics(learn):
     if batch_norms(unwrap(learn.model)): return
@@ -133,7 +132,7 @@ def adapt(
 )->Learner:
     """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm, no items, a loader
     that normalises otherwise, or no epochs; warns of batches under 32"""
-    if method not in METHODS: raise ValueError(unknown_name('method', method, METHODS))
+    one_of('method', method, METHODS)
     if epochs is not None: whole_number('epochs', epochs)
     _refuse_without_statistics(learn)
     new,dl = _another(learn),_batches(learn, items, bs)

@@ -15,7 +15,7 @@ from fastai.callback.mixup import MixHandler
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.task import known_axis, logits_of, seen_by_student, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found, to_model
@@ -94,7 +94,7 @@ class Attack(Callback):
         self.full_xb = self.clean = None
 
     def _check(self):
-        if self.against not in AGAINST: raise ValueError(unknown_name('against', self.against, AGAINST))
+        one_of('against', self.against, AGAINST)
         if not 0<=self.eps<=1: raise ValueError(f"eps must be 0 to 1, of pixels from 0 to 1, got {self.eps}")
         if not 0<=self.natural<=1: raise ValueError(f"natural is a share, 0 to 1, got {self.natural}")
         if self.steps<1 or not self.step>0 and self.eps>0:

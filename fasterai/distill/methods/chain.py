@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch.nn.parameter import is_lazy
 
 from ...core.files import whole_file
+from ...core.names import whole_number
 from ...core.seeds import same_start
 from ...core.task import task_of, views_of
 from ..layers.names import unwrap
@@ -56,8 +57,7 @@ class OneByOne:
         path=None,                # Folder of finished networks; None: they are in memory only
         **kd                      # For each `KnowledgeDistillationCallback`
     ):
-        if not isinstance(epochs, int) or epochs<1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-        self.epochs = epochs
+        self.epochs = whole_number('epochs', epochs)
         self.lr = lr
         self.fit = fit
         self.path = None if path is None else Path(path)

@@ -19,7 +19,7 @@ from fastcore.basics import patch, tuplify
 from torch import nn
 
 from ...core.heads import grow, last_layer, refuse_bound
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.task import logits_of, one_batch, seen_by_student, split_batch
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found, to_model
@@ -138,7 +138,7 @@ class Remember(KnowledgeDistillationCallback):
         task_weight:float=1., # Of the labels
         **kwargs            # More arguments of `KnowledgeDistillationCallback`: layers, schedules ...
     ):
-        if ce not in CES: raise ValueError(unknown_name('ce', ce, CES))
+        one_of('ce', ce, CES)
         self.ce = ce
         if loss is None: loss = ICaRL if ce=='binary' else partial(LwF, T=T)
         super().__init__(old, loss, weight=weight, task_weight=task_weight, **kwargs)

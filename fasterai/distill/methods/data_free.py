@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ...core.heads import last_layer
-from ...core.names import unknown_name, whole_number
+from ...core.names import one_of, unknown_name, whole_number
 from ...core.task import logits_of, seen_by_student
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture
@@ -272,7 +272,7 @@ def data_free_learner(
 
 def _way(method, changes):
     "The method's numbers with the user's. ValueError for an unknown name"
-    if method not in WAYS: raise ValueError(unknown_name('method', method, WAYS))
+    one_of('method', method, WAYS)
     for k in changes.keys()-asdict(WAYS[method]): raise ValueError(unknown_name('way', k, asdict(WAYS[method])))
     return replace(WAYS[method], **changes)
 

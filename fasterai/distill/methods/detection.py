@@ -13,11 +13,12 @@ import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, Metric
+from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ...core.leaving import watch
-from ..layers.capture import as_found
+from ..layers.capture import as_found, modes_kept
 
 # %% ../../../nbs/distill/methods/detection.ipynb #21cf7769
 class _Numbered:
@@ -52,8 +53,6 @@ def _together(items):
     images,targets,numbers = zip(*items)
     return list(images),list(targets),torch.tensor(numbers)
 
-def _as_it_is(batch, items): return batch
-
 def detection_dls(
     train,            # Pairs `(image, target)`: `(C, H, W)` from 0 to 1, and a dict of `boxes` in pixels and `labels`
     valid,            # The same, for the validation
@@ -65,7 +64,7 @@ def detection_dls(
     """Batches of lists: images, targets, and a tensor of the pictures' numbers. ValueError, as an item is read, for a
     target that is none"""
     def one(items, bs, shuffle):
-        return TfmdDL(_Numbered(items), bs=bs, shuffle=shuffle, drop_last=shuffle and len(items)>=bs, retain=_as_it_is,
+        return TfmdDL(_Numbered(items), bs=bs, shuffle=shuffle, drop_last=shuffle and len(items)>=bs, retain=noop,
                       create_batch=_together, num_workers=num_workers)
     return DataLoaders(one(train, bs, True), one(valid, val_bs or bs, False), device=device)
 
@@ -83,14 +82,10 @@ def detection_loss(
 @contextmanager
 def _giving_losses(model):
     parts = [m for m in (model, *(getattr(model, n, None) for n in ('rpn', 'roi_heads'))) if m is not None]
-    before = [m.training for m in parts]
-    try:
-        with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-            torch.manual_seed(0)
-            for m in parts: m.training = True
-            yield
-    finally:
-        for m,was in zip(parts, before): m.training = was
+    with modes_kept(parts), torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(0)
+        for m in parts: m.training = True
+        yield
 
 class LossesInValidation(Callback):
     "Let a detector return its losses in the validation, too; it is as it was, however a batch ends"

@@ -8,10 +8,10 @@ __all__ = ['Exit', 'pooled', 'exit_loss', 'Exits', 'DeepSupervision']
 # %% ../../../nbs/distill/methods/exits.ipynb #2453b8c2
 import torch
 import torch.nn.functional as F
-from fastcore.basics import listify, patch
+from fastcore.basics import ifnone, listify, patch
 from torch import Tensor, nn
 
-from ...core.task import logits_of, split_batch, task_of
+from ...core.task import logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import Capture, as_found, to_model
 from ..layers.layout import spatial
@@ -19,7 +19,6 @@ from ..losses import SoftTarget
 from ..teacher.facts import facts_of
 from ..teacher.other_data import refuse_other_data
 from ..training.lesson import full_precision, target_of
-from ..training.views import seen_by_student
 
 # %% ../../../nbs/distill/methods/exits.ipynb #b99032f5
 class Exit(nn.Module):
@@ -59,13 +58,11 @@ def exit_loss(
     ignore_index:int=None, # Label of the rows to leave out
 )->Tensor: # Scalar
     "(1-α) CE + α T² KL of one exit. BYOT: Zhang et al., ICCV 2019, arXiv 1905.08094. TypeError for several targets"
-    ignore = _ignored(ignore_index)
+    ignore = ifnone(ignore_index, -100) # as PyTorch has it
     labels = _one_target(target)
     if not labels.is_floating_point(): labels = labels.long()
     taught = SoftTarget(pred, whole, T=T, target=target, ignore_index=ignore_index)
     return (1-alpha)*F.cross_entropy(pred, labels, ignore_index=ignore) + alpha*taught
-
-def _ignored(ignore_index): return -100 if ignore_index is None else ignore_index # as PyTorch has it
 
 def _one_target(y):
     if isinstance(y, Tensor): return y
@@ -184,7 +181,7 @@ def exit_accuracies(self:DeepSupervision,
     if dl is not None: refuse_other_data('dl', dl, facts_of(learn))
     dl = learn.dls.valid if dl is None else dl
     right = dict.fromkeys([*self.exits, 'whole'], 0)
-    n,ignored = 0,_ignored(task_of(learn.loss_func).ignore_index)
+    n,ignored = 0,ifnone(task_of(learn.loss_func).ignore_index, -100)
     with as_found(learn.model, *self.exits.values()), Capture(learn.model, list(self.exits)) as seen:
         for b in dl:
             xb,yb = split_batch(learn.dls, b)

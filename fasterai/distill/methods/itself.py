@@ -15,7 +15,7 @@ from typing import Callable
 
 from fastcore.basics import patch
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.schedule import Schedule
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..loss.teacherless import ClassMates, VirtualTeacher
@@ -66,8 +66,7 @@ class SelfDistillation(KnowledgeDistillationCallback):
         task_weight:float=None, # Weight of the task loss; None: its authors'
         **kwargs                # More arguments of `KnowledgeDistillationCallback`: `start_pct`, `select` ...
     ):
-        if kind not in kinds: raise ValueError(unknown_name('kind of self-distillation', kind, kinds))
-        self.kind = kind
+        self.kind = one_of('kind of self-distillation', kind, kinds)
         own = kinds[kind]
         teacher = own.teacher() if own.teacher else None
         if teacher: _refuse(kind, kwargs)

@@ -12,7 +12,7 @@ from typing import Iterable
 
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ..layers.names import get_module_by_name, unwrap
 from ..teacher.frozen import bare_copy
 
@@ -22,9 +22,7 @@ def _layer_lists(model):
     return [n for n,m in model.named_modules() if n and isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)>1]
 
 def _layer_list(model, name):
-    lists = _layer_lists(model)
-    if name not in lists: raise ValueError(unknown_name('list of layers', name, lists))
-    return get_module_by_name(model, name)
+    return get_module_by_name(model, one_of('list of layers', name, _layer_lists(model)))
 
 def _numbers(keep, n):
     "`keep` as numbers from 0. Raises TypeError for what are no numbers, ValueError for none, equal or unknown ones"

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ...core.schedule import Schedule
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.names import unwrap
@@ -61,7 +61,7 @@ class TokenDistillation(KnowledgeDistillationCallback):
         schedule:Schedule|Callable|str=None, # Multiplies `weight` over the training
         **kwargs            # More arguments of `KnowledgeDistillationCallback`, but for losses and layers
     ):
-        if kind not in KINDS: raise ValueError(unknown_name('kind', kind, KINDS))
+        one_of('kind', kind, KINDS)
         self.kind = kind
         self.T = T
         loss = HardTarget if kind=='hard' else partial(SoftTarget, T=T)

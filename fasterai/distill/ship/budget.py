@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ..layers.capture import to_model
 from ..study.measure import latency_ms, n_params, size_mb
 
@@ -44,6 +44,6 @@ def check_budget(
 )->dict:
     "`budget`; ValueError for unknown names or what is no amount"
     for k,v in (budget or {}).items():
-        if k not in ('params', 'mb', 'latency'): raise ValueError(unknown_name('budget', k, ['params','mb','latency']))
+        one_of('budget', k, ('params', 'mb', 'latency'))
         if not v>0: raise ValueError(f"budget: {k} must be above 0, got {v!r}")
     return budget or {}

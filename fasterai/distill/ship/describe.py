@@ -14,7 +14,7 @@ import torch
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.learner import Learner
 from fastai.vision.augment import AffineCoordTfm, CropPad, RandomResizedCrop, Resize
-from fastcore.basics import tuplify
+from fastcore.basics import ifnone, tuplify
 from PIL import Image
 
 from ...core.task import one_batch, split_batch, task_of
@@ -149,11 +149,9 @@ def describe(
     inputs = [dict(name=n, shape=['batch', *x.shape[1:]], dtype=str(x.dtype).removeprefix('torch.'))
               for n,x in zip(input_names(len(xb)), xb)]
     return dict(input=_picture(learn, xb[0]) if picture else None, inputs=inputs,
-                output=dict(name='logits', axis=_first(task.axis, -1), activation=task.average or 'none',
+                output=dict(name='logits', axis=ifnone(task.axis, -1), activation=task.average or 'none',
                             threshold=threshold_of(learn) if task.average=='sigmoid' else None),
                 classes=None if classes is None else list(classes), versions=_versions())
-
-def _first(value, other): return other if value is None else value
 
 # %% ../../../nbs/distill/ship/describe.ipynb #74669468
 def threshold_of(

@@ -66,7 +66,7 @@ class Shipped(nn.Module):
         return logits_of(self.model(*xb), self.select, 'student')
 
 # %% ../../../nbs/distill/ship/export.ipynb #3469e482
-def _proto(module, xb, names, opset=None, fixed=False):
+def _proto(module, xb, names, opset, fixed):
     "The network as ONNX"
     shapes = None if fixed else (tuple({0: 'batch'} for _ in xb),)
     program = torch.onnx.export(module, xb, dynamo=True, input_names=names, output_names=['logits'],
@@ -150,7 +150,9 @@ def _cannot(shipped, xb, error):
                       ".item() and no numpy, and sizes taken from the input. Nothing was written")
 
 # %% ../../../nbs/distill/ship/export.ipynb #9aa004c8
-def _calibration(learn, names, n, bs, least=32):
+_least = 32
+
+def _calibration(learn, names, n, bs):
     "Batches of training pictures without augmentation, spread over the set, as arrays by input"
     dls,found = learn.dls,0
     with streams_kept(), as_in_validation(dls.train.dataset):
@@ -161,10 +163,10 @@ def _calibration(learn, names, n, bs, least=32):
             yield {k: for_file(x)[:n-found].numpy() for k,x in zip(names, xb)}
             found += len(xb[0])
             if found>=n: return
-    if found<least: raise ValueError(_too_few(f"the training set has {found} samples", least))
+    if found<_least: raise ValueError(_too_few(f"the training set has {found} samples"))
 
-def _too_few(what, least):
-    return (f"calibrate: {what}, and the ranges of the activations cannot be told from fewer than {least}; "
+def _too_few(what):
+    return (f"calibrate: {what}, and the ranges of the activations cannot be told from fewer than {_least}; "
             "give more training data, or leave out int8")
 
 # %% ../../../nbs/distill/ship/export.ipynb #6da03da6
@@ -240,7 +242,7 @@ def export_student(
 def _checked(path, int8, calibrate, opset, batch):
     path = Path(path)
     if path.suffix!='.onnx': raise ValueError(f"path must end with .onnx, got {path.name!r}")
-    if int8 and not calibrate>=32: raise ValueError(_too_few(f'got {calibrate}', 32))
+    if int8 and not calibrate>=_least: raise ValueError(_too_few(f'got {calibrate}'))
     if opset is not None and opset<18: raise ValueError(f"opset must be 18 or more, got {opset}")
     if batch is not None: whole_number('batch', batch)
     if path.is_dir(): raise ValueError(f"path {str(path)!r} is a folder")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...core.heads import put_module
-from ...core.names import unknown_name
+from ...core.names import one_of
 from ..layers.capture import as_found, first_tensor
 
 # %% ../../../nbs/distill/ship/lsq.ipynb #d4a65dff
@@ -150,7 +150,7 @@ def chosen_layers(
     if layers is None: return valid
     if not layers: raise ValueError("layers is empty: name at least one, or leave it out for all")
     for n in layers:
-        if n not in valid: raise ValueError(unknown_name('layer to quantize', n, valid))
+        one_of('layer to quantize', n, valid)
     return list(layers)
 
 # %% ../../../nbs/distill/ship/lsq.ipynb #93d10796

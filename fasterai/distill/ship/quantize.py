@@ -10,7 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, set_seed, to_device, trainable_params
+from fastai.torch_core import find_bs, to_device, trainable_params
 from fastcore.basics import tuplify
 from torch import nn
 
@@ -23,7 +23,7 @@ from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quanti
 from ..layers.names import as_names, unwrap
 from .describe import refuse_other_than_learner
 from .lsq import QuantizedLayer, chosen_layers, lsq_quantized, quantizable
-from ..study.one_run import measure, streams_kept
+from ..study.one_run import measure, streams_kept, trains_alike
 from ..teacher.frozen import bare_copy
 from ..training.views import StudentSees
 
@@ -116,8 +116,7 @@ def calibration_batches(
     if n<1: raise ValueError(f"n_batches must be 1 or more to calibrate on, got {n}")
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
-    with streams_kept(), as_in_validation(dls.train_ds):
-        set_seed(0)
+    with streams_kept(0), as_in_validation(dls.train_ds):
         for b in loader_like(dls.valid, dls.train_ds, shuffle=True):
             found.append(seen_by_student(learn, to_device(split_batch(dls, tuplify(b))[0], device)))
             if len(found)==n: break
@@ -164,13 +163,11 @@ def _quantized(learn, bits, backend, layers, n_batches):
 
 def _like(learn, model, bits, backend):
     "A Learner of `model` with the data, loss and optimizer of `learn`"
-    same = {k:getattr(learn, k) for k in _kept}
     cbs = [Observing(), *(StudentSees(f) for f in views_of(learn))]
-    found = QuantizedLearner(learn.dls, model, splitter=trainable_params, cbs=cbs, **same)
+    found = QuantizedLearner(learn.dls, model, splitter=trainable_params, cbs=cbs, **trains_alike(learn))
     found.bits,found.backend = bits,backend
     return found
 
-_kept = 'loss_func','opt_func','lr','metrics','path','model_dir','wd','wd_bn_bias','train_bn','moms'
 
 # %% ../../../nbs/distill/ship/quantize.ipynb #36460ae4
 def validate_int8(

@@ -109,8 +109,7 @@ class _Rungs(Callback):
 @patch
 def _train(self:Search, dls, params, seed, ticks, trial=None):
     "Train a student; its score, epochs and whether it was stopped"
-    with streams_kept():
-        set_seed(seed)
+    with streams_kept(seed):
         learn,rungs = self.learner(dls, self.make(**params)),_Rungs(trial, self)
         same_start(dls, seed)
         with quiet(learn): learn.fit_one_cycle(self.epochs, cbs=[fresh_callback(self.arm), rungs, ticks])

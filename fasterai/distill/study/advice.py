@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
-from ...core.names import unknown_name, whole_number
+from ...core.names import one_of, whole_number
 from ...core.task import known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
@@ -73,9 +73,9 @@ def _evenness(logits):
     rest = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf).softmax(-1)
     return float(torch.special.entr(rest).sum(-1).mean())/math.log(logits.shape[-1]-1)
 
-def _soft_enough(logits, T, dark=0.1):
-    "The lowest temperature from `T` on that leaves a share `dark` to the other classes"
-    while _dark(logits, T)<dark and T<50: T *= 1.1
+def _soft_enough(logits, T):
+    "The lowest temperature from `T` on that leaves a tenth to the other classes"
+    while _dark(logits, T)<0.1 and T<50: T *= 1.1
     return round(T, 1) if T<10 else round(T)
 
 def _class_axis(learn): return known_axis(task_of(learn.loss_func).axis)
@@ -213,7 +213,7 @@ def _ratios(ratio, terms):
     "The ratio of each term by name, checked"
     ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(terms, ratio)
     for k,r in ratios.items():
-        if k not in terms: raise ValueError(unknown_name('loss in `ratio`', k, terms))
+        one_of('loss in `ratio`', k, terms)
         if not r>0: raise ValueError(f"ratio must be positive, got {r} for {k}")
     return {k:ratios.get(k, 1.) for k in terms}
 

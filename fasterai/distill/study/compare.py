@@ -12,7 +12,6 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import fastai.callback.progress  # noqa: F401 (gives Learner `no_bar`)
 import numpy as np
 import pandas as pd
 import torch
@@ -24,7 +23,7 @@ from fastcore.foundation import L
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of, unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
 from ...core.task import first_of, known_axis, one_batch, seen_by_student, split_batch, task_of
@@ -225,11 +224,11 @@ def _label_fidelity(pred, t_pred, thresh):
     return dict(agreement=float(((p>thresh)==(q>thresh)).float().mean()), kl=float(kl.mean()))
 
 # %% ../../../nbs/distill/study/compare.ipynb #73cfa4a8
-def _si(v, digits=3):
+def _si(v):
     "A number with a unit's prefix: 12345 is 12.3k"
     for size,prefix in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if abs(v)>=size: return f'{v/size:.{digits}g}{prefix}'
-    return f'{v:.{digits}g}'
+        if abs(v)>=size: return f'{v/size:.3g}{prefix}'
+    return f'{v:.3g}'
 
 _three = '{:.3g}'.format
 _costs = dict(params=('parameters', _si), size_mb=('MB on disk', _three), macs=('multiply-adds', _si),
@@ -341,7 +340,7 @@ def plot_compare(
 ):
     "A metric against what the models cost; returns the axes. ValueError for a metric or cost that the table lacks"
     metric = metric or table.attrs['metrics'][0]
-    if metric not in table.attrs['metrics']: raise ValueError(unknown_name('metric', metric, table.attrs['metrics']))
+    one_of('metric', metric, table.attrs['metrics'])
     for c in costs:
         if c not in table: raise ValueError(unknown_name('cost', c, [o for o in _costs if o in table]))
     axs = new_axes(1, len(costs), size=(3.8, 3), sharey=True)[0]

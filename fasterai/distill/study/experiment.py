@@ -25,22 +25,14 @@ from ...core.task import seen_by_student, split_batch
 from ..layers.capture import as_found, tensors_in
 from ..losses import SoftTarget
 from .measure import model_cost
-from .one_run import (Ticks, chosen_metric, fit_one_cycle, fresh_callback, maker, measure,
-                                            measured, quiet)
+from .one_run import (Ticks, check_dicts, chosen_metric, fit_one_cycle, fresh_callback, maker,
+                                            measure, measured, quiet)
 from .study import Study
 from .summary import COLUMNS, in_words, lower_is_better
 
 # %% ../../../nbs/distill/study/experiment.ipynb #76e49bb6
 _others = dict(alone='the student without a teacher', teacher='the network that teaches', epochs='a column of `runs`',
                seed='a column of `runs`')
-
-def _check_names(arms):
-    "Raises for arms that would take the place of something else"
-    for name,arm in arms.items():
-        if not isinstance(name, str): raise TypeError(f"arms: a name must be text, got {name!r}")
-        if name in _others: raise ValueError(f"arms: {name!r} is {_others[name]}, name that arm otherwise")
-        if isinstance(arm, dict): continue
-        raise TypeError(f"arms: {name!r} must be a dict of the callback's arguments, got {type(arm).__name__}")
 
 # %% ../../../nbs/distill/study/experiment.ipynb #3679a05d
 class Experiment:
@@ -58,7 +50,7 @@ class Experiment:
         cbs:list=None,             # Callbacks of the students' Learners, such as `StudentSees`; each gets a copy
         **kd                       # For `KnowledgeDistillationCallback`: weight, schedule, layers, ...
     ):
-        _check_names(arms or {})
+        check_dicts(arms or {}, _others)
         maker('make_student', make_student)
         store_attr(but='kd,arms')
         self.kd = kd
@@ -76,14 +68,12 @@ class Experiment:
         cbs = None if model is self.teacher else deepcopy(self.cbs)
         return Learner(dls or self.dls, model, loss_func=self.loss_func, metrics=self.metrics, lr=self.lr, cbs=cbs)
 
-    def _metric(self): return chosen_metric(measured(self.learner(self.teacher), taken=COLUMNS))
-
 # %% ../../../nbs/distill/study/experiment.ipynb #0bc3b65e
 @patch
 def check(self:Experiment):
     "Raises ValueError for a teacher or a student that does not fit the data, or arguments that the callback refuses"
     for arm in self.arms.values(): fresh_callback(arm)
-    self._metric() # of two with one name none can be told
+    self.metric = chosen_metric(measured(self.learner(self.teacher), taken=COLUMNS))
     xb = split_batch(self.dls, self.dls.one_batch())[0]
     x = next(tensors_in(xb))
     for who,learn in (('teacher',self.learner(self.teacher)), ('student',self.learner())):
@@ -169,8 +159,8 @@ def runs(self:Experiment)->pd.DataFrame:
     "A row for each length and seed: the metric of the student alone, and in a column for each arm distilled"
     arms = 'alone',*self.arms
     if self.study is None: return pd.DataFrame(columns=['epochs', 'seed', *arms])
-    named = self.study.named().set_index(['epochs', 'seed'])[['arm', self._metric()]]
-    found = {arm: named[named.arm==arm][self._metric()] for arm in arms}
+    named = self.study.named().set_index(['epochs', 'seed'])[['arm', self.metric]]
+    found = {arm: named[named.arm==arm][self.metric] for arm in arms}
     return pd.concat(found, axis=1, join='inner').reset_index() # where all were run, be it to no number
 
 # %% ../../../nbs/distill/study/experiment.ipynb #7b8e5653
@@ -182,7 +172,7 @@ def best_arm(self:Experiment)->str:
     sound = [a for a in self.arms if (a, longest.epochs.max()) not in diverged]
     means = longest[sound or list(self.arms)].mean()
     if means.isna().all(): return means.index[0]
-    return means.idxmin() if lower_is_better(self._metric()) else means.idxmax()
+    return means.idxmin() if lower_is_better(self.metric) else means.idxmax()
 
 # %% ../../../nbs/distill/study/experiment.ipynb #e3d42f9d
 @patch(as_prop=True)
@@ -209,7 +199,7 @@ def best(self:Experiment)->tuple:
     name = self.best_arm
     runs,diverged = self._longest(),self.study.diverged()
     runs = runs if self.diverged else runs[~runs.seed.isin(diverged.get((name, runs.epochs.max()), []))]
-    r = runs.sort_values(name, ascending=not lower_is_better(self._metric()), na_position='first').iloc[-1]
+    r = runs.sort_values(name, ascending=not lower_is_better(self.metric), na_position='first').iloc[-1]
     return r[name],self._student(name, int(r.epochs), int(r.seed))
 
 @patch
@@ -245,7 +235,7 @@ def costs(self:Experiment)->dict:
     return self.measured
 
 @patch
-def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self._metric()]
+def _teacher_score(self:Experiment): return measure(self.learner(self.teacher))[self.metric]
 
 # %% ../../../nbs/distill/study/experiment.ipynb #fce22e2b
 @patch
@@ -255,7 +245,7 @@ def table(self:Experiment)->pd.DataFrame:
     rows = [('teacher', '', self._teacher_score(), float('nan'))]
     for n,g in self.runs.groupby('epochs'):
         rows += [(f'student {k}', n, g[k].mean(skipna=False), g[k].std(skipna=False)) for k in ('alone', *self.arms)]
-    df = pd.DataFrame(rows, columns=['model', 'epochs', self._metric(), 'sd'])
+    df = pd.DataFrame(rows, columns=['model', 'epochs', self.metric, 'sd'])
     for k,name in dict(params='parameters', size_mb='size (MB)', latency_ms='latency (ms)').items():
         df[name] = [cost[m.split()[0]][k] for m in df.model]
     return df
@@ -265,7 +255,7 @@ def table(self:Experiment)->pd.DataFrame:
 def tests(self:Experiment)->dict:
     """For each length of training the paired test of the best arm against alone, p adjusted for the number of all that
     are made; empty with fewer than two seeds"""
-    found = self.study.tests(self._metric()) if self.study else {}
+    found = self.study.tests(self.metric) if self.study else {}
     best = self.best_arm if found else None
     return {n:t for (arm,n),t in sorted(found.items()) if arm==best}
 
@@ -277,11 +267,11 @@ def verdict(self:Experiment,
     "What distilling did, in a line for each length of training"
     found = self.tests()
     if self.study and (self.study.diverged() or not all(math.isfinite(t.diff) for t in found.values())):
-        return self.study.verdict(self._metric(), alpha)
+        return self.study.verdict(self.metric, alpha)
     if not found: return "One seed is an anecdote: run several to know whether distilling helped."
     seeds = self.runs.epochs.value_counts()
-    if len(self.arms)>1: return self.study.verdict(self._metric(), alpha)
-    say = dict(metric=self._metric(), alpha=alpha, several=len(found)>1)
+    if len(self.arms)>1: return self.study.verdict(self.metric, alpha)
+    say = dict(metric=self.metric, alpha=alpha, several=len(found)>1)
     return '\n'.join(f'{n} epochs: {in_words(t, seeds[n], **say)}' for n,t in found.items())
 
 # %% ../../../nbs/distill/study/experiment.ipynb #796fd6ad
@@ -298,7 +288,7 @@ def plot(self:Experiment):
     "Each seed's students joined by a line, for each length of training, and the teacher; returns the axes"
     self.need_runs()
     groups = list(self.runs.groupby('epochs'))
-    metric = self._metric()
+    metric = self.metric
     teacher = self._teacher_score()
     arms = ['alone', *self.arms]
     at = range(len(arms))

@@ -45,7 +45,7 @@ def _ask_student(learn, xb, layers=()):
     with as_found(model), Capture(model, layers, kind='layer of the student') as c: pred = model(*xb)
     return _plain(logits_of(pred, who='student')),[_plain(m) for m in c.maps.values()]
 
-def _ask_teacher(teacher, learn, xb, layers=()):
+def _ask_teacher(teacher, learn, xb, layers):
     "The same of the teacher, who sees the batch of the student as in a fit"
     how = dict(layers=layers, logits=not layers)
     with asked_by(learn, as_teacher(teacher), **how) as ask: pred,fm = ask(*xb, **accepted(ask, how))

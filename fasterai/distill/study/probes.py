@@ -12,20 +12,19 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastcore.basics import tuplify
+from fastcore.basics import ifnone, tuplify
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ...core.rows import as_in_validation
-from ...core.task import class_of_each, has_class, loader_like, logits_of, split_batch
+from ...core.task import class_of_each, has_class, loader_like, logits_of, seen_by_student, split_batch
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from .one_run import streams_kept
 from ..teacher.facts import facts_of
 from ..teacher.other_data import refuse_other_data
-from ..training.views import seen_by_student
 
 # %% ../../../nbs/distill/study/probes.ipynb #c9123f6b
 def _as_rows(x):
@@ -63,7 +62,7 @@ def knn_accuracy(
     select:Callable=None,      # From the model's output to the embeddings
 )->float:
     "Share of validation samples that get their class from their neighbours. Raises ValueError for fewer than `k`"
-    labelled = learn.dls if labelled is None else labelled
+    labelled = ifnone(labelled, learn.dls)
     x,y = embeddings_of(learn, labelled.train, select)
     if not 1<=k<=len(x): raise ValueError(f"k must be 1 to {len(x)}, the number of labelled training samples, got {k}")
     voters = KNeighborsClassifier(k, metric='cosine').fit(x, y)
@@ -91,7 +90,7 @@ def probe_head(
     select:Callable=None,      # From the model's output to the embeddings
 )->nn.Linear:
     "A linear classifier of the embeddings, on the model's device. Raises ValueError for samples of one class"
-    labelled = learn.dls if labelled is None else labelled
+    labelled = ifnone(labelled, learn.dls)
     x,y = embeddings_of(learn, labelled.train, select)
     if y.min()<0:
         raise ValueError(f"a probe has an output for each class from 0 on, and the labelled samples have {y.min()}: "
@@ -110,7 +109,7 @@ def linear_probe(
     select:Callable=None,      # From the model's output to the embeddings
 )->float:
     "Share of validation samples that a linear classifier of the training samples' embeddings gets right"
-    labelled = learn.dls if labelled is None else labelled
+    labelled = ifnone(labelled, learn.dls)
     head = probe_head(learn, labelled, C, select).cpu()
     x,y = embeddings_of(learn, labelled.valid, select)
     with torch.no_grad(): guess = head(torch.from_numpy(x)).argmax(1).numpy()

@@ -21,6 +21,8 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ...core.names import free_name
+
 # %% ../../../nbs/distill/study/report.ipynb #b5d69ea8
 def versions()->dict:
     "Versions of Python, PyTorch, fastai and fasterai, and the machine's processor"
@@ -112,9 +114,7 @@ def _file_names(titles):
     found = {}
     for title in titles:
         name = re.sub('[^a-z0-9]', '_', str(title).lower())[:100] or 'figure'
-        n = 1
-        while (unique := name if n==1 else f'{name}_{n}') in found.values(): n += 1
-        found[title] = unique
+        found[title] = free_name(name, found.values())
     return found
 
 # %% ../../../nbs/distill/study/report.ipynb #a17fc8be

@@ -14,7 +14,6 @@ import re
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -24,14 +23,15 @@ from ...core.files import beside, whole_file
 
 # %% ../../../nbs/distill/study/run_log.ipynb #277f58ca
 def cell(
-    name:str, # The column; a `text` of your own may go by it
-    v,        # The value
+    v, # Of a column
 )->str:
     "A value as the file has it, the same in every process: whole numbers, and others with twelve digits"
     if isinstance(v, (bool, np.bool_)): return str(bool(v))
     if isinstance(v, (int, np.integer)): return str(v)
     if isinstance(v, (int, float, np.number)): return format(float(v), '.12g')
     return str(v)
+
+def _cell(v): return '' if v is None else cell(v)
 
 # %% ../../../nbs/distill/study/run_log.ipynb #0cb9c469
 @contextmanager
@@ -124,12 +124,10 @@ class RunLog:
     def __init__(self,
         path:str|Path|None, # The file; None keeps the rows in memory only
         cols:list,          # Its columns
-        text:Callable=cell, # From a column and a value to the text
         more:bool=False,    # May rows bring columns, which come after these? Else what has no column is not kept
     ):
         self.path = Path(path) if path else None
         self.cols = list(cols)
-        self.text = text
         self.more = more
         self.rows = []
         if self.path: self._load()
@@ -150,8 +148,6 @@ class RunLog:
             os.ftruncate(fd, end)
             if not end: _write_all(fd, _line(self.cols))
 
-    def _cell(self, name, v): return '' if v is None else self.text(name, v)
-
     def add(self, row:dict):
         "Store a run: its values by column, of which some may be missing"
         row = {str(k):v for k,v in row.items()}
@@ -161,11 +157,11 @@ class RunLog:
             with _locked(self.path, os.O_RDWR|os.O_APPEND) as fd: self._append(fd, row)
         self.rows.append(self._told(row))
 
-    def _told(self, row): return {c:self._cell(c, row.get(c)) for c in self.cols}
+    def _told(self, row): return {c:_cell(row.get(c)) for c in self.cols}
 
     def find(self, **key)->dict|None:
         "The first row with these values, as text; None if there is none"
-        key = {k:self._cell(k, v) for k,v in key.items()}
+        key = {k:_cell(v) for k,v in key.items()}
         return next((r for r in self.rows if all(r[k]==v for k,v in key.items())), None)
 
     def number(self, row:dict, name:str)->float:

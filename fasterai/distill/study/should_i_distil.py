@@ -15,7 +15,6 @@ import numpy as np
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
@@ -23,7 +22,7 @@ from ...core.names import whole_number
 from ..losses import Logits, SoftTarget
 from .advice import suggest_weights
 from .distil_answer import ALONE, NOT_DECIDED, DistilAnswer
-from .one_run import fit_one_cycle, fresh_callback, maker, streams_kept
+from .one_run import check_dicts, fit_one_cycle, fresh_callback, maker, streams_kept
 from .study import Study
 from .summary import is_share, lower_is_better
 
@@ -38,10 +37,7 @@ def _arms(teacher, arms):
     "Name -> the callback's arguments, checked"
     arms = _usual if arms is None else arms
     if not arms: raise ValueError("arms is empty: name at least one way to distil")
-    if ALONE in arms: raise ValueError("arms: 'alone' is the student without a teacher, name that arm otherwise")
-    for name,arm in arms.items():
-        if isinstance(arm, dict): continue
-        raise TypeError(f"arms: {name!r} must be a dict of the callback's arguments, got {type(arm).__name__}")
+    check_dicts(arms, {ALONE: 'the student without a teacher'})
     return {ALONE: None, **{name: dict(teacher=teacher) | arm for name,arm in arms.items()}}
 
 def _learner(make_student, dls, kwargs):
@@ -55,8 +51,7 @@ _asleep,_fights = 0.05,-0.1
 
 def _why_not(study, arm):
     "Why the gradients promise nothing, as text; None if they promise something"
-    with streams_kept():
-        set_seed(0)
+    with streams_kept(0):
         kd = fresh_callback(study.arms[arm])
         terms = suggest_weights(study.make_learner(), kd).table.drop('task')
     asleep,fights = terms.pull.lt(_asleep) | terms.gradient.eq(0),terms.cosine.lt(_fights)

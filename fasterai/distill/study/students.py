@@ -48,7 +48,7 @@ class Students(Mapping):
     def _file(self, key, row):
         "Named by the run, and by what it depends on"
         arm,epochs,seed = key
-        text = '|'.join(f'{k}={cell(k, v)}' for k,v in sorted(row.items()))
+        text = '|'.join(f'{k}={cell(v)}' for k,v in sorted(row.items()))
         name = re.sub('[^A-Za-z0-9.]+', '_', str(arm))[:40]
         return self.folder/f"{name}-{epochs}-{seed}-{blake2b(text.encode(), digest_size=6).hexdigest()}.pth"
 

@@ -11,10 +11,9 @@ from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from fastai.torch_core import set_seed
 from fastcore.basics import patch
 
-from ...core.names import unknown_name, whole_numbers
+from ...core.names import one_of, whole_numbers
 from ...core.plots import plain
 from ...core.seeds import same_start, which_seeds
 from .behind import behind, code_of_learner, judging, with_code
@@ -57,8 +56,7 @@ class Study:
         self.log = RunLog(path, cols or self._columns(), more=not cols)
 
     def _set_baseline(self, baseline):
-        if baseline is not None and baseline not in self.arms:
-            raise ValueError(unknown_name('arm', baseline, self.arms))
+        if baseline is not None: one_of('arm', baseline, self.arms)
         self.baseline = baseline or next((k for k,arm in self.arms.items() if arm is None), None)
 
     def _columns(self):
@@ -69,8 +67,7 @@ class Study:
         "What an untrained learner says of all runs: its metrics, and how it starts"
         self.metrics,self.own = [],{}
         if cols and all('setting' in r for r in self.rows.values()): return
-        with streams_kept():
-            set_seed(0)
+        with streams_kept(0):
             learn = self.make_learner()
             if self.measure is measure: refuse_no_validation(learn)
             self.metrics = measured(learn, taken=(*self._columns(), *COLUMNS))
@@ -116,8 +113,7 @@ def train(self:Study,
 )->dict:
     """Train once and return the run's numbers. Raises ValueError if `make_learner` gives other weights for the same
     seed"""
-    with streams_kept():
-        set_seed(seed)
+    with streams_kept(seed):
         learn = self.make_learner()
         start = weights_of(learn.model)
         if self.starts.setdefault(seed, start)!=start:
@@ -155,8 +151,7 @@ def run(self:Study,
     below 1, and for no or equal seeds"""
     lengths,seeds = whole_numbers('epochs', epochs),which_seeds(seeds)
     arms = [arms] if isinstance(arms, str) else arms
-    for a in arms or ():
-        if a not in self.arms: raise ValueError(unknown_name('arm', a, self.arms))
+    for a in arms or (): one_of('arm', a, self.arms)
     missing = self._ask([(a, n, s) for n in lengths for s in seeds for a in arms or self.arms], keep)
     ticks = RunTicks([n for _,n,_ in missing], progress)
     for a,n,s in missing:

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from ...core.names import unknown_name
+from ...core.names import one_of, unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.task import views_of
 from ..distillation_callback import KnowledgeDistillationCallback
@@ -41,8 +41,7 @@ _cb_args = [p for p in inspect.signature(KnowledgeDistillationCallback).paramete
 def _values(grid):
     "The grid with a list of values for each name"
     if isinstance(grid, str):
-        if grid not in presets: raise ValueError(unknown_name('grid', grid, presets))
-        grid = presets[grid]
+        grid = presets[one_of('grid', grid, presets)]
     several = list,tuple,range,np.ndarray,L
     grid = {k: list(v) if isinstance(v, several) else [v] for k,v in grid.items()}
     if grid and all(grid.values()): return grid
@@ -63,7 +62,7 @@ def _points(grid, loss):
 # %% ../../../nbs/distill/study/sweep.ipynb #fe228e67
 def _text(name, v):
     "A value as the file has it, the same in every process"
-    if isinstance(v, (bool, np.bool_, int, float, np.number)): return cell(name, v)
+    if isinstance(v, (bool, np.bool_, int, float, np.number)): return cell(v)
     if name=='loss': v = ' + '.join(map(str, as_terms(v)))
     s = v if isinstance(v, str) else getattr(v, '__name__', None) or repr(v)
     if ' at 0x' not in s: return s
@@ -76,7 +75,7 @@ def _texts(name, vs):
     alike = {t for t,m,_ in told for u,n,_ in told if t==u and m!=n}
     return {f'{t} {m}' if t in alike else t: v for t,m,v in told}
 
-def _mark(v): return blake2b((cell('', v) if _is_number(v) else describe(v)).encode(), digest_size=4).hexdigest()
+def _mark(v): return blake2b((cell(v) if _is_number(v) else describe(v)).encode(), digest_size=4).hexdigest()
 
 def _is_number(v): return isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
 
@@ -146,7 +145,7 @@ class Sweep:
                                             "learning rate, or the weights, of the grid")
         best = means.index.get_loc(means.idxmin() if lowest else means.idxmax())
         found = {p: means.index.get_level_values(p).tolist()[best] for p in self.params}
-        return {p: self.values.get(p, {}).get(cell(p, v), v) for p,v in found.items()}
+        return {p: self.values.get(p, {}).get(cell(v), v) for p,v in found.items()}
 
     def _repr_html_(self): return self.table().to_html(border=0, index=False, na_rep='', float_format='{:.4g}'.format)
     def __repr__(self): return self.table().to_string(index=False, na_rep='')
@@ -204,7 +203,7 @@ def _level(ax, vals, name, style):
 # %% ../../../nbs/distill/study/sweep.ipynb #2e648fb1
 def _check_kwargs(kwargs, point):
     for k,v in kwargs.items():
-        if k not in _cb_args: raise ValueError(unknown_name('argument', k, _cb_args))
+        one_of('argument', k, _cb_args)
         if k in point: raise ValueError(f"{k} is in the grid, and given as {v!r} too")
 
 # %% ../../../nbs/distill/study/sweep.ipynb #289bec2d

@@ -11,7 +11,6 @@ from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from fastai.torch_core import set_seed
 from fastcore.basics import patch
 
 from ...core.plots import COLORS, GREY, look, new_axes, plain
@@ -39,8 +38,7 @@ def _as_teachers(candidates):
 
 def _facts(make_student, teachers):
     "What each teacher itself knows of the student's data, by name"
-    with streams_kept():
-        set_seed(0)
+    with streams_kept(0):
         learn = make_student()
         return {name: {**measure_teacher(learn, t), **sureness(learn, t)} for name,t in teachers.items()}
 

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner, load_model
 from torch import nn
 
-from ...core.names import unknown_name, whole_numbers
+from ...core.names import unknown_name, whole_number, whole_numbers
 from .frozen import bare_copy
 
 # %% ../../../nbs/distill/teacher/checkpoints.ipynb #92fd88cd
@@ -68,9 +68,8 @@ class KeepEpochs(Callback):
     def __init__(self,
         *epochs:int, # How many are to be trained before a copy is made
     ):
-        if not epochs or any(not isinstance(n, int) or n<1 for n in epochs):
-            raise ValueError(f"epochs must be whole numbers from 1 on, got {epochs or 'none'}")
-        self.epochs = epochs
+        if not epochs: raise ValueError("epochs must be whole numbers from 1 on, got none")
+        self.epochs = [whole_number('epochs', n) for n in epochs]
         self.nets = {}
 
     def after_train(self):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.names import unknown_name
+from ...core.names import one_of
 
 # %% ../../../nbs/distill/teacher/ensemble.ipynb #843ad475
 _averages = 'softmax','sigmoid','none','stack'
@@ -24,7 +24,7 @@ def ensemble_logits(
     """Logits of the weighted average, `(B, C, ...)` in fp32, or with `average='stack'` all of them, `(K, B, C, ...)`.
 
     ValueError when shapes differ, for an unknown `average`, or weights of a stack"""
-    if average not in _averages: raise ValueError(unknown_name('average', average, _averages))
+    one_of('average', average, _averages)
     shapes = [str(tuple(p.shape)) for p in preds]
     if len(set(shapes))>1:
         raise ValueError(f"the teachers of an ensemble must agree in output shape, got {' and '.join(shapes)}")

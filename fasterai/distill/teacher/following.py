@@ -16,15 +16,12 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ...core.names import unknown_name
-from ...core.task import logits_of
-from ..layers.capture import Capture, attributes_kept
-from ..layers.names import as_names, unwrap
-from .forward import device_of, same_rng
+from ...core.names import one_of
+from ..layers.names import unwrap
+from .forward import untraced
 from .frozen import bare_copy
 from .given import refuse_no_function
 from .network import is_placed, name_of
@@ -125,13 +122,11 @@ class EMA(BaseTeacher):
     ):
         if decay is not None and not 0<=decay<=1: raise ValueError(f"decay must be from 0 to 1, or None, got {decay}")
         if decay==1 and not warm: raise ValueError("decay=1 with warm=False would never move: take less, or warm=True")
-        if buffers not in ('copy', 'average'): raise ValueError(unknown_name('buffers', buffers, ['copy', 'average']))
-        if mode not in ('eval', 'train'): raise ValueError(unknown_name('mode', mode, ['eval', 'train']))
-        self.mode = mode
+        self.mode = one_of('mode', mode, ('eval', 'train'))
         refuse_no_function(select, tfms)
         self.decay = decay
         self.warm = warm
-        self.buffers = buffers
+        self.buffers = one_of('buffers', buffers, ('copy', 'average'))
         self.tfms = tfms
         self.select = select
         self.averaged = None # holds the average, and how many were averaged
@@ -213,7 +208,8 @@ def answer(self:EMA,
     "Logits `(B, C)` of the average in fp32, or None, and its feature maps. ValueError before the first fit"
     if self.voice is None: raise ValueError("EMA: there is no average yet, it begins with the first fit")
     if self.mode=='eval' or self.learn is None: return self.voice.compute(*xb, layers=layers, logits=logits)
-    with torch.no_grad(), self._as_the_student(): return self._say(self.voice.nets[0].inputs(xb), layers, logits)
+    with torch.no_grad(), self._as_the_student():
+        return untraced(self.model, self.voice.nets[0].inputs(xb), layers, logits, self.select)
 
 @patch
 @contextmanager
@@ -223,17 +219,6 @@ def _as_the_student(self:EMA):
         for a,s in zip(self.model.modules(), self.student.modules()): a.training = s.training
         yield
     finally: self.averaged.train()
-
-@patch
-def _say(self:EMA, xb, layers, logits):
-    "What the average answers as it is, without a trace in its buffers"
-    listening = Capture(self.model, as_names(layers), detach=True)
-    buffers = {k:b.clone() for k,b in self.model.named_buffers()}
-    with attributes_kept(self.model.modules()), same_rng(device_of(xb)), listening:
-        out = functional_call(self.model, buffers, xb)
-    maps = listening.maps
-    listening.clear()
-    return logits_of(out, self.select).float() if logits else None, maps
 
 # %% ../../../nbs/distill/teacher/following.ipynb #9202a7b0
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'same_rng', 'Plan', 'device_of', 'size_of', 'prepared', 'run_once', 'modules_of', 'last_to_run',
-           'Engine']
+           'untraced', 'Engine']
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #b1cd0d75
 import warnings
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from fastcore.basics import patch
 
-from ..layers.capture import Capture, first_tensor, tensors_in
-from ..layers.names import get_module_by_name, unwrap
+from ...core.task import logits_of
+from ..layers.capture import Capture, attributes_kept, first_tensor, tensors_in
+from ..layers.names import as_names, get_module_by_name, unwrap
 from ..layers.places import place_of
 from .frozen import twin
 
@@ -193,6 +195,23 @@ def _run_captured(capture, last, xb):
 def _taken(capture):
     try: return capture.maps
     finally: capture.clear()
+
+# %% ../../../nbs/distill/teacher/forward.ipynb #9f43294a
+def untraced(
+    net:nn.Module,  # In the mode that it is in
+    xb:tuple,       # A batch of inputs
+    layers=(),      # Names of layers to capture
+    logits=True,    # Are the logits wanted?
+    select=None,    # From its output to its logits
+    who='teacher',  # Whose they are, for the error
+)->tuple:
+    "Logits in fp32, or None, and detached maps, without a trace in the network or in the random streams"
+    listening = Capture(net, as_names(layers), detach=True)
+    buffers = {k:b.clone() for k,b in net.named_buffers()}
+    kept = attributes_kept(net.modules()) # a recurrent network has its hidden state in one
+    with kept, same_rng(device_of(xb)), listening: out = functional_call(net, buffers, xb)
+    maps = _taken(listening)
+    return logits_of(out, select, who).float() if logits else None, maps
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #51cd3ffd
 class _Watched(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
+from ...core.heads import put_module
 from ...core.names import unknown_name
 from ..layers.int8 import Int8, as_int8, calibrate, fake_quantized
 from ..layers.names import unwrap
@@ -26,7 +27,7 @@ from ..layers.names import unwrap
 # %% ../../../nbs/distill/teacher/frozen.ipynb #197da798
 _norms = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 
-def _foldable_pairs(model, keep=()):
+def _foldable_pairs(model, keep):
     "`{convolution: BatchNorm}` by name, where the one can be folded into the other. fx's errors pass"
     nodes = list(Tracer().trace(model.eval()).nodes)
     mods = dict(model.named_modules())
@@ -61,10 +62,8 @@ def fold_batchnorms(
 
 def _fold(model, pairs):
     for conv,bn in pairs.items():
-        parent = model.get_submodule(conv.rpartition('.')[0])
-        fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn))
-        setattr(parent, conv.rpartition('.')[2], fused)
-        setattr(parent, bn.rpartition('.')[2], nn.Identity())
+        put_module(model, conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn)))
+        put_module(model, bn, nn.Identity())
 
 # %% ../../../nbs/distill/teacher/frozen.ipynb #baec5c0d
 class _CutGraphs(TorchFunctionMode):
@@ -146,7 +145,7 @@ def _fold_where_traced(net, keep):
 
 # %% ../../../nbs/distill/teacher/frozen.ipynb #7410e21c
 def integer_copy(
-    model:nn.Module, # Not touched; `torch.fx` can trace it
+    model:nn.Module, # Not touched; one that can be traced or exported
     xb:tuple,        # Inputs by which the ranges of the activations are found
 )->Int8:
     "A copy of `model` in 8 bits; ValueError where it cannot be made"

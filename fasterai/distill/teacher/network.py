@@ -94,11 +94,6 @@ def net(self:Network)->nn.Module: return self.source if self.copy is None else s
 @patch(as_prop=True)
 def folded(self:Network)->dict: return {} if self.copy is None else self.copy.folded
 
-@patch(as_prop=True)
-def opts(self:Network)->dict:
-    "What was asked for that may change an answer"
-    return {k:getattr(self.asked, k) for k in ('dtype', 'channels_last', 'fuse')}
-
 # %% ../../../nbs/distill/teacher/network.ipynb #4be6b8f2
 @patch
 def __call__(self:Network,

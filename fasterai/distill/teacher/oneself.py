@@ -10,13 +10,10 @@ from contextlib import nullcontext
 
 import torch
 from fastcore.basics import patch
-from torch.func import functional_call
 
-from ...core.names import unknown_name
-from ...core.task import logits_of
-from ..layers.capture import Capture, attributes_kept
-from ..layers.names import as_names, unwrap
-from .forward import device_of, evaluating, same_rng
+from ...core.names import one_of
+from ..layers.names import unwrap
+from .forward import evaluating, untraced
 from .given import refuse_no_function
 from .protocol import BaseTeacher
 
@@ -30,9 +27,8 @@ class Oneself(BaseTeacher):
         mode:str='train', # 'train': in the mode that the student is in; 'eval': with running statistics, no dropout
         select=None,      # From the student's output to its logits; None takes a tensor, or the first of a tuple
     ):
-        if mode not in ('train', 'eval'): raise ValueError(unknown_name('mode', mode, ('train', 'eval')))
         refuse_no_function(select)
-        self.mode,self.select = mode,select
+        self.mode,self.select = one_of('mode', mode, ('train', 'eval')),select
         self.students = [] # Learners whose fits are running, the innermost last
 
     def begin(self, learn, layers=(), logits=True): self.students.append(learn)
@@ -54,11 +50,5 @@ def answer(self:Oneself,
     "Logits in fp32, or None, and detached maps. RuntimeError outside of a fit"
     if not self.students: raise RuntimeError("Oneself has no student: it answers within a fit of its callback")
     net = unwrap(self.students[-1].model)
-    listening = Capture(net, as_names(layers), detach=True)
     still = evaluating(list(net.modules())) if self.mode=='eval' else nullcontext()
-    buffers = {k:b.clone() for k,b in net.named_buffers()}
-    kept = attributes_kept(net.modules()) # a recurrent network has its hidden state in one
-    with kept, same_rng(device_of(xb)), still, listening: out = functional_call(net, buffers, xb)
-    maps = listening.maps
-    listening.clear()
-    return logits_of(out, self.select, 'student').float() if logits else None, maps
+    with still: return untraced(net, xb, layers, logits, self.select, 'student')

@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
+from ...core.names import first_few
 from ...core.task import logits_of
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
@@ -104,7 +105,7 @@ def end(self:Peers):
 def _refuse_alike(a, b, who):
     "Two networks that train side by side"
     shared = shared_with(a, [b])
-    if shared: raise ValueError(f"{who} share weights ({', '.join(shared[:3])}): give each a network of its own")
+    if shared: raise ValueError(f"{who} share weights ({first_few(shared, 3)}): give each a network of its own")
     if not _same_start(a, b): return
     raise ValueError(f"{who} have the same weights and no Dropout, so they would never differ and learn nothing from "
                      "each other: build them anew, or give them another start")

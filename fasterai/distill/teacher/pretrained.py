@@ -16,7 +16,7 @@ from torchvision import models as tv
 
 from ...core.heads import last_layer, put_module, with_outputs
 from ...core.names import unknown_name
-from ...data.archs import available_archs, load_weights
+from ...data.archs import available_archs, load_weights, no_aux
 from .facts import agree, facts_of
 from .inputs import OwnInputs, not_said
 from .teacher import Teacher
@@ -25,7 +25,7 @@ from .teacher import Teacher
 def _of_torchvision(name, pretrained):
     "A network, and what is known of its images"
     best = tv.get_model_weights(name).DEFAULT
-    aux = {} if pretrained or name not in ('googlenet', 'inception_v3') else dict(aux_logits=False, init_weights=True)
+    aux = {} if pretrained else no_aux(name)
     shown = best.transforms()
     facts = dict(normalize=(shown.mean, shown.std), size=shown.crop_size[0])
     return tv.get_model(name, weights=best if pretrained else None, **aux),facts

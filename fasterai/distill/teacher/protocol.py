@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from fastcore.basics import patch
 
+from ...core.names import first_few
 from ...core.task import logits_of
 from ..layers.names import unwrap
 
@@ -199,9 +200,9 @@ def refuse_shared(
     "ValueError where training `student` would change its teacher, or the teacher has never seen a batch"
     models = list(models)
     lazy = [n for m in models for n,p in m.named_parameters() if is_lazy(p)]
-    if lazy: raise ValueError(f"the teacher has parameters that no batch has given a size yet ({', '.join(lazy[:3])}), "
+    if lazy: raise ValueError(f"the teacher has parameters that no batch has given a size yet ({first_few(lazy, 3)}), "
                               "so it knows nothing: train it first")
     shared = shared_with(student, models)
     if not shared: return
-    raise ValueError(f"teacher and student share weights ({', '.join(shared[:3])}), so training would change the "
+    raise ValueError(f"teacher and student share weights ({first_few(shared, 3)}), so training would change the "
                      "teacher: give it a model of its own, such as `copy.deepcopy` of the one that is frozen")

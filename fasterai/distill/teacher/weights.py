@@ -48,11 +48,11 @@ def _on_cpu(sums):
     return [o for d in sorted(devices, key=str) for o in torch.stack([s for s in sums if s.device==d]).cpu()]
 
 # %% ../../../nbs/distill/teacher/weights.ipynb #5fd9ac77
-def _samples(tensors, n=4, k=8):
-    "The first `k` numbers of `n` of the tensors, as views and as copies"
+def _samples(tensors):
+    "The first eight numbers of four of the tensors, as views and as copies"
     floats = [t for t in tensors if t.is_floating_point() and t.numel() and t.layout==torch.strided]
-    some = floats[::max(len(floats)//n, 1)]
-    views = [t.detach().as_subclass(Tensor).as_strided((min(k, t.numel()),), (1,)) for t in some if t.is_contiguous()]
+    some = floats[::max(len(floats)//4, 1)]
+    views = [t.detach().as_subclass(Tensor).as_strided((min(8, t.numel()),), (1,)) for t in some if t.is_contiguous()]
     return [(v, v.clone()) for v in views]
 
 # %% ../../../nbs/distill/teacher/weights.ipynb #755a07fb

@@ -6,7 +6,6 @@
 __all__ = ['LossLog']
 
 # %% ../../../nbs/distill/training/loss_log.ipynb #aad4c335
-from itertools import count
 from typing import Callable
 
 import pandas as pd
@@ -15,6 +14,7 @@ from fastai.learner import ValueMetric
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 
+from ...core.names import free_name
 from ...core.plots import new_axes
 
 # %% ../../../nbs/distill/training/loss_log.ipynb #5cf3c424
@@ -74,10 +74,6 @@ def _table(rows):
     return torch.stack(values).view(len(rows), -1)
 
 # %% ../../../nbs/distill/training/loss_log.ipynb #dd5a9867
-def _free_name(name, taken):
-    n = next(n for n in count(1) if (name if n==1 else f'{name}_{n}') not in taken)
-    return name if n==1 else f'{name}_{n}'
-
 class _Mean(ValueMetric):
     "A loss's mean as a metric; with fastai's `train_metrics`, the one of the phase"
     def __init__(self, log, loss, training):
@@ -101,7 +97,7 @@ def columns(self:LossLog,
     they are known. The task's loss is shown once, and a second `distill_loss` as `distill_loss_2`"""
     of_training = [_Mean(self, k, True) for k in self.names if not (k==self.names[0] and k in taken)]
     columns = of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
-    for c in columns: c.label = _free_name(c.label, taken)
+    for c in columns: c.label = free_name(c.label, taken)
     return columns
 
 # %% ../../../nbs/distill/training/loss_log.ipynb #c64a18b2

@@ -19,6 +19,7 @@ from ...core.leaving import watch
 from ...core.task import full_inputs, logits_of, task_of
 from ...core.together import summed
 from ..layers.names import unwrap
+from ..teacher.forward import device_of
 from ..teacher.protocol import accepted, asking, refuse_shared
 from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
@@ -27,7 +28,7 @@ from .first_look import check_first, warn_of_softmax
 from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import remember
 from .lesson import (
-    detached, device_of, facts_for, full_precision, mask_of, mixed, stand_in, target_of)
+    detached, facts_for, full_precision, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -54,10 +55,6 @@ class Session:
     def end(self):
         "Close as the fit ends by itself; a fit within this one has its own session"
         if self.fit is watch(self.learn, self.kd).fits[-1]: self.close()
-
-    def eyes_open(self):
-        "Context of a forward in which the student's layers are listened to"
-        return self.kd.eyes.open()
 
 # %% ../../../nbs/distill/training/session.ipynb #6fd7defb
 @patch
@@ -229,8 +226,7 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     logits = self._logits(pred)
     needed = any('target' in o.required for o in recipe.terms)
     target = target_of(yb, self.learn.loss_func, logits, 'target' in recipe.needs, self.facts.get('axis', 1), needed)
-    answer = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
-    teacher_pred,fm_t = answer
+    teacher_pred,fm_t = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
     device = device_of(outputs).type

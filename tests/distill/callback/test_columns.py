@@ -60,8 +60,10 @@ def test_valid_true_fills_a_column_and_leaves_valid_loss():
 
 def test_trackers_follow_the_task_loss(tmp_path):
     learn = learner(path=tmp_path)
-    learn.fit(3, cbs=[KD(teacher(), FitNet, **layers, weight=0.9), SaveModelCallback(with_opt=True, fname='best'),
-                      EarlyStoppingCallback(patience=2)])
+    saves = SaveModelCallback(with_opt=True, fname='best')
+    learn.fit(3, cbs=[KD(teacher(), FitNet, **layers, weight=0.9), saves, EarlyStoppingCallback(patience=2)])
+    at = learn.recorder.metric_names.index('valid_loss')-1
+    assert saves.best==min(row[at] for row in learn.recorder.values)
     fresh = learner(path=tmp_path)
     fresh.create_opt()
     with warnings.catch_warnings():

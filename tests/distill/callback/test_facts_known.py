@@ -21,8 +21,8 @@ from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.keep_batch import on_copies
 from fasterai.distill.training.views import StudentSees
-from helpers import data, learner, n_hooks, net, same, state
-from kd_helpers import KD, CPUMixedPrecision, layers, teacher
+from helpers import CPUMixedPrecision, data, learner, n_hooks, net, same, state
+from kd_helpers import KD, layers, teacher
 
 
 def tokens(n=16, length=6, classes=5):

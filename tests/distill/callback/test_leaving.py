@@ -9,8 +9,8 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from torch import nn
 
 from fasterai.distill.losses import *
-from helpers import Boom, GradsAt, flags, learner, n_hooks, net, same, state
-from kd_helpers import KD, teacher, layers, CPUMixedPrecision
+from helpers import Boom, CPUMixedPrecision, GradsAt, flags, learner, n_hooks, net, same, state
+from kd_helpers import KD, teacher, layers
 
 
 class Broken(nn.Module):

@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 from fasterai.core.schedule import lin
 from fasterai.distill.losses import *
-from helpers import Boom, GradsAt, data, learner, n_hooks, net, same, state
-from kd_helpers import KD, teacher, layers, CPUMixedPrecision
+from helpers import Boom, CPUMixedPrecision, GradsAt, data, learner, n_hooks, net, same, state
+from kd_helpers import KD, teacher, layers
 
 
 def test_lr_find_sees_the_full_weight_and_leaves_no_state(tmp_path):

@@ -14,8 +14,8 @@ from fasterai.distill.loss.embeddings import Affinity, Cosine, Embedding, NoTask
 from fasterai.distill.methods.fixmatch import fixmatch
 from fasterai.distill.teacher.recorded.recorded import Replay
 from fasterai.distill.teacher.teacher import Teacher
-from helpers import Boom, data, flags, learner, n_hooks, net, same, state
-from kd_helpers import KD, CPUMixedPrecision
+from helpers import Boom, CPUMixedPrecision, data, flags, learner, n_hooks, net, same, state
+from kd_helpers import KD
 
 
 class Pictures(torch.utils.data.Dataset):

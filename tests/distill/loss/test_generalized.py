@@ -46,4 +46,6 @@ def test_positions_that_do_not_count():
 
 def test_in_a_fit():
     learn = learner()
-    learn.fit(1, cbs=KnowledgeDistillationCallback(net(8, seed=1), GeneralizedDistillation, weight=0.5))
+    kd = KnowledgeDistillationCallback(net(8, seed=1), GeneralizedDistillation, weight=0.5)
+    learn.fit(1, cbs=kd)
+    assert kd.log.history.distill_loss.min()>0

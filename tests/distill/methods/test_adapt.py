@@ -44,6 +44,13 @@ def test_entropy_of_dense_answers():
     for found in (Entropy(x), Entropy(x.movedim(1, -1), axis=-1)): assert torch.allclose(found, Entropy(rows))
 
 
+def test_the_new_learner_trains_as_the_old_one():
+    learn = learner(net(), wd_bn_bias=True, train_bn=False, wd=0.3, moms=(0.8, 0.7, 0.8))
+    new = adapt(learn, loader(items()))
+    assert new.wd_bn_bias and not new.train_bn and new.wd==0.3 and new.moms==(0.8, 0.7, 0.8)
+    assert new.splitter is learn.splitter and new.opt_func is learn.opt_func and new.lr==learn.lr
+
+
 def test_statistics_by_hand():
     "Those of the plain mean over the batches, layer by layer"
     learn = learner()

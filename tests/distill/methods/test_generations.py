@@ -1,6 +1,7 @@
 "Born again: what a generation learns, the honest table, finished work on disk, and nothing left behind"
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,7 +235,9 @@ def test_files_hold_nothing_that_runs(tmp_path):
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match='generations must be at least 1'): run(make, 0)
-    with pytest.raises(ValueError, match='epochs must be at least 1'): run(make, 1, epochs=0)
+    for n in (0, True, 2.): # True is no number of epochs
+        with pytest.raises(ValueError, match='epochs must be a whole number from 1 on'): run(make, 1, epochs=n)
+    assert chain.OneByOne(np.int64(5)).epochs==5
     fits = []
     def fit(*args): fits.append(args)
     with pytest.raises(TypeError, match='wieght'): run(make, 1, wieght=.3, fit=fit)

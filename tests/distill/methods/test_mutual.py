@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import Perplexity, accuracy
@@ -26,7 +25,7 @@ from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.peers import Peers
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.views import StudentSees
-from helpers import Boom, data, flags, learner, n_hooks, net, same, state
+from helpers import Boom, CPUMixedPrecision, data, flags, learner, n_hooks, net, same, state
 
 def nets(k=2): return [net(4+i, seed=i) for i in range(k)]
 
@@ -171,12 +170,6 @@ def test_accumulated_gradients_are_one_step_for_all():
     learner(got[0]).fit(1, cbs=[MutualLearning(got[1]), GradientAccumulation(16), (half := Half())])
     assert half.n==2 and not same(before, state(got[1]))
 
-class CPUMixedPrecision(MixedPrecision):
-    "fastai's own is for CUDA; autocast works on the CPU"
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.amp.autocast('cpu', dtype=torch.bfloat16)
-
 def test_mixed_precision():
     def trained(*cbs):
         got = nets()
@@ -189,7 +182,9 @@ def test_mixed_precision():
 def test_peers_of_any_architecture_that_see_more_than_the_student():
     other = nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, 3))
     learn = learner(net(), metrics=accuracy, cbs=StudentSees(lambda x: x[..., ::2, ::2]))
-    learn.fit(1, cbs=MutualLearning([other, net(6, seed=2)]))
+    ml = MutualLearning([other, net(6, seed=2)])
+    learn.fit(1, cbs=ml)
+    assert ml.log.history.mutual_loss.min()>0
 
 def test_a_yes_or_no_for_each_label():
     y = torch.randint(2, (32, 3)).float()

@@ -1,6 +1,7 @@
 "The states of one training: files that hold code are refused, names, and copies of the network"
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.schedule import lr_find
@@ -49,6 +50,13 @@ def test_a_file_with_code_is_refused(tmp_path, capsys):
     torch.save(dict(a=Runs()), tmp_path/'bad.pth')
     with pytest.raises(pickle.UnpicklingError, match='[Ww]eights'): checkpoints(net(), {'a': tmp_path/'bad.pth'})
     assert 'this ran' not in capsys.readouterr().out
+
+
+def test_epochs_to_keep_are_whole_numbers():
+    assert KeepEpochs(*np.arange(1, 3)).epochs==[1, 2]
+    for n in (0, True, 1.5):
+        with pytest.raises(ValueError, match='epochs must be a whole number from 1 on'): KeepEpochs(n)
+    with pytest.raises(ValueError, match='from 1 on, got none'): KeepEpochs()
 
 
 def test_kept_epochs_are_copies():

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Adam
 from torch import nn
@@ -18,15 +17,8 @@ from fasterai.distill.methods.fixmatch import StrongView, fixmatch
 from fasterai.distill.teacher.forward import same_rng
 from fasterai.distill.teacher.oneself import Oneself
 from fasterai.distill.training.views import StudentSees
-from helpers import Boom, GradsAt, data, learner, n_hooks, net, same, state
+from helpers import Boom, CPUMixedPrecision, GradsAt, data, learner, n_hooks, net, same, state
 
-
-
-class CPUMixedPrecision(MixedPrecision):
-    "fastai's own is for CUDA; autocast works on the CPU"
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.amp.autocast('cpu', dtype=torch.bfloat16)
 
 
 loss = partial(Consistency, threshold=0.4)

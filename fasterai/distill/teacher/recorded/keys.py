@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from fastai.data.load import SkipItemException
-from fastai.torch_core import to_device
 
 from .replay import Once, seeded
 from .signature import signature
@@ -76,12 +75,10 @@ class KeyTrace(Trace):
             finally: self.source = None
             if item is not None: yield self.latest,item
 
-    def draw(self, n):
-        "The first samples through every transform"
-        self.dl.before_iter()
+    def make(self, n):
+        "The first samples as a batch with their keys"
         drawn = self._drawn(iter(lambda: None, 0))
-        b = self._batch([o for o,_ in zip(drawn, range(n))])
-        return self.dl.after_batch(b if self.dl.device is None else to_device(b, self.dl.device))
+        return self._batch([o for o,_ in zip(drawn, range(n))])
 
 # %% ../../../../nbs/distill/teacher/recorded/keys.ipynb #662ac916
 class Stream(Once):
@@ -96,11 +93,10 @@ class Stream(Once):
     def dry_run(self,
         trace,   # A `KeyTrace`
         inputs,  # A function from a batch to its inputs
-        some=16, # As many samples
     ):
         "ValueError unless samples that are drawn twice are the same. Returns their inputs; `trace.rows` are their keys"
         def draw(seed):
-            with seeded(seed): return inputs(trace.draw(some)),trace.rows
+            with seeded(seed): return inputs(trace.draw(16)),trace.rows
         (first,keys),(again,others) = draw(0),draw(1)
         a,b = ({tuple(k):tuple(h) for k,h in zip(ks.tolist(), signature(x).tolist())}
                for ks,x in ((keys, first), (others, again)))

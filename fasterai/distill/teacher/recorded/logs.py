@@ -59,8 +59,8 @@ def logs_of(manifest)->list:
 # %% ../../../../nbs/distill/teacher/recorded/logs.ipynb #b4e106b1
 class KeyedShards(Shards):
     "The open logs of a recording: answers by key"
-    def __init__(self, manifest, pieces, write=False):
-        super().__init__(manifest, pieces, write, n=sum(o.n for o in pieces), keep=False)
+    def __init__(self, manifest, pieces):
+        super().__init__(manifest, pieces, n=sum(o.n for o in pieces), keep=False)
         self.order,self.keys = _sorted_keys(self.row, pieces)
 
     def rows_of(self, keys):

@@ -191,17 +191,6 @@ def _only_wanted(self:Reader, pred, fm):
     return pred if logits else None,{o:fm[o] for o in layers}
 
 @patch
-def _read(self:Reader, rows, tag, seen):
-    rec,there = self._read_rows(rows, tag)
-    differ = there & (rec['sig']!=seen).any(1)
-    if differ.any(): self._tell_other_input(rows[differ])
-    return rec,there & ~differ
-
-@patch
 def _tell_other_input(self:Reader, rows):
-    who = 'a sample of the stream' if rows.ndim==2 else f'sample {rows[0]%self.trace.n}'
-    why = (f"{who} is not the input that the teacher saw: a transform or a callback changes it at random, "
-           "or the data changed since")
-    if self.teacher is None: raise ValueError(f"recording: {self.file}: {why}")
-    if not self.told: self.cache.warn(f"{why}. The teacher is asked again for such samples")
-    self.told = True
+    if self.teacher is None: raise ValueError(f"recording: {self.file}: {self._other_input(rows)}")
+    super(Reader, self)._tell_other_input(rows)

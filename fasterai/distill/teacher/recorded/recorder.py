@@ -201,14 +201,24 @@ def _is_on_record(self:Recorder, xb, trace):
 @patch
 def _read(self:Recorder, rows, tag, seen):
     "What is stored, and which rows hold an answer to these very inputs"
-    rec,there = self.store.read(rows, tag)
+    rec,there = self._read_rows(rows, tag)
     differ = there & (rec['sig']!=seen).any(1)
-    if differ.any() and not self.told:
-        self.told = True
-        self.cache.warn(f"sample {rows[differ][0]%self.trace.n} is not the input that the teacher saw: "
-                        "a transform or a callback changes it at random, or the data changed since. "
-                        "The teacher is asked again for such samples")
+    if differ.any(): self._tell_other_input(rows[differ])
     return rec,there & ~differ
+
+@patch
+def _read_rows(self:Recorder, rows, tag): return self.store.read(rows, tag)
+
+@patch
+def _tell_other_input(self:Recorder, rows):
+    if not self.told: self.cache.warn(f"{self._other_input(rows)}. The teacher is asked again for such samples")
+    self.told = True
+
+@patch
+def _other_input(self:Recorder, rows):
+    who = 'a sample of the stream' if rows.ndim==2 else f'sample {rows[0]%self.trace.n}'
+    return (f"{who} is not the input that the teacher saw: a transform or a callback changes it at random, "
+            "or the data changed since")
 
 @patch
 def _write(self:Recorder, rows, tag, seen, pred, fm):

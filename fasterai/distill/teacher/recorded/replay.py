@@ -178,10 +178,9 @@ def dry_run(
     views,   # `Once` or `Views`
     trace,   # Its trace of a DataLoader
     inputs,  # A function from a batch to its inputs
-    some=16, # As many samples
 ):
     "Draw some samples again and again: ValueError unless they are the same each time. Returns their inputs"
-    rows = views.some_rows(trace.n, some)
+    rows = views.some_rows(trace.n, 16)
     def draw(rows, seed):
         with seeded(seed): return inputs(trace.draw(rows))
     first = draw(rows, 0)

@@ -265,6 +265,11 @@ class Shards(Store):
         "What a trace calls its rows is what we do"
         return rows
 
+    def spans(self, first, n):
+        "The numbers of `n` rows from `first` on, 16 MB of them at a time"
+        step = max(1, (1<<24)//self.row.itemsize)
+        return [np.arange(i, min(i+step, first+n)) for i in range(first, first+n, step)]
+
     def piece_of(self, rows):
         "The number of the piece in which each row lies; -1 for none"
         if not self.pieces: return np.full(len(rows), -1)
@@ -294,16 +299,13 @@ WHOLE = 1   # as it was written
 DAMAGED = 2 # something else
 SKIPPED = 3 # a sample that the data set leaves out
 _skipped_tag = 0xffffffff
-_at_once = 1<<24 # bytes
 
 @patch
 def states(self:Shards,
     piece:Piece, # One of ours
 )->np.ndarray:
     "One of the four for each row of a piece; memory is bounded by 16 MB"
-    step = max(1, _at_once//self.row.itemsize)
-    parts = [self._states(np.arange(i, min(i+step, piece.first+piece.n)))
-             for i in range(piece.first, piece.first+piece.n, step)]
+    parts = [self._states(rows) for rows in self.spans(piece.first, piece.n)]
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 @patch
@@ -340,9 +342,4 @@ def put(self:Shards,
     "Store rows of another recording; OSError if they do not fit on the disk"
     for tag in np.unique(rec['tag']):
         at = np.flatnonzero(rec['tag']==tag)
-        self.write(rows[at], tag, rec['sig'][at], {name: _AsTensor(rec[name][at]) for name in rec.dtype.names[3:]})
-
-class _AsTensor:
-    "An array where `write` expects a tensor"
-    def __init__(self, a): self.a = a
-    def numpy(self): return self.a
+        self.write(rows[at], tag, rec['sig'][at], {name: rec[name][at] for name in rec.dtype.names[3:]})

@@ -275,7 +275,7 @@ def write(self:Store,
     rows:np.ndarray, # Numbers of rows
     tag:int,         # Under which they can be read, not 0
     sig:np.ndarray,  # Signature of each row's input
-    said:dict,       # The fields of the answers, from `Codec.encode`
+    said:dict,       # The fields of the answers, as `Codec.encode` gives them or as arrays
 ):
     "Store the fields of `said`, one `pwrite` for each run of neighbours; OSError if they do not fit on the disk"
     if self.cannot_write is not None: raise self.cannot_write
@@ -283,7 +283,7 @@ def write(self:Store,
     raw = _bytes(rec)
     rec['tag'] = tag
     rec['sig'] = sig
-    for name,o in said.items(): rec[name] = o.numpy()
+    for name,o in said.items(): rec[name] = np.asarray(o)
     rec['crc'] = _checksums(raw, self._numbers(rows))
     for i,j in self._runs(rows):
         fd,place = self._place(rows[i])

@@ -188,10 +188,8 @@ def _merge_shards(sources, target):
 def _good_rows(manifest):
     "Rows that are whole, some megabytes at a time"
     from_shards = Shards(manifest, pieces_of(manifest), keep=False)
-    step = max(1, (1<<24)//manifest.row.itemsize)
     for piece in from_shards.pieces:
-        for i in range(piece.first, piece.first+piece.n, step):
-            rows = np.arange(i, min(i+step, piece.first+piece.n))
+        for rows in from_shards.spans(piece.first, piece.n):
             rec,states = from_shards.raw_rows(rows)
             good = (states==WHOLE) | (states==SKIPPED)
             yield rows[good],rec[good]
@@ -202,9 +200,7 @@ def _merge_logs(sources, target):
     seen = set()
     for source in sources:
         store = KeyedShards(source, logs_of(source))
-        step = max(1, (1<<24)//source.row.itemsize)
-        for i in range(0, store.n, step):
-            rows = np.arange(i, min(i+step, store.n))
+        for rows in store.spans(0, store.n):
             rec,states = store.raw_rows(rows)
             good = np.flatnonzero(states==WHOLE)
             new = [j for j in good if not (rec['key'][j].tobytes() in seen or seen.add(rec['key'][j].tobytes()))]
