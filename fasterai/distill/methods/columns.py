@@ -6,7 +6,7 @@
 __all__ = ['NO_CLASS', 'CES', 'NewClasses', 'refuse_no_classes', 'OneHotBCE', 'of_columns']
 
 # %% ../../../nbs/distill/methods/columns.ipynb #12f61187
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from types import FunctionType
 from typing import Callable
@@ -28,7 +28,7 @@ class NewClasses:
         self.func,self.first = _of_later_classes(func, first),first
         task = task_of(func)
         self.axis = known_axis(task.axis)
-        self.ignore = NO_CLASS if task.ignore_index is None else task.ignore_index # before the shift to the new classes
+        self.ignore = NO_CLASS if task.ignore_index is None else task.ignore_index
 
     def __call__(self, pred, target, **kwargs):
         "0 where no row is of a new class. ValueError for targets that are no class numbers"
@@ -36,9 +36,15 @@ class NewClasses:
         pred = pred.narrow(self.axis, self.first, pred.shape[self.axis]-self.first)
         new = (target>=self.first) & (target!=self.ignore)
         if not new.any(): return 0*pred.sum()
+        func,ignore = self._for(pred.shape[self.axis])
         target = target-self.first
-        if pred.ndim==2: return self.func(pred[new.flatten()], target[new], **kwargs)
-        return self.func(pred, target.masked_fill(~new, NO_CLASS), **kwargs)
+        if pred.ndim==2: return func(pred[new.flatten()], target[new], **kwargs)
+        return func(pred, target.masked_fill(~new, ignore), **kwargs)
+
+    def _for(self, n):
+        "The loss over `n` new classes and the label that it leaves out, which is none of their numbers"
+        if not 0<=self.ignore<n: return self.func,self.ignore
+        return _leaving_out(NO_CLASS, self.func),NO_CLASS
 
 # %% ../../../nbs/distill/methods/columns.ipynb #be93443b
 def refuse_no_classes(
@@ -52,20 +58,36 @@ def refuse_no_classes(
                      f"{target.dtype} for logits {tuple(pred.shape)}: other tasks train with ce='all'")
 
 def _of_later_classes(func, first):
-    "`func`, with the weights of the classes from `first` on if it has some, and none of their numbers ignored"
+    "`func`, with the weights of the classes from `first` on if it has some"
     if isinstance(func, partial):
-        rest = {k: _of_later(k, v, first) for k,v in func.keywords.items()}
+        rest = {k:v[first:] if k=='weight' and _is_of_classes(v, first) else v for k,v in func.keywords.items()}
         return partial(_of_later_classes(func.func, first), *func.args, **rest)
-    if isinstance(func, FunctionType): return func
+    def weighted(f): return _is_of_classes(getattr(f, 'weight', None), first)
+    if not any(map(weighted, (func, getattr(func, 'func', None)))): return func
     func = deepcopy(func)
-    for f in func,getattr(func, 'func', None): # the second is inside one of fastai's wrappers
-        for k in 'weight','ignore_index':
-            if hasattr(f, k): setattr(f, k, _of_later(k, getattr(f, k), first))
+    inner = func if weighted(func) else func.func # one of fastai's wrappers
+    inner.weight = inner.weight[first:]
     return func
 
-def _of_later(name, v, first):
-    if name=='ignore_index': return NO_CLASS
-    return v[first:] if name=='weight' and _is_of_classes(v, first) else v
+def _leaving_out(label, func):
+    "`func` with another label that it leaves out, and all else its own. ValueError where that cannot be said"
+    if isinstance(func, partial):
+        if 'ignore_index' in func.keywords: return partial(func, ignore_index=label)
+        return partial(_leaving_out(label, func.func), *func.args, **func.keywords)
+    new,inner = _with_own_parts(func),getattr(func, 'func', None)
+    own,inside = 'ignore_index' in vars(func),inner is not None and task_of(inner).ignore_index is not None
+    if isinstance(func, FunctionType) or not (own or inside):
+        raise ValueError(f"ignore_index: the loss function leaves out {task_of(func).ignore_index}, the number of a "
+                         f"new class here, and cannot be told otherwise: take one that leaves out {label}")
+    if inside: new.func = _leaving_out(label, inner) # one of fastai's wrappers has both
+    if own: new.ignore_index = label
+    return new
+
+def _with_own_parts(func):
+    "Another object with the same attributes, whose parts can be exchanged"
+    new = copy(func)
+    if isinstance(func, nn.Module): vars(new)['_modules'] = dict(func._modules)
+    return new
 
 def _is_of_classes(w, first):
     "Does `w` look like a number for each class? ValueError if it is for the old ones alone"

@@ -155,7 +155,8 @@ def _refuse_other_than_fp32(model):
 def _quantized(learn, bits, backend, layers, n_batches):
     model,batches = bare_copy(learn.model),calibration_batches(learn, n_batches)
     if layers is not None: layers = chosen_layers(model, as_names(layers))
-    for n in quantizable(model) if layers is None else layers: refuse_computed(n, model.get_submodule(n))
+    for n in quantizable(model) if layers is None else layers:
+        if 'weight' not in model.get_submodule(n)._buffers: refuse_computed(n, model.get_submodule(n))
     if bits<8: return lsq_quantized(model, batches, bits, layers)
     model = fake_quantized(model, batches[0], backend, layers)
     calibrate(model, batches)

@@ -26,7 +26,7 @@ from torch import nn
 from ...core.names import one_of, unknown_name
 from ...core.plots import COLORS, GREY, look, new_axes, plain
 from ...core.stats import boot_test, ece, mcnemar
-from ...core.task import first_of, known_axis, one_batch, seen_by_student, split_batch, task_of
+from ...core.task import first_of, one_batch, seen_by_student, split_batch, task_of
 from ..layers.capture import as_found
 from ..loss.base import kl_div
 from .measure import model_cost
@@ -183,10 +183,10 @@ def _metrics(learners, metrics):
     return found,names
 
 # %% ../../../nbs/distill/study/compare.ipynb #f1b50eba
-def _is_classes(pred, y, axis):
+def _is_classes(pred, y):
     "Are these labels and logits for them, two or more each? A tabular learner's labels are (N, 1)"
     if not all(isinstance(o, torch.Tensor) for o in (pred, y)) or y.is_floating_point(): return False
-    return pred.ndim==y.ndim+1 and pred.shape[axis]>1 or pred.ndim==y.ndim==2 and y.shape[1]==1<pred.shape[1]
+    return pred.ndim==y.ndim+1 and pred.numel()>y.numel() or pred.ndim==y.ndim==2 and y.shape[1]==1<pred.shape[1]
 
 def _flat(learn, pred, y):
     """Log-probabilities (N, C) and classes (N,), pixels and tokens being samples, without the positions that the loss
@@ -201,10 +201,11 @@ def _flat(learn, pred, y):
 def _fidelity(learn, pred, yb, teacher, t_pred):
     "Agreement with the teacher's predictions, if there are any, and calibration"
     if len(yb)!=1 or not isinstance(pred, torch.Tensor): return {}
-    task = task_of(learn.loss_func)
-    if _is_classes(pred, yb[0], known_axis(task.axis)): return _class_fidelity(learn, pred, yb[0], teacher, t_pred)
+    if _is_classes(pred, yb[0]): return _class_fidelity(learn, pred, yb[0], teacher, t_pred)
     if t_pred is None: return {}
-    if task.average=='sigmoid': return _label_fidelity(pred, t_pred, getattr(learn.loss_func, 'thresh', .5))
+    loss = learn.loss_func
+    if hasattr(loss, 'thresh') or task_of(loss).average=='sigmoid':
+        return _label_fidelity(pred, t_pred, getattr(loss, 'thresh', .5))
     return dict(rmse_to_teacher=float((pred-t_pred).pow(2).mean().sqrt()))
 
 # %% ../../../nbs/distill/study/compare.ipynb #51f0902b

@@ -7,6 +7,8 @@ __all__ = ['COLUMNS', 'by_arm', 'differences', 'with_adjusted', 'at_equal_epochs
            'readable', 'lower_is_better', 'is_share', 'in_words', 'plot_gains']
 
 # %% ../../../nbs/distill/study/summary.ipynb #044f6ddb
+import re
+
 import pandas as pd
 
 from ...core.plots import COLORS, GREY, look, new_axes, plain
@@ -147,10 +149,10 @@ def lower_is_better(
 )->bool:
     "Is it a loss, an error or a distance, as fastai, scikit-learn and torchmetrics call them?"
     name = metric.lower()
-    if name.startswith(_scores): return False
+    if _scores.search(name): return False
     return any(s in name for s in _distances) or not _short.isdisjoint(name.split('_'))
 
-_scores = 'neg_','d2_' # as scikit-learn calls what it has made of a loss
+_scores = re.compile(r'(^|_)(neg_(mean|root|median|max|log_loss|brier|negative)|d2_\w+_score$)') # of scikit-learn
 _distances = ('loss', 'error', 'mse', 'mae', 'msle', 'mape', 'rmspe', 'perplexity', 'brier', 'deviance', 'divergence',
               'distance', 'entropy', 'hinge', 'miss_rate', 'lost', 'lpips')
 _short = {'nll', 'kl', 'ece', 'mce', 'wer', 'cer', 'ter', 'fid', 'ppl', 'fpr', 'fnr'}

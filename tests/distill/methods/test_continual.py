@@ -3,6 +3,7 @@ import pickle
 import random
 from copy import deepcopy
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -303,6 +304,36 @@ def test_the_number_of_the_ignored_label_may_be_that_of_a_new_class(func, ignore
     maps,ys = z.T.reshape(1, 4, 2, 4),y.reshape(1, 2, 4)
     if not isinstance(own, CrossEntropyLossFlat): torch.testing.assert_close(NewClasses(own, 2)(maps, ys), want)
     assert task_of(own).ignore_index==ignore
+
+
+class Scaled(nn.Module):
+    "A loss with a parameter, and a lock that nobody can copy"
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.scale,self.lock = nn.Parameter(torch.ones(())),Lock()
+        self.func = nn.CrossEntropyLoss(**kwargs)
+    def forward(self, pred, y): return self.func(pred*self.scale, y)
+
+
+@pytest.mark.parametrize('ignore', [-100, 255, 0])
+def test_a_loss_function_of_ones_own_goes_on_learning(ignore):
+    own,z,y = Scaled(ignore_index=ignore),torch.randn(8, 4),torch.arange(8)%4
+    new = (y>=2) & (y!=ignore)
+    NewClasses(own, 2)(z, y).backward()
+    scale = torch.ones((), requires_grad=True)
+    F.cross_entropy(z[new, 2:]*scale, y[new]-2).backward()
+    torch.testing.assert_close(own.scale.grad, scale.grad)
+    assert own.func.ignore_index==ignore
+
+
+def test_a_loss_function_whose_ignored_label_is_its_own_affair():
+    def own(pred, y): return F.cross_entropy(pred, y, ignore_index=own.ignore_index)
+    z,y = torch.randn(1, 4, 2, 2),torch.tensor([[[0, 2], [3, 255]]])
+    own.ignore_index = 255
+    want = F.cross_entropy(z[:, 2:], torch.tensor([[[255, 0], [1, 255]]]), ignore_index=255)
+    torch.testing.assert_close(NewClasses(own, 2)(z, y), want)
+    own.ignore_index = 1
+    with pytest.raises(ValueError, match='leaves out 1, the number of a new class'): NewClasses(own, 2)(z, y)
 
 
 class Strong(nn.Module):

@@ -276,6 +276,26 @@ def test_one_logit_is_no_softmax_of_one_class(loss):
     assert found.agreement['student']==pytest.approx(agreed) and .2<agreed<.8
     assert found.kl['student']==pytest.approx((t.exp()*(t-s)).sum(1).mean().item(), rel=1e-5)
 
+class Asymmetric(nn.Module):
+    "A loss of one's own, of yes and no for each label"
+    thresh = .3
+    def forward(self, pred, y): return (pred.sigmoid()-y).square().mean()
+
+def test_a_loss_of_ones_own_says_where_yes_begins():
+    z = {n:torch.randn(N, 3) for n in ('teacher', 'student')}
+    y = torch.ones(N, 3)
+    found = compare({n:_given(o, y, loss_func=Asymmetric(), metrics=mse) for n,o in z.items()}, cost=False)
+    t,s = (o.sigmoid()>.3 for o in z.values())
+    assert found.agreement['student']==pytest.approx((t==s).float().mean().item())
+
+def test_one_logit_a_pixel():
+    z = {n:torch.randn(N, 1, 2, 4) for n in ('teacher', 'student')}
+    y = torch.arange(N*8).reshape(N, 2, 4)%2
+    learners = {n:_given(o, y, loss_func=BCEWithLogitsLossFlat(), metrics=mse) for n,o in z.items()}
+    t,s = (o>0 for o in z.values())
+    found = compare(learners, metrics=partial(accuracy_multi, thresh=.5), cost=False)
+    assert found.agreement['student']==pytest.approx((t==s).float().mean().item())
+
 def test_one_number_a_row_with_whole_targets_is_no_class():
     z = {n:torch.randn(N, 1) for n in ('teacher', 'student')}
     learners = {n:_given(o, torch.arange(N), loss_func=MSELossFlat(), metrics=mse) for n,o in z.items()}

@@ -480,12 +480,12 @@ def test_loaders_of_pytorch_itself(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['msle', 'exp_rmspe', 'brier_score_multi', 'ece', 'kl_divergence', 'MSE', 'wer',
-                                  'word_information_lost', 'lpips'])
+                                  'word_information_lost', 'lpips', 'neg_distance', 'd2_loss'])
 def test_less_of_an_error_is_better(name): assert lower_is_better(name)
 
 
 @pytest.mark.parametrize('name', ['accuracy', 'r2_score', 'cohen_kappa', 'precision_score', 'speaker_f1', 'dice',
-                                  'neg_mean_squared_error', 'neg_log_loss', 'd2_absolute_error_score'])
+                                  'neg_mean_squared_error', 'valid_neg_log_loss', 'd2_absolute_error_score'])
 def test_more_of_a_score_is_better(name): assert not lower_is_better(name)
 
 

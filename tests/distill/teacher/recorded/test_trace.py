@@ -135,6 +135,20 @@ class TestRefusals:
             def __getitem__(self, i): return torch.ones(length(i)),torch.tensor(i)
         self.refused(ValueError, 'padding', loaders(Ragged(), before_batch=pad))
 
+    @pytest.mark.parametrize('skip', [(3, 9), (15, 47)])
+    def test_samples_that_are_skipped_are_not_looked_at(self, skip):
+        with TeacherCache().attach(learner(loaders(Blobs(skip=skip)), Teacher()), Teacher()) as cache:
+            xb = dry_run(cache.views, cache.trace, lambda b: b[:1])
+        assert len(xb[0])==16-sum(o in cache.views.some_rows(48, 16) for o in skip)
+
+    def test_what_a_batch_has_once_is_every_sample_s(self):
+        def together(b):
+            x = torch.stack([x for x,_ in b])
+            return x,torch.arange(6)[None],torch.tensor([y for _,y in b])
+        dls = loaders(create_batch=together, n_inp=2)
+        with TeacherCache().attach(learner(dls, Teacher()), Teacher()) as cache:
+            assert dry_run(cache.views, cache.trace, lambda b: b[:2])[1].shape==(1, 6)
+
     def test_a_generator_that_replay_cannot_set(self):
         class Own(Blobs):
             gen = torch.Generator()
