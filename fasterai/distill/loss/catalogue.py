@@ -69,7 +69,7 @@ def make(self:LossInfo,
 
 # %% ../../../nbs/distill/loss/catalogue.ipynb #1e999e4a
 _most = ('digits', 'cifar10_small', 'imagenette_mobilenet', 'catdog_mobilenet', 'breeds_mobilenet',
-         'catdog_resnet18', 'imagenette_resnet18')
+         'catdog_resnet18', 'imagenette_resnet18', 'breeds_resnet18')
 _two = 'digits','imagenette_mobilenet'
 _compared = 'prediction','map','relation'
 _prediction,_map,_relation = (partial(LossInfo, kind=o, measured=('digits',)) for o in _compared)
