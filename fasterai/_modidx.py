@@ -1663,6 +1663,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'fasterai/distill/methods/columns.py'),
                                                   'fasterai.distill.methods.columns.OneHotBCE.forward': ( 'distill/methods/columns.html#onehotbce.forward',
                                                                                                           'fasterai/distill/methods/columns.py'),
+                                                  'fasterai.distill.methods.columns._counts': ( 'distill/methods/columns.html#_counts',
+                                                                                                'fasterai/distill/methods/columns.py'),
                                                   'fasterai.distill.methods.columns._is_of_classes': ( 'distill/methods/columns.html#_is_of_classes',
                                                                                                        'fasterai/distill/methods/columns.py'),
                                                   'fasterai.distill.methods.columns._leaving_out': ( 'distill/methods/columns.html#_leaving_out',

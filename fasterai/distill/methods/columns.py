@@ -6,9 +6,9 @@
 __all__ = ['NO_CLASS', 'CES', 'NewClasses', 'refuse_no_classes', 'OneHotBCE', 'of_columns']
 
 # %% ../../../nbs/distill/methods/columns.ipynb #12f61187
+from contextlib import suppress
 from copy import copy, deepcopy
 from functools import partial
-from types import FunctionType
 from typing import Callable
 
 import torch.nn.functional as F
@@ -36,15 +36,19 @@ class NewClasses:
         pred = pred.narrow(self.axis, self.first, pred.shape[self.axis]-self.first)
         new = (target>=self.first) & (target!=self.ignore)
         if not new.any(): return 0*pred.sum()
-        func,ignore = self._for(pred.shape[self.axis])
+        func,ignore = self._for(pred, target)
         target = target-self.first
         if pred.ndim==2: return func(pred[new.flatten()], target[new], **kwargs)
         return func(pred, target.masked_fill(~new, ignore), **kwargs)
 
-    def _for(self, n):
-        "The loss over `n` new classes and the label that it leaves out, which is none of their numbers"
+    def _for(self, pred, target):
+        "The loss over the new classes and the label that it leaves out. ValueError where that is one of their numbers"
+        n = pred.shape[self.axis]
         if not 0<=self.ignore<n: return self.func,self.ignore
-        return _leaving_out(NO_CLASS, self.func),NO_CLASS
+        func = _leaving_out(NO_CLASS, self.func)
+        if _counts(func, pred.new_zeros(1, n), target.new_full((1,), self.ignore)): return func,NO_CLASS
+        raise ValueError(f"ignore_index: the loss function leaves out {self.ignore}, the number of a new class here, "
+                         f"and cannot be told otherwise: take one that leaves out {NO_CLASS}")
 
 # %% ../../../nbs/distill/methods/columns.ipynb #be93443b
 def refuse_no_classes(
@@ -70,18 +74,20 @@ def _of_later_classes(func, first):
     return func
 
 def _leaving_out(label, func):
-    "`func` with another label that it leaves out, and all else its own. ValueError where that cannot be said"
+    "`func` with another label that it leaves out, as far as it can be told, and all else its own"
     if isinstance(func, partial):
         if 'ignore_index' in func.keywords: return partial(func, ignore_index=label)
         return partial(_leaving_out(label, func.func), *func.args, **func.keywords)
     new,inner = _with_own_parts(func),getattr(func, 'func', None)
-    own,inside = 'ignore_index' in vars(func),inner is not None and task_of(inner).ignore_index is not None
-    if isinstance(func, FunctionType) or not (own or inside):
-        raise ValueError(f"ignore_index: the loss function leaves out {task_of(func).ignore_index}, the number of a "
-                         f"new class here, and cannot be told otherwise: take one that leaves out {label}")
-    if inside: new.func = _leaving_out(label, inner) # one of fastai's wrappers has both
-    if own: new.ignore_index = label
+    with suppress(AttributeError): # one of fastai's wrappers has a label itself and inside
+        if inner is not None and task_of(inner).ignore_index is not None: new.func = _leaving_out(label, inner)
+        if new is not func and hasattr(func, 'ignore_index'): new.ignore_index = label
     return new
+
+def _counts(func, z, y):
+    "Has a row of zeros with this label a loss?"
+    try: return z.shape[1]==1 or bool(func(z, y)>0) # of one class alone it has none in any case
+    except Exception: return False
 
 def _with_own_parts(func):
     "Another object with the same attributes, whose parts can be exchanged"

@@ -336,6 +336,24 @@ def test_a_loss_function_whose_ignored_label_is_its_own_affair():
     with pytest.raises(ValueError, match='leaves out 1, the number of a new class'): NewClasses(own, 2)(z, y)
 
 
+class Inside:
+    "A loss with the one that computes inside"
+    def __init__(self, ignore_index):
+        self.ignore_index,self.ce = ignore_index,nn.CrossEntropyLoss(ignore_index=ignore_index)
+    def __call__(self, pred, y): return self.ce(pred, y)
+
+class Slots:
+    __slots__ = 'ignore_index',
+    def __init__(self, ignore_index): self.ignore_index = ignore_index
+    def __call__(self, pred, y): return F.cross_entropy(pred, y, ignore_index=self.ignore_index)
+
+def test_what_cannot_be_told_another_ignored_label_is_refused():
+    z,y = torch.randn(8, 4),torch.arange(8)%4
+    with pytest.raises(ValueError, match='leaves out 0, the number of a new class'): NewClasses(Inside(0), 2)(z, y)
+    want = F.cross_entropy(z[y>=2, 2:], y[y>=2]-2)
+    for own in Slots(0),Inside(255): torch.testing.assert_close(NewClasses(own, 2)(z, y), want)
+
+
 class Strong(nn.Module):
     "A loss whose `weight` is none of classes"
     def __init__(self, weight):
