@@ -233,7 +233,7 @@ def export_student(
     try: proto = write(shipped, xb, names, opset, batch is not None)
     except Exception as e: raise _cannot(shipped, xb, e) from e
     if int8 and not learned:
-        batches = _of_one_size(_calibration(learn, names, calibrate, batch or 32), batch)
+        batches = _of_one_size(_calibration(learn, names, calibrate, batch or _least), batch)
         with _silence(): proto = _in_8_bits(proto, batches)
     _write(path, proto, said, dict(int8=int8, calibrated_on=calibrate if int8 and not learned else None))
     return path

@@ -215,7 +215,7 @@ def test_a_missing_package_is_said_before_anything_else(tmp_path, monkeypatch):
 def test_calibration_is_on_unaugmented_pictures_of_all_classes_and_the_same_each_time(tmp_path):
     dls = digits_dls(400)
     learn = quiet_learner(dls, digits_net(4))
-    found = [np.concatenate([b['input'] for b in export._calibration(learn, ['input'], 100)]) for _ in range(2)]
+    found = [np.concatenate([b['input'] for b in export._calibration(learn, ['input'], 100, 32)]) for _ in range(2)]
     assert found[0].shape==(100, 1, 8, 8) and np.array_equal(*found)
     train = np.stack([dls.train_ds[i][0].numpy() for i in range(400)]).reshape(400, -1)
     where = [int(np.flatnonzero((train==o.ravel()).all(1))[0]) for o in found[0]]
