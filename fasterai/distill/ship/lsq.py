@@ -105,6 +105,13 @@ def calibrate(self:LSQFakeQuant,
     self.growth.zero_()
     return self
 
+# %% ../../../nbs/distill/ship/lsq.ipynb #e28ac153
+@patch
+def get_extra_state(self:LSQFakeQuant): return torch.tensor(self.signed)
+
+@patch
+def set_extra_state(self:LSQFakeQuant, state): self.signed = bool(state)
+
 # %% ../../../nbs/distill/ship/lsq.ipynb #53057414
 def _on_the_slow_path(*_):
     "Does nothing; with hooks inside, PyTorch's transformer layers call their layers, and do not read their weights"

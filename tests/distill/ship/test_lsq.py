@@ -1,4 +1,5 @@
 "Fake quantizers with a learned step: both gradients by hand, and a network of them"
+import io
 import pickle
 from copy import deepcopy
 from math import sqrt
@@ -41,6 +42,18 @@ def test_both_gradients_by_hand(bits, signed):
         total += g*(round(r)-r if inside else low if r<low else high)
         assert got==pytest.approx(g if inside else 0, abs=1e-6)
     assert step.grad.item()==pytest.approx(total/sqrt(200*high), abs=1e-4)
+
+def test_a_state_dict_holds_where_the_grid_begins():
+    "Activations from 0 on, loaded into a network that was calibrated on others, through a file of weights alone"
+    def quantized(x): return lsq_quantized(net(seed=0), [(x,)], 4).eval()
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    a,b = quantized(x.abs()),quantized(x)
+    with torch.no_grad(): assert not torch.equal(a(x.abs()), b(x.abs()))
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad(): assert torch.equal(a(x.abs()), b(x.abs()))
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
 def test_closest_step_beats_the_papers(bits):
