@@ -5067,6 +5067,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._refuse_unknown_axis': ( 'distill/training/first_look.html#_refuse_unknown_axis',
                                                                                                                      'fasterai/distill/training/first_look.py'),
+                                                      'fasterai.distill.training.first_look._sums_to_one': ( 'distill/training/first_look.html#_sums_to_one',
+                                                                                                             'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._warn_of_probabilities': ( 'distill/training/first_look.html#_warn_of_probabilities',
                                                                                                                        'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._warn_of_time_first': ( 'distill/training/first_look.html#_warn_of_time_first',

@@ -58,12 +58,20 @@ def _has_time_first(model, layer):
     return any(near(k) and getattr(m, 'batch_first', None) is False for k,m in parts)
 
 # %% ../../../nbs/distill/training/first_look.ipynb #7ca6888f
-def _warn_of_probabilities(teacher_pred, axis):
-    "Rows that are 0 or more, and whose sum is one"
-    if teacher_pred is None or teacher_pred.ndim<2 or teacher_pred.shape[axis]<2 or teacher_pred.min()<0: return
-    if (teacher_pred.sum(axis)-1).abs().max()>1e-3: return
-    warnings.warn("the teacher's answers are probabilities (0 or more, and their sum is one), where logits are "
-                  "expected: give their logarithm, Teacher(model, select=lambda p: p.clamp(min=1e-8).log())")
+def _warn_of_probabilities(outputs, terms, axis):
+    one_by_one = any(o.base is BinaryKD for o in terms)
+    sides = [('student', 'pred', 'select={}', axis),
+             ('teacher', 'teacher_pred', 'Teacher(model, select={})', _axis_of_teacher(outputs, axis))]
+    for who,which,remedy,axis in sides:
+        z = outputs[which]
+        if not isinstance(z, torch.Tensor) or z.numel()<8 or z.min()<0: continue
+        if _sums_to_one(z, axis): seen,f = '0 or more, and their sum is one', 'lambda p: p.clamp(min=1e-8).log()'
+        elif one_by_one and z.max()<=1: seen,f = 'all lie from 0 to 1', 'lambda p: p.clamp(1e-6, 1-1e-6).logit()'
+        else: continue
+        warnings.warn(f"the {who}'s answers are probabilities, it seems ({seen}), where logits are expected: "
+                      f"{remedy.format(f)} makes logits of them")
+
+def _sums_to_one(z, axis): return z.ndim>1 and z.shape[axis]>1 and (z.sum(axis)-1).abs().max()<=1e-3
 
 # %% ../../../nbs/distill/training/first_look.ipynb #60529868
 _softmax = {o.loss for o in catalogue.values() if o.kind=='prediction'} - {BinaryKD, Logits, Ranking}
@@ -104,7 +112,7 @@ def check_first(
     _refuse_uncounted(outputs.get('target'), terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
     if n: _warn_of_time_first(outputs, terms, n, models)
-    _warn_of_probabilities(outputs['teacher_pred'], _axis_of_teacher(outputs, facts.get('axis', 1)))
+    _warn_of_probabilities(outputs, terms, facts.get('axis', 1))
     return True
 
 def _axis_of_teacher(outputs, axis):

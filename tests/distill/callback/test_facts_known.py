@@ -180,14 +180,25 @@ def test_a_map_without_a_gradient_is_named():
         learner().fit(1, cbs=KD(teacher(), FitNet, **layers))
 
 
-def test_probabilities_are_told_from_logits():
-    class Forest(nn.Module):
-        def __init__(self): super().__init__(); self.net = teacher()
-        def forward(self, x): return self.net(x).softmax(1)
-    with pytest.warns(UserWarning, match='probabilities.*select='): learner().fit(1, cbs=KD(Forest()))
+class Probable(nn.Module):
+    "A network that gives probabilities"
+    def __init__(self, inner, last): super().__init__(); self.net,self.last = inner,last
+    def forward(self, x): return self.last(self.net(x))
+
+@pytest.mark.parametrize('last, loss, logits', [(nn.Softmax(1), SoftTarget, lambda p: p.clamp(min=1e-8).log()),
+                                                (nn.Sigmoid(), BinaryKD, lambda p: p.clamp(1e-6, 1-1e-6).logit())])
+@pytest.mark.parametrize('who', ['student', 'teacher'])
+def test_probabilities_are_told_from_logits(last, loss, logits, who):
+    def first(select=None):
+        s,t = (Probable(make(), last) if who==o else make() for o,make in (('student', net), ('teacher', teacher)))
+        kd = KD(t, loss, **{'select_teacher' if who=='teacher' else 'select': select})
+        return first_value(kd, s, data(), lambda p,y: F.mse_loss(p, F.one_hot(y, p.shape[1]).float()))
+    with pytest.warns(UserWarning, match=f"the {who}'s answers are probabilities.*select="): wrong = first()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        learner().fit(1, cbs=KD(Teacher(Forest(), select=lambda p: p.clamp(min=1e-8).log())))
+        right = first(logits)
+        other = first_value(KD(teacher(), loss), net(), data(), nn.CrossEntropyLoss())
+    assert right==pytest.approx(other, rel=2e-4)!=wrong
 
 
 # --- masks --------------------------------------------------------------------
