@@ -35,23 +35,30 @@ class Facts:
     columns:tuple=None # Of a table: how categories are numbered and numbers normalised
     images:tuple=field(default=(), compare=False) # Is an input one of images? None where nobody knows
     axis:int=field(default=None, compare=False)   # Where the classes are, as the task's loss says
+    changes:tuple=field(default=(), compare=False) # Events by which a callback may change a batch or an answer
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #b650143d
 def facts_of(
     learn, # A `Learner`, or anything with `dls`
 )->Facts:
     "The `Facts` that its `DataLoaders` tell; none without `DataLoaders`"
-    dls,axis = getattr(learn, 'dls', None),_axis_of(learn)
-    if dls is None or not getattr(dls, 'loaders', None): return Facts(axis=axis)
+    dls,own = getattr(learn, 'dls', None),dict(axis=_axis_of(learn), changes=_changes_of(learn))
+    if dls is None or not getattr(dls, 'loaders', None): return Facts(**own)
     words,classes = _vocabularies(dls)
     kinds = _kinds(dls)
     norm = _normalizer(dls, kinds)
     stats = None if norm is None else tuple(statistics_of(norm))
-    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm), axis)
+    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm), **own)
 
 def _axis_of(learn):
     task = task_of(getattr(learn, 'loss_func', None))
     return task.axis if task.average=='softmax' else None # of others fastai says one that is of no use
+
+def _changes_of(learn):
+    "Of the user's callbacks; fastai's and ours are for training, or are asked elsewhere"
+    cbs = [o for o in getattr(learn, 'cbs', ()) if o.run_valid and 'view' not in vars(o)]
+    kinds = [type(o) for o in cbs if not type(o).__module__.startswith(('fastai.', 'fasterai.'))]
+    return tuple(f'{k.__name__}.{e}' for k in kinds for e in ('before_batch', 'after_pred') if hasattr(k, e))
 
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
@@ -208,7 +215,7 @@ def agree(
                          "student's: make both with the same procs (`to.new`), or say tfms=")
     places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
-    said_size = _say_size(teacher, student) if tfm else []
+    said_size = [*_say_size(teacher, student), *_say_changes(teacher, student)] if tfm else []
     n = None if places is None else len(teacher.classes)
     where = _axes(teacher.axis, student.axis, axis) if pick else ()
     return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, *where)
@@ -291,6 +298,12 @@ def _say_size(teacher, student):
     (h,w),(a,b) = teacher.size,student.size
     return [f"it was trained on images of {h}x{w}, and sees {a}x{b} here; "
             f"Teacher(..., size={h if h==w else (h, w)}) gives it its own size"]
+
+def _say_changes(teacher, student):
+    own = [o for o in teacher.changes if o not in student.changes]
+    if not own: return []
+    return [f"{', '.join(own)} of its Learner's callbacks is not called here; what it changes of inputs and answers, "
+            "Teacher(..., tfms=, select=) can do"]
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #a405cde2
 def other_channels(

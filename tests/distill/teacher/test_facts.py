@@ -75,6 +75,20 @@ def test_the_same_classes_are_left_alone_and_nothing_is_said(capsys):
     assert capsys.readouterr().out==''
 
 
+def test_callbacks_of_the_teachers_learner_that_are_not_called_are_said(capsys):
+    "Those that the student's Learner has too act on the batch that both see"
+    class Tenth(Callback):
+        def before_batch(self): self.learn.xb = tuple(x/10 for x in self.xb)
+    class InTraining(Tenth): run_valid = False
+    dls = images(list('abc'))
+    teacher = learner(model(3, 1), dls, cbs=[Tenth(), InTraining()])
+    heard(teacher, dls)
+    said = capsys.readouterr().out
+    assert "Tenth.before_batch of its Learner's callbacks" in said and 'InTraining' not in said
+    for teaches,also in ((teacher, [Tenth()]), (Teacher(teacher, tfms=lambda x: x/10), ())): heard(teaches, dls, also=also)
+    assert 'callbacks' not in capsys.readouterr().out
+
+
 def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
     net,xyz,abc = model(3, 1),list('xyz'),images(list('abc'))
     teacher,learn = Teacher(learner(net, images(xyz))),learner(model(3), abc)
