@@ -6,6 +6,7 @@
 __all__ = ['tensors_in', 'first_tensor', 'Capture', 'as_found', 'attributes_kept', 'modes_kept', 'to_model', 'output_shapes']
 
 # %% ../../../nbs/distill/layers/capture.ipynb #c0d88c88
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from typing import Iterable, Literal, Mapping
@@ -19,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from ...core.names import one_of
 from .layout import layout_of
-from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, unwrap,
-                                           wrapping)
+from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, turn_of,
+                                           unwrap, wrapping)
 from .places import outputs_in, place_of
 
 # %% ../../../nbs/distill/layers/capture.ipynb #2cc7a176
@@ -46,11 +47,13 @@ def first_tensor(
 # %% ../../../nbs/distill/layers/capture.ipynb #d7e832b4
 class _Tap:
     "What passes at one layer. At module level, so that a model pickles while it is hooked"
-    def __init__(self, place, detach, every):
+    def __init__(self, place, detach, every, turn=(0, 1)):
         self.place = place
         self.name = place.name
         self.detach = detach            # cut off the graph?
-        self.every = every              # keep what each run of the layer gives, or the last one's only?
+        self.every = every              # keep what each run of the layer gives, or one run's only?
+        self.turn,self.of = turn        # which of the runs, where there are just so many; else the last one
+        self.said = False               # that others are left out
         self.kept = []                  # (tensor, its count of writes, its copy)
         self.copying = True             # are copies being made?
         self.overwritten = False        # was a tensor ever written to after it had been kept?
@@ -62,15 +65,25 @@ class _Tap:
     def keep(self, out):
         t = first_tensor(self.place.choose(out), self.name)
         if self.detach: t = t.detach()
-        if not self.every: self.kept.clear()
+        if t.is_nested: t = t.to_padded_tensor(0.) # as PyTorch's encoder does when it is at its end
+        if not self.every: del self.kept[:-self.of]
         uncounted = torch.compiler.is_compiling() or t.is_inference()
         if uncounted: self.kept.append((t.clone(), None, None))
         else: self.kept.append((t, t._version, t.clone() if self.copying else None))
 
     def read(self):
-        vals = [self._as_it_was(*k) for k in self.kept]
+        if not self.every: self._say_what_is_left_out()
+        vals = [self._as_it_was(*k) for k in (self.kept if self.every else [self.chosen])]
         self.copying = self.overwritten
-        return vals if self.every else vals[-1]
+        return vals if self.every else vals[0]
+
+    @property
+    def chosen(self): return self.kept[self.turn if len(self.kept)==self.of else -1]
+
+    def _say_what_is_left_out(self):
+        if self.said or len(self.kept) in (1, self.of): return
+        self.said = True
+        warnings.warn(f"{self.place.kind} {self.name!r} ran several times in one forward: the last map counts")
 
     def _as_it_was(self, t, version, copy):
         if version is None or t._version==version: return t
@@ -92,7 +105,7 @@ class Capture:
         model:nn.Module,                    # Any model; wrappers such as `DistributedDataParallel` are looked through
         layers:str|Iterable[str],           # Names; `neck[0]`: one of its outputs; `fc:input`: what goes in; `''`: all
         detach:bool=False,                  # Cut the captured tensors off the graph
-        calls:Literal['last','all']='last', # Of a layer that runs several times keep the last tensor, or a list of all
+        calls:Literal['last','all']='last', # Of a layer with more runs than names the last tensor, or a list of all
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'
     ):
         "Raises ValueError for an unknown layer, a model that `DataParallel` copies, or one whose layers are not called"
@@ -103,7 +116,8 @@ class Capture:
         _refuse_copies(model)
         places = [place_of(model, n, kind) for n in self.layers]
         if any(p.module for p in places): refuse_uncalled(model)
-        self.taps = {k:_Tap(p, detach, calls=='all') for k,p in zip(_keys(self.layers), places)}
+        turns = [turn_of(model, p.module) for p in places]
+        self.taps = {k:_Tap(p, detach, calls=='all', t) for k,p,t in zip(_keys(self.layers), places, turns)}
 
     def module(self, place): return get_module_by_name(self.model, place.module, self.kind)
 
@@ -149,13 +163,13 @@ def _why_missing(capture, missing):
     if any(map(is_compiled, [*wrappers, *unwrap(capture.model).modules()])):
         return (": the model was compiled and ran before it was hooked, and compiled code does not look for hooks "
                 "again; call torch.compiler.reset() before the first captured forward")
-    return '; did the model run at all while this capture was entered?' if none else ''
+    return '; does it run in each forward, and did the model run while this capture was entered?' if none else ''
 
 # %% ../../../nbs/distill/layers/capture.ipynb #73226efb
 @patch(as_prop=True)
 def layouts(self:Capture)->dict[str, str|None]:
     "The layout of each map in `maps`, under its key: 'first' or 'last' for the channels' axis, None if nothing tells"
-    def shape(tap): return tap.kept[-1][0].shape if tap.kept else ()
+    def shape(tap): return tap.chosen[0].shape if tap.kept else ()
     return {k:layout_of(self.model, t.name, shape(t)) for k,t in self.taps.items()}
 
 # %% ../../../nbs/distill/layers/capture.ipynb #bcba7a0c

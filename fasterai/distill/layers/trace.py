@@ -13,7 +13,7 @@ from torch import nn, strided, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .capture import as_found, tensors_in, to_model
-from .names import refuse_uncalled, unwrap
+from .names import refuse_uncalled, turn_of, unwrap
 
 # %% ../../../nbs/distill/layers/trace.ipynb #f717ab3f
 @dataclass
@@ -92,7 +92,7 @@ class _Tracer:
     "Notes down each module that ends"
     def __init__(self, size):
         self.size = size   # of the image
-        self.steps = {}
+        self.runs = []     # a step for each
         self.refs = []     # to the storages
         self.ended = 0     # elementary modules so far
 
@@ -101,21 +101,28 @@ class _Tracer:
         i,o = next(tensors_in(args), None),next(tensors_in(out), None)
         if o is None or o.is_nested or o.layout is not strided: return
         self.refs.append(StorageWeakRef(o.untyped_storage()))
-        self.steps.pop(name, None)
         inp = geometry(() if i is None else tuple(i.shape), self.size)
         state = o._version,o.storage_offset(),tuple(o.shape)
         out = geometry(tuple(o.shape), self.size)
-        self.steps[name] = Step(name, m, self.ended, inp, out, self.refs[-1].cdata, state)
+        self.runs.append(Step(name, m, self.ended, inp, out, self.refs[-1].cdata, state))
 
     def hook(self, name, m):
         def end(m, args, kwargs, out): self.end(name, m, (args, kwargs), out)
         return m.register_forward_hook(end, with_kwargs=True)
 
+    def steps(self, model):
+        "Of each module the run that its name stands for, as for `Capture`"
+        by_name = {}
+        for s in self.runs: by_name.setdefault(s.name, []).append(s)
+        chosen = {n: runs[turn if len(runs)==of else -1] for n,runs in by_name.items()
+                  for turn,of in [turn_of(model, n) if len(runs)>1 else (0, 1)]}
+        return {s.name:s for s in self.runs if s is chosen[s.name]}
+
 def trace(
     model:nn.Module, # Any model
     *xb,             # Its inputs
 )->dict[str, Step]:
-    """The steps of one forward in the order in which modules end (of a module that runs several times, the last);
+    """The steps of one forward in the order in which modules end (of a module with more runs than names, the last);
     the model comes back as it was. ValueError for one whose layers are not called"""
     model = unwrap(model)
     refuse_uncalled(model)
@@ -126,5 +133,6 @@ def trace(
         with as_found(model): model(*to_model(model, xb))
     finally:
         for h in handles: h.remove()
-    for s in tracer.steps.values(): s.depth /= tracer.ended
-    return tracer.steps
+    steps = tracer.steps(model)
+    for s in steps.values(): s.depth /= tracer.ended
+    return steps

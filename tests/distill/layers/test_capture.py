@@ -1,6 +1,7 @@
 "Capture under failures, wrappers, compilation and odd modules: what a notebook cell cannot show"
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from fasterai.distill.layers.capture import Capture, as_found, output_shapes
 from fasterai.distill.layers.names import get_module_by_name, unwrap
+from fasterai.distill.layers.trace import trace
 
 
 def n_hooks(m): return sum(len(o._forward_hooks)+len(o._forward_pre_hooks) for o in m.modules())
@@ -152,10 +154,37 @@ def test_calls():
     m,xb = Twice(),torch.randn(2, 5, 4)
     once,twice = m.lin(xb),m.lin(m.lin(xb))
     with Capture(m, 'lin') as c: m(xb)
-    torch.testing.assert_close(c.maps['lin'], twice)
+    with pytest.warns(UserWarning, match="layer 'lin' ran several times in one forward: the last map counts"):
+        torch.testing.assert_close(c.maps['lin'], twice)
+    with c: m(xb)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        c.maps                                                                                        # said once
     with Capture(m, ['lin', 'lin:input'], calls='all') as c: m(xb)
     torch.testing.assert_close(c.maps['lin'], [once, twice])
     torch.testing.assert_close(c.maps['lin:input'], [xb, once])
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_a_module_with_several_names_has_a_run_for_each(inplace):
+    act = nn.ReLU(inplace)
+    m,xb = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2)),torch.randn(3, 4)
+    want = {n: m[:int(n)+1](xb) for n in '310'}
+    if inplace: want['0'] = m[0](xb)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with Capture(m, list('310')) as c: m(xb)
+        assert all(torch.equal(c.maps[n], want[n]) for n in want)
+    steps = trace(m, xb)
+    assert list(steps)[:4]==['0', '1', '2', '4'] and steps['1'].depth==2/5 # whose run that of '3' is not
+
+def test_an_encoder_that_nests_its_tensors_is_padded_with_zeros():
+    "PyTorch's own, in evaluation and with a mask of padding"
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    m,xb = nn.TransformerEncoder(layer, 2).eval(),torch.randn(3, 5, 8)
+    pad = torch.arange(5)>=torch.tensor([[3], [5], [2]])
+    with torch.no_grad(), Capture(m, ['layers.0', 'layers.1'], detach=True) as c: out = m(xb, src_key_padding_mask=pad)
+    assert torch.equal(c.maps['layers.1'], out) and c.maps['layers.0'].shape==out.shape
+    assert not c.maps['layers.0'][pad].any()
 
 def test_tuples_mappings_and_keyword_inputs():
     m,xb = Twice(),torch.randn(2, 5, 4)
