@@ -83,8 +83,10 @@ def _is_number(v): return isinstance(v, (int, float, np.number)) and not isinsta
 def _arm(teacher, loss, point, kwargs):
     "Arguments of a point's callback"
     of_cb = {k:v for k,v in point.items() if k in _cb_args and k!='loss'}
-    hypers = {k:v for k,v in point.items() if k not in _cb_args}
-    return dict(teacher=teacher, loss=with_hypers(point.get('loss', loss), hypers), **of_cb, **kwargs)
+    loss,hypers = point.get('loss', loss),{k:v for k,v in point.items() if k not in _cb_args}
+    if isinstance(loss, str): hypers = {k:v for k,v in hypers.items() if k in as_terms(loss)[0].hypers} # it has weights
+    else: loss,hypers = with_hypers(loss, hypers),{}
+    return dict(teacher=teacher, loss=loss, **of_cb, **kwargs, **hypers)
 
 # %% ../../../nbs/distill/study/sweep.ipynb #71e403a7
 class Sweep:

@@ -14,8 +14,9 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import DecoupledKD, FitNet, Logits, SoftTarget
-from fasterai.distill.study.sweep import sweep
+from fasterai.distill.study.sweep import _arm, sweep
 from fasterai.distill.teacher.teacher import Teacher
 
 def _dls(n=48):
@@ -278,3 +279,8 @@ def test_a_file_without_a_whole_header(teacher, tmp_path, text):
     assert len(_sweep(teacher, {'T':[1]}, seeds=(0,), path=tmp_path/'r.csv').runs)==3
     header = 'run,T,setting,seed,epochs,valid_loss,accuracy,error_rate,seconds\n'
     assert (tmp_path/'r.csv').read_text().startswith(header)
+
+def test_a_loss_by_name_has_its_published_weights_with_hyper_parameters_too(teacher):
+    arm = _arm(teacher, 'SoftTarget', {'T': 2, 'start_pct': .1}, {})
+    assert KD(**arm).equation()==KD(teacher, 'SoftTarget', T=2, start_pct=.1).equation()
+    assert KD(**_arm(teacher, 'DIST', {'loss': 'Logits', 'T': 2}, {})).equation()==KD(teacher, 'Logits').equation()
