@@ -5075,6 +5075,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._minds_axis': ( 'distill/training/first_look.html#_minds_axis',
                                                                                                             'fasterai/distill/training/first_look.py'),
+                                                      'fasterai.distill.training.first_look._refuse_several': ( 'distill/training/first_look.html#_refuse_several',
+                                                                                                                'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._refuse_uncounted': ( 'distill/training/first_look.html#_refuse_uncounted',
                                                                                                                   'fasterai/distill/training/first_look.py'),
                                                       'fasterai.distill.training.first_look._refuse_unknown_axis': ( 'distill/training/first_look.html#_refuse_unknown_axis',

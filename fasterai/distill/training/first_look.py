@@ -89,6 +89,17 @@ def warn_of_softmax(
                   f"{remedy} compares these")
 
 # %% ../../../nbs/distill/training/first_look.ipynb #3ec337a4
+_ours = {o.loss for o in catalogue.values()}
+
+def _refuse_several(target, terms):
+    "Labels are looked at by losses of ours that need them, or leave some out by them"
+    if not isinstance(target, (tuple, list)): return
+    def looks(o): return 'target' in o.required or o.hypers.get('ignore_index') is not None
+    asking = [o for o in terms if o.base in _ours and looks(o)]
+    if not asking: return
+    raise ValueError(f"target: the data has {len(target)} targets, and {asking[0].name} looks at one: give a function "
+                     "of the same arguments that passes one on to it, such as target[0]")
+
 def _refuse_uncounted(target, terms, facts):
     if not isinstance(target, torch.Tensor) or target.ndim!=1 or target.is_floating_point(): return
     asking = [o.name for o in terms if 'target' in o.required and 'ignore_index' in o.from_task]
@@ -106,9 +117,10 @@ def check_first(
     n:int=None,         # Number of samples in it
     models:tuple=(),    # Student and teacher, as far as there are networks
 )->bool:
-    """Look at the first batch; True. ValueError for a class axis that nobody knows, or rows without a label that nobody
-    leaves out; warnings for what looks wrong"""
+    """Look at the first batch; True. ValueError for a class axis that nobody knows, several targets where a loss takes
+    one, or rows without a label that nobody leaves out; warnings for what looks wrong"""
     _refuse_unknown_axis(outputs['pred'], terms, facts, outputs.get('mask'))
+    _refuse_several(outputs.get('target'), terms)
     _refuse_uncounted(outputs.get('target'), terms, facts)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
     if n: _warn_of_time_first(outputs, terms, n, models)

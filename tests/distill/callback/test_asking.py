@@ -1,5 +1,7 @@
 "The teacher: untouched, asked once in eval mode, in any form"
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,11 @@ def test_several_inputs_targets_and_tuple_outputs():
     learner(Two(4), dls, loss_func=First()).fit(1,
                                                 cbs=KD(Teacher(Two(8), select=lambda o: o[0]*2), SoftTarget,
                                                        select=lambda o: o[0]))
+    def of_first(pred, teacher_pred, target): return DecoupledKD(pred, teacher_pred, target=target[0])
+    learner(Two(4), dls, loss_func=First()).fit(1, cbs=KD(Two(8), of_first))
+    for refused in (DecoupledKD, partial(SoftTarget, ignore_index=-100)):
+        with pytest.raises(ValueError, match='data has 2 targets, and .* looks at one'):
+            learner(Two(4), dls, loss_func=First()).fit(1, cbs=KD(Two(8), refused))
 
 
 def test_bad_outputs_and_bad_losses_say_so():
