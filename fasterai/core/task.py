@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_batch', 'loader_like', 'refuse_plain', 'first_of', 'split_batch', 'class_of_each', 'views_of', 'seen_by_student',
-           'full_inputs', 'copied', 'logits_of', 'Task', 'task_of', 'has_class', 'known_axis']
+           'full_inputs', 'copied', 'without_types', 'logits_of', 'Task', 'task_of', 'has_class', 'known_axis']
 
 # %% ../../nbs/core/task.ipynb #d1c24367
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Callable
 
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler
+from fastai.learner import CastToTensor
 from fastai.torch_core import to_device
 from fastcore.basics import detuplify
 from torch import Tensor, nn
@@ -133,6 +134,16 @@ def copied(
     "The same in tensors of their own, for a function that may write into them"
     def one(x): return x.clone() if isinstance(x, Tensor) else x
     return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in xb)
+
+# %% ../../nbs/core/task.ipynb #6c11a653
+def without_types(
+    learn,   # A Learner
+    b:tuple, # Inputs or targets of a batch
+)->tuple:
+    "The same in plain tensors, where the Learner trains on such, as all do that keep fastai's `CastToTensor`"
+    if not any(isinstance(o, CastToTensor) for o in learn.cbs): return b
+    def one(x): return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+    return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in b)
 
 # %% ../../nbs/core/task.ipynb #2f4f8a75
 def logits_of(

@@ -20,7 +20,8 @@ from fastai.torch_core import no_random, to_device
 from fastcore.basics import tuplify
 
 from ...core.names import one_of, whole_number
-from ...core.task import known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of
+from ...core.task import (
+    known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of, without_types)
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
@@ -42,7 +43,7 @@ def _validation_data(learn):
 def _batches(learn, dl, n):
     "The first `n` batches, as (inputs, targets), on the model's device"
     for b in islice(dl, n):
-        xb,yb = split_batch(dl, tuplify(b))
+        xb,yb = (without_types(learn, o) for o in split_batch(dl, tuplify(b)))
         xb = to_model(learn.model, xb)
         yield xb,to_device(yb, device_of(xb))
 
