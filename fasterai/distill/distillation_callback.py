@@ -28,6 +28,7 @@ from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
 from .training.keep_batch import refuse_written, writes_into
 from .training.learned import remember
+from .training.loss_log import names_of
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
 
@@ -204,8 +205,7 @@ def terms(self:KnowledgeDistillationCallback)->tuple:
 @patch(as_prop=True)
 def loss_names(self:KnowledgeDistillationCallback)->list[str]:
     "Columns of the table: `task_loss`, and `distill_loss` or where there are several losses, one for each"
-    if len(self.terms)==1: return ['task_loss', 'distill_loss']
-    return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
+    return names_of(self.terms, 'distill_loss')
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f2e84793
 @patch(as_prop=True)
@@ -258,7 +258,8 @@ def replace(self:KnowledgeDistillationCallback,
 ):
     "A new callback with the same teacher and other arguments; losses and adapters that are modules are copied"
     self._refuse_teacherless()
-    return type(self)(**{'teacher': self.teacher.another(), **self.recipe.arguments(), **changes})
+    kept = self.recipe.arguments(changes.get('loss'))
+    return type(self)(**{'teacher': self.teacher.another(), **kept, **changes})
 
 @patch
 def __copy__(self:KnowledgeDistillationCallback):

@@ -155,7 +155,8 @@ def replace(self:Remember,
 ):
     "A new callback with the same teacher and other arguments"
     self._refuse_teacherless()
-    return type(self)(**{'old': self.teacher.another(), 'ce': self.ce, **self.recipe.arguments(), **changes})
+    return type(self)(**{'old': self.teacher.another(), 'ce': self.ce, **self.recipe.arguments(changes.get('loss')),
+                         **changes})
 
 # %% ../../../nbs/distill/methods/continual.ipynb #cbb8dc36
 @patch

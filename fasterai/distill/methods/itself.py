@@ -108,5 +108,6 @@ def replace(self:SelfDistillation,
     "A new callback with other arguments and an empty memory; another `kind` begins with its own recipe"
     if changes.get('kind', self.kind)!=self.kind: return type(self)(**changes)
     self._refuse_teacherless()
-    given = {k:v for k,v in self.recipe.arguments().items() if not (k=='mask' and self.kind=='last_batch')}
+    made = self.recipe.arguments(changes.get('loss'))
+    given = {k:v for k,v in made.items() if not (k=='mask' and self.kind=='last_batch')}
     return type(self)(**{'kind': self.kind, **given, **changes})

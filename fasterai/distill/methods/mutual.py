@@ -23,6 +23,7 @@ from ..teacher.ensemble import ensemble_logits
 from ..teacher.peers import Peers
 from ..teacher.teacher import Teacher
 from ..training.lesson import full_precision
+from ..training.loss_log import names_of
 
 # %% ../../../nbs/distill/methods/mutual.ipynb #1492445b
 class MutualLearning(KnowledgeDistillationCallback):
@@ -80,8 +81,7 @@ def ensemble(self:MutualLearning)->Teacher:
 @patch(as_prop=True)
 def loss_names(self:MutualLearning)->list[str]:
     "Columns of the table: `task_loss`, and `mutual_loss` or where there are several losses, one for each"
-    if len(self.terms)==1: return ['task_loss', 'mutual_loss']
-    return ['task_loss'] + [f'{o.name}_loss' for o in self.terms]
+    return names_of(self.terms, 'mutual_loss')
 
 # %% ../../../nbs/distill/methods/mutual.ipynb #8c4e9a9d
 @patch

@@ -159,9 +159,11 @@ class Agreement:
         as classes"""
         if self.axis is not None and (z.ndim==3 or z.ndim>3 and self.seen): z = z.movedim(self.axis, axis)
         if self.pick is None: return z
-        if self.n in (None, z.shape[axis]): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
-        raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {z.shape[axis]} logits on axis "
-                         f"{axis}; name each of them, in their order: Teacher(..., classes=[...])")
+        n = 1 if z.ndim<2 else z.shape[axis]
+        if n==1 and self.n==2 and self.pick==[1, 0]: return -z # one logit, of the second class against the first
+        if self.n in (None, n): return z.index_select(axis, torch.tensor(self.pick, device=z.device))
+        raise ValueError(f"classes: the teacher's are {self.n} by name, and it gives {n} logits on axis {axis}; name "
+                         "each of them, in their order: Teacher(..., classes=[...])")
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #2e4a0c61
 @patch

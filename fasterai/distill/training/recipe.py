@@ -7,6 +7,7 @@ __all__ = ['UNSAID_WEIGHT', 'Recipe']
 
 # %% ../../../nbs/distill/training/recipe.ipynb #1445c725
 import math
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,12 +32,13 @@ UNSAID_WEIGHT = _Unsaid(0.5)
 def _by_name(name, weight, task_weight):
     "Loss, weight and task weight as the loss's source has them, but for what is given"
     found = recipe_of(name)
-    if weight is UNSAID_WEIGHT: weight = found['weight']
-    if task_weight is None: task_weight = found['task_weight']
+    if weight is UNSAID_WEIGHT: weight = _Unsaid(found['weight'])
+    if task_weight is None and found['task_weight'] is not None: task_weight = _Unsaid(found['task_weight'])
     return found['loss'],weight,task_weight
 
 # %% ../../../nbs/distill/training/recipe.ipynb #6cd62342
 def _as_number(value, name):
+    if isinstance(value, _Unsaid): return _Unsaid(value) # and no longer the default itself
     if isinstance(value, Real) or isinstance(value, Tensor) and value.numel()==1: return float(value)
     raise TypeError(f"{name} must be a number, got {value!r}")
 
@@ -133,6 +135,12 @@ class Recipe:
         if pct<start or pct>=end<1: return 0.
         return self.weight*(1. if self.schedule is None else self.schedule.progress(pct))
 
+    def warn_if_idle(self, steps:int):
+        "Warn where no one of a training's `steps` is distilled, though there is a weight"
+        if not self.weight or any(self.weight_at(i/steps)>0 for i in range(int(self.window[0]*steps), steps)): return
+        warnings.warn(f"nothing is distilled: the weight is 0 in every step of this training (it has {steps}), by "
+                      "schedule, start_pct or end_pct: change these, or train for more steps")
+
 # %% ../../../nbs/distill/training/recipe.ipynb #27bbc975
 @patch
 def _check_weights(self:Recipe):
@@ -206,17 +214,22 @@ def _curve(s):
 
 # %% ../../../nbs/distill/training/recipe.ipynb #58c91058
 @patch
-def arguments(self:Recipe)->dict:
-    "What `Recipe.of`, and with a teacher the callback, makes this recipe from; modules are copies"
+def arguments(self:Recipe,
+    instead=None, # A loss that is to take the place of this one's
+)->dict:
+    """What `Recipe.of`, and with a teacher the callback, makes this recipe from; modules are copies. Without weights
+    that nobody said, where `instead` is the name of a loss, which brings its own"""
     loss,layers = [Term(deepcopy(o.loss), o.weight) for o in self.terms],{}
     if self.layers_s: layers['activations_student'] = list(self.layers_s)
     if self.layers_t: layers['activations_teacher'] = list(self.layers_t)
     start,end = self.window
-    return dict(loss=loss, **layers, weight=self.weight, schedule=self.schedule, task_weight=self.task_weight,
-                adapters=deepcopy(self.adapters), schedules=self.schedules, start_pct=start, end_pct=end,
-                select=self.select, valid=self.valid, mask=self.mask)
+    given = dict(loss=loss, **layers, weight=self.weight, schedule=self.schedule, task_weight=self.task_weight,
+                 adapters=deepcopy(self.adapters), schedules=self.schedules, start_pct=start, end_pct=end,
+                 select=self.select, valid=self.valid, mask=self.mask)
+    if not isinstance(instead, str): return given
+    return {k:v for k,v in given.items() if not isinstance(v, _Unsaid)}
 
 @patch
 def replace(self:Recipe, **changes)->Recipe:
     "The recipe with other arguments, by the names that the callback has for them"
-    return type(self).of(**{**self.arguments(), **changes})
+    return type(self).of(**{**self.arguments(changes.get('loss')), **changes})

@@ -28,7 +28,7 @@ from .first_look import check_first, warn_of_softmax
 from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import remember
 from .lesson import (
-    detached, facts_for, full_precision, mask_of, mixed, stand_in, target_of)
+    detached, facts_for, full_precision, labels_of, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
 from .train_along import TrainAlong, remember_states
 
@@ -212,10 +212,11 @@ def end_batch(self:Session):
 
 @patch
 def _set_weight(self:Session):
-    learn,recipe = self.learn,self.kd.recipe
+    learn,recipe,finds_lr = self.learn,self.kd.recipe,hasattr(self.learn, 'lr_finder')
     steps = learn.n_iter*learn.n_epoch
+    if not (learn.train_iter or finds_lr): recipe.warn_if_idle(steps)
     self.pct = round(learn.pct_train*steps)/steps
-    self.weight = recipe.weight if hasattr(learn, 'lr_finder') else recipe.weight_at(self.pct)
+    self.weight = recipe.weight if finds_lr else recipe.weight_at(self.pct)
 
 # %% ../../../nbs/distill/training/session.ipynb #4715f6bc
 @patch
@@ -273,8 +274,8 @@ def teach(self:Session):
     training = learn.training
     asks = self.asks(training)
     if not (asks or training): return
-    xb,yb = full_inputs(learn),learn.yb
-    task = learn.loss_grad.as_subclass(torch.Tensor) if len(yb) else None # a subclass costs a detour for each sum
+    xb,yb = full_inputs(learn),labels_of(learn, self.fit.notes)
+    task = learn.loss_grad.as_subclass(torch.Tensor) if len(learn.yb) else None # a subclass costs a detour for each sum
     if asks: refuse_written(learn.pred, self.fit.notes.pop('writes', []))
     parts = self.lesson(xb, yb, learn.pred) if asks else {}
     distill = [parts.get(o.name) for o in self.kd.recipe.terms]
@@ -295,7 +296,7 @@ def _mix(self:Session, task, distill, xb):
     if loss is None: return
     learn.loss_grad = self.fit.notes['mixed'] = loss.clone() if loss is task else loss
     learn.loss = loss.detach().clone()
-    if task is None: learn.yb = stand_in(learn, xb)
+    if task is None: learn.yb = self.fit.notes['stand_in'] = stand_in(learn, xb)
 
 # %% ../../../nbs/distill/training/session.ipynb #53ec669c
 @patch
@@ -310,7 +311,7 @@ def _as_student(kd,
 )->torch.Tensor:
     "The loss of that network, were it the student"
     session,learn = kd.session,kd.learn
-    yb = () if session.fit.notes['task'] is None else learn.yb # else the input stands in for the label
+    yb = labels_of(learn, session.fit.notes)
     if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0]
     pred = full_precision(pred)
     task = learn.loss_func(pred, *yb).as_subclass(torch.Tensor) if len(yb) else None

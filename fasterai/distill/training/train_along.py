@@ -133,6 +133,7 @@ class TrainAlong(Callback):
     def before_step(self):
         "Average over the ranks and clip, as the student's gradients are"
         self.follow()
+        if self.joined is None: return # taken out within this event
         grads = [p.grad for p in self.params if p.grad is not None]
         if self._world>1:
             for g in grads: dist.all_reduce(g.div_(self._world))

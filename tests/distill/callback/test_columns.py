@@ -21,6 +21,17 @@ def test_several_losses_have_a_column_each():
     assert len({round(v, 6) for v in learn.recorder.values[0][2:]})==4
 
 
+def test_a_loss_called_as_a_column_of_the_table_has_one_of_its_own():
+    def task(pred, teacher_pred): return 100+F.mse_loss(pred, teacher_pred)
+    def valid(pred, teacher_pred): return 100+F.mse_loss(pred, teacher_pred)
+    learn = learner()
+    kd = KD(teacher(), [task, valid])
+    learn.fit(1, cbs=kd)
+    assert learn.recorder.metric_names[3:-1]==['task_loss', 'task_loss_2', 'valid_loss_2']
+    assert [v>99 for v in learn.recorder.values[0][1:]]==[False, False, True, True]
+    assert (kd.log.history.task_loss<99).all()
+
+
 def test_columns_hold_the_means_of_the_epoch_and_go_with_the_fit():
     learn = learner()
     kd = KD(teacher())

@@ -251,6 +251,11 @@ def test_a_loss_by_name_takes_its_authors_recipe():
     assert (kd.recipe.weight, kd.recipe.task_weight)==(1000, 1)
     assert KD(teacher(), 'Attention', **layers, weight=3).recipe.weight==3
     assert KD(teacher()).recipe.weight==0.5
+    for kd_0 in (KD(teacher(), 'SoftTarget'), KD(teacher()), KD(teacher(), T=2).replace(valid=True)):
+        assert kd_0.replace(loss='DIST').equation()==KD(teacher(), 'DIST').equation()
+    said = KD(teacher(), 'DIST', weight=3., task_weight=0.2).replace(T=1)
+    assert said.replace(loss='SoftTarget').equation()=='0.2*task + 3*SoftTarget(T=4)'
+    assert KD(teacher(), 'DIST', weight=KD(teacher()).recipe.weight).recipe.weight==0.5
     with pytest.raises(ValueError, match="did you mean 'SoftTarget'"): KD(teacher(), 'SoftTargets')
     learner().fit(1, cbs=kd)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterai.core.schedule import Schedule, cos, lin, sched_dsd
 from fasterai.distill.losses import *
-from helpers import Boom, GradsAt, learner, net, same, state
+from helpers import Boom, GradsAt, data, learner, net, same, state
 from kd_helpers import KD, teacher, layers
 
 
@@ -137,6 +137,29 @@ def test_unlabelled_batches_train_on_the_teacher_alone():
     SoftTarget(model(x[:8]), teacher().eval()(x[:8])).backward()
     for a,p in zip(g.grads[0], model.parameters()): torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match='needs `target`'): learner(dls=dls).fit(1, cbs=KD(teacher(), DecoupledKD))
+
+
+@pytest.mark.parametrize('losses', [(SoftTarget, DecoupledKD), (SoftTarget, SoftTarget)], ids=['labels', 'none'])
+def test_of_two_callbacks_the_second_takes_no_input_for_a_label(losses):
+    from fastai.data.core import DataLoaders, TfmdDL
+    x = torch.randn(8, 3, 8, 8)
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x), bs=8, num_workers=0) for _ in range(2)], device='cpu')
+    learn,kds = learner(dls=dls),[KD(teacher(), o) for o in losses]
+    if DecoupledKD in losses:
+        with pytest.raises(ValueError, match='DecoupledKD needs `target`'): learn.fit(1, cbs=kds)
+        return
+    learn.fit(1, cbs=kds)
+    first,second = (kd.log.history.distill_loss[0] for kd in kds)
+    assert first==second and learn.recorder.values[0][0]==pytest.approx(0.5*0.5*first+0.5*second, rel=1e-5)
+
+
+@pytest.mark.parametrize('kw', [dict(schedule=cos), dict(start_pct=0.1), dict(weight=0.), dict()], ids=str)
+def test_a_training_that_distils_at_no_step_says_so(kw, recwarn):
+    learn = learner(dls=data(n=8, bs=8)) # one step
+    learn.fit(1, cbs=KD(teacher(), **kw))
+    said = [str(o.message) for o in recwarn if 'nothing is distilled' in str(o.message)]
+    assert len(said)==('schedule' in kw or 'start_pct' in kw)
+    assert all('in every step of this training (it has 1)' in o for o in said)
 
 
 def test_repr_says_what_is_trained():

@@ -347,3 +347,7 @@ def test_a_callback_taken_out_in_the_middle_says_that_the_fit_goes_on_without_it
     with pytest.warns(UserWarning, match='goes on: without a teacher'):
         learn.fit(2, cbs=[kd, At('after_epoch', validate_alone)])
     assert len(kd.log.history)==len(learn.dls.train) and len(learn.metrics)==0
+    kd,learn = KD(teacher(), FitNet, **layers),learner() # its adapters leave before they are clipped
+    with pytest.warns(UserWarning, match='goes on: without a teacher'):
+        learn.fit(1, cbs=[kd, At('before_step', lambda l: l.remove_cb(kd), order=0)])
+    assert len(learn.recorder.values)==1

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Normalize
+from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_core import TensorBase
 from fastai.vision.augment import CropPad, RandomResizedCrop, RandomResizedCropGPU, Resize
 from fastai.vision.core import TensorImage, TensorMask
@@ -59,6 +60,18 @@ def test_classes_are_put_in_the_students_order(theirs, capsys):
     kd = KD(both, Logits)
     learner(model(3), images(list('abc'))).fit(1, cbs=kd)
     assert "student's order" in repr(both)
+
+
+@pytest.mark.parametrize('flat', [False, True])
+def test_one_logit_of_two_classes_changes_its_sign(flat):
+    def one(seed): return nn.Sequential(model(1, seed), nn.Flatten(0)) if flat else model(1, seed)
+    net,loss_func,seen = one(1),BCEWithLogitsLossFlat(),[]
+    teacher = learner(net, images(list('ba'), names='ab'), loss_func=loss_func)
+    def loss(pred, teacher_pred):
+        seen.append((learn.x.as_subclass(torch.Tensor), teacher_pred)); return F.mse_loss(pred, teacher_pred)
+    learn = learner(one(0), images(list('ab')), loss_func=loss_func)
+    learn.fit(1, cbs=KD(teacher, loss))
+    for x,z in seen: torch.testing.assert_close(z, -net(x))
 
 
 def test_of_a_bare_network_nothing_is_known_and_nothing_is_said(capsys):
