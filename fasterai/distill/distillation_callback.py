@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core.leaving import unwatch, watch
 from ..core.schedule import Schedule
-from ..core.task import seen_by_student
+from ..core.task import seen_by_student, without_types
 from .layers.matching import match_feature_layers
 from .layers.names import get_model_layers, get_module_by_name
 from .layers.places import place_of
@@ -27,7 +27,7 @@ from .teacher.forward import evaluating
 from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
 from .training.keep_batch import refuse_written, writes_into
-from .training.learned import remember
+from .training.learned import load_states, remember
 from .training.loss_log import names_of
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
@@ -172,7 +172,8 @@ def __setstate__(self:KnowledgeDistillationCallback, state):
 @patch
 def _refuse_teacherless(self:KnowledgeDistillationCallback):
     if self.teacher is None:
-        raise ValueError("this callback was loaded from a file, without its teacher: make a new one to distil again")
+        raise ValueError("this callback was loaded from a file, without its teacher: take it out, "
+                         f"learn.remove_cb({type(self).__name__}), and make a new one to distil again")
 
 @patch
 def _check_ready(self:KnowledgeDistillationCallback):
@@ -249,7 +250,7 @@ def load_learned(self:KnowledgeDistillationCallback,
 ):
     "Go on from what adapters and learned losses knew, now or once the first batch has built them"
     if self.eyes is None or self.eyes.shapes is None: self.loading = state
-    else: self.learned.load_state_dict(state)
+    else: load_states(self.learned, state)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #cba1e820
 @patch
@@ -290,6 +291,7 @@ def terms_on(self:KnowledgeDistillationCallback,
     """`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs. In a fit learned losses
     learn nothing by it, be it a judge's step or a queue's next entry: they do from the fit's own batches"""
     self._refuse_teacherless()
+    xb,yb = without_types(learn, xb),without_types(learn, yb)
     session = Session(self, learn, self.session if self.session and self.session.learn is learn else None)
     judges = [o.base for o in self.terms if isinstance(o.base, nn.Module) and session.outer]
     with session.stack:

@@ -25,8 +25,10 @@ from ..loss.terms import Term
 def full_precision(
     o, # A tensor, or tuples, lists, dicts and dataclasses of them
 ):
-    "`o` with tensors of half precision in fp32, as an object of the same type; `o` itself where there are none"
-    if isinstance(o, Tensor): return o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
+    """`o` with tensors of half precision in fp32, and those of `inference_mode` as others, as an object of the same
+    type; `o` itself where there are none"""
+    if isinstance(o, Tensor) and o.dtype in (torch.float16, torch.bfloat16): return o.float()
+    if isinstance(o, Tensor): return o.clone() if o.is_inference() else o
     if isinstance(o, dict): return _with_items(o, {k:full_precision(v) for k,v in o.items()})
     if is_dataclass(o): return _with_fields(o, {f.name:full_precision(getattr(o, f.name)) for f in fields(o)})
     if not isinstance(o, (list, tuple)): return o

@@ -47,7 +47,11 @@ class LossLog:
         bs:int,              # Batch size
         training:bool=True,
     ):
-        "Record a batch, without a synchronisation"
+        "Record a batch, without a synchronisation. ValueError where the task's loss is no single number"
+        task = losses[0]
+        if task is not None and task.numel()!=1:
+            raise ValueError(f"the task's loss must be one number, got {tuple(task.shape)}: has the Learner's "
+                             "loss_func reduction='none'?")
         if any(o is not None for o in losses):
             self.rows[training].append(([None if o is None else o.detach() for o in losses], weight, bs))
 
@@ -79,7 +83,7 @@ def _table(rows):
     "Rows of scalars, NaN for None, as one tensor on their device"
     some = next(o for row in rows for o in row if o is not None)
     missing = torch.full((), torch.nan, device=some.device)
-    values = [missing if o is None else o.as_subclass(Tensor).float() for row in rows for o in row]
+    values = [missing if o is None else o.as_subclass(Tensor).float().reshape(()) for row in rows for o in row]
     return torch.stack(values).view(len(rows), -1)
 
 # %% ../../../nbs/distill/training/loss_log.ipynb #dd5a9867

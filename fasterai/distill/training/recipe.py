@@ -124,6 +124,11 @@ class Recipe:
         return frozenset().union(*(o.needs for o in self.terms))
 
     @property
+    def needs_target(self)->bool:
+        "Is there a loss that cannot do without labels?"
+        return any('target' in o.required for o in self.terms)
+
+    @property
     def modules(self)->list:
         "Losses and adapters that are modules"
         own = self.adapters.values() if isinstance(self.adapters, dict) else ()

@@ -24,9 +24,9 @@ from ..teacher.protocol import accepted, asking, refuse_shared
 from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
-from .first_look import check_first, warn_of_softmax
+from .first_look import check_first, warn_of_no_graph, warn_of_softmax
 from .keep_batch import on_copies, refuse_written, writes_into
-from .learned import remember
+from .learned import load_states, remember
 from .lesson import (
     detached, facts_for, full_precision, labels_of, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
@@ -195,7 +195,8 @@ def begin_batch(self:Session):
 def asks(self:Session, training:bool)->bool:
     "Is the teacher asked on this batch?"
     if training: return self.weight>0 or self.kd.teacher.always
-    return self.weight>0 and self.kd.recipe.valid and not self.learn.lock.locked()
+    recipe,learn = self.kd.recipe,self.learn
+    return self.weight>0 and recipe.valid and not learn.lock.locked() and (len(learn.yb)>0 or not recipe.needs_target)
 
 @patch
 def stop_listening(self:Session):
@@ -225,8 +226,8 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
     kd,recipe = self.kd,self.kd.recipe
     fm_s = kd.eyes.maps
     logits = self._logits(pred)
-    needed = any('target' in o.required for o in recipe.terms)
-    target = target_of(yb, self.learn.loss_func, logits, 'target' in recipe.needs, self.facts.get('axis', 1), needed)
+    axis = self.facts.get('axis', 1)
+    target = target_of(yb, self.learn.loss_func, logits, 'target' in recipe.needs, axis, recipe.needs_target)
     teacher_pred,fm_t = self.ask(xb, pred=logits, target=target) if teacher_pred is None else (teacher_pred, {})
     outputs = dict(pred=logits, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
     if 'mask' in recipe.needs: outputs['mask'] = mask_of(xb, recipe.mask)
@@ -249,7 +250,9 @@ def _compare(self:Session, outputs, n):
         if new or first and self.fit: self._build_learned(outputs) # a fit may have other classes than the last
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
-        return {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
+        losses = {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
+        if first and self.learn.training: warn_of_no_graph(losses, outputs, recipe.terms)
+        return losses
 
 @patch(as_prop=True)
 def _models(self:Session): return self.learn.model,next(iter(self.kd.teacher.models), None)
@@ -261,9 +264,8 @@ def _build_learned(self:Session, outputs):
     for o in kd.recipe.terms:
         if hasattr(o.base, 'build'): o.base.build(**kd.eyes.adapted(o, detached(outputs)))
         if isinstance(o.base, nn.Module): o.base.to(device_of(outputs))
-    if kd.loading is not None:
-        nn.ModuleDict(kd.learns_itself).load_state_dict(kd.loading)
-        kd.loading = None
+    state,kd.loading = kd.loading,None
+    if state is not None: load_states(kd.learns_itself, state)
     self._join_optimizer()
 
 # %% ../../../nbs/distill/training/session.ipynb #6499ab34

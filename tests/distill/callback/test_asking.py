@@ -1,5 +1,6 @@
 "The teacher: untouched, asked once in eval mode, in any form"
 
+import warnings
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from fasterai.distill.teacher.recorded.recorded import TeacherCache
 from fasterai.distill.losses import *
 from fasterai.distill.teacher.teacher import Teacher
-from helpers import GradsAt, flags, learner, n_hooks, net, same, state
+from helpers import GradsAt, data, flags, learner, n_hooks, net, same, state
 from kd_helpers import KD, teacher, layers
 
 
@@ -133,6 +134,53 @@ def test_an_ensemble_averages_what_the_task_predicts(lf, f):
     def loss(pred, teacher_pred, **kw): seen.append(teacher_pred); return (pred-teacher_pred).abs().mean()
     learner(dls=dls, loss_func=lf).fit(1, cbs=KD([t1, t2], loss))
     torch.testing.assert_close(f(seen[0]), (f(t1.eval()(x))+f(t2.eval()(x)))/2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_under_inference_mode_teaches_as_another_does():
+    class Inferring(nn.Module):
+        def __init__(self): super().__init__(); self.net = teacher()
+        @torch.inference_mode()
+        def forward(self, x): return self.net(x)
+    class Answers:
+        net = Inferring().eval()
+        def answer(self, x): return self.net(x)
+    def trained(t, loss, **at):
+        torch.manual_seed(0) # of adapters
+        learn = learner()
+        learn.fit(1, cbs=KD(t, loss, **at))
+        return state(learn.model)
+    for t1,t2,loss,at in [(Inferring(), teacher(), Logits, {}), (Answers(), teacher(), Logits, {}),
+                          (Inferring(), teacher(), FitNet, layers)]:
+        at1 = {**at, 'activations_teacher': [f'net.{n}' for n in at['activations_teacher']]} if at else {}
+        assert same(trained(t1, loss, **at1), trained(t2, loss, **at))
+
+
+def test_validation_without_labels_is_not_asked_where_a_loss_needs_them():
+    dls = data()
+    plain = torch.utils.data.TensorDataset(dls.valid.dataset.tensors[0])
+    plain.n_inp = 1
+    dls = type(dls)(dls.train, type(dls.train)(plain, bs=8, num_workers=0), device='cpu')
+    for loss,known in ((DecoupledKD, False), (SoftTarget, True)):
+        learn = learner(dls=dls)
+        learn.fit(1, cbs=KD(teacher(), loss, valid=True))
+        value = learn.recorder.values[0][learn.recorder.metric_names[1:].index('valid_distill_loss')]
+        assert (value==value)==known
+
+
+@pytest.mark.parametrize('number', [lambda d: torch.tensor(d.item()), lambda d: d.detach()])
+def test_a_loss_without_a_gradient_is_said(number):
+    def loss(pred, teacher_pred): return number(F.mse_loss(pred, teacher_pred))
+    kd = KD(teacher(), loss)
+    with pytest.warns(UserWarning, match='loss gives a number without a gradient'): learner().fit(1, cbs=kd)
+
+
+def test_a_loss_that_is_a_method_of_a_module_does_not_train_it():
+    class Head(nn.Linear):
+        def loss(self, pred, teacher_pred): return F.mse_loss(self(pred), teacher_pred)
+    with pytest.warns(UserWarning, match='loss is a method of a Head.*hand over'): KD(teacher(), Head(3, 3).loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        KD(teacher(), Head(3, 3).requires_grad_(False).loss)
 
 
 def test_hyper_parameters_beside_the_loss_go_to_those_that_name_them():

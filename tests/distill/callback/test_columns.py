@@ -32,6 +32,11 @@ def test_a_loss_called_as_a_column_of_the_table_has_one_of_its_own():
     assert (kd.log.history.task_loss<99).all()
 
 
+def test_a_task_loss_that_is_no_number_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"task's loss must be one number, got \(8,\).*reduction='none'"):
+        learner(loss_func=nn.CrossEntropyLoss(reduction='none')).fit(1, cbs=KD(teacher()))
+
+
 def test_columns_hold_the_means_of_the_epoch_and_go_with_the_fit():
     learn = learner()
     kd = KD(teacher())

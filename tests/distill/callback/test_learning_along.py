@@ -117,6 +117,16 @@ def test_learned_weights_load_before_the_first_batch():
     assert all(torch.equal(seen[0][k], saved[k]) for k,_ in b.learned.named_parameters())
 
 
+def test_learned_weights_of_another_recipe_are_refused_once():
+    "Before or after the first batch, and the callback is as good as before"
+    kd = KD(teacher(), FitNet, **layers)
+    kd.load_learned({'VID.log_scale': torch.zeros(1)})
+    said = 'load_learned: the state is of VID, and what learns here is adapters'
+    with pytest.raises(ValueError, match=said): learner().fit(1, cbs=kd)
+    learner().fit(1, cbs=kd)
+    with pytest.raises(ValueError, match='the state is of nothing'): kd.load_learned({})
+
+
 def test_lookahead_draws_the_adapters_of_a_fit_to_their_own_past(tmp_path):
     learn,norms = learner(opt_func=ranger, path=tmp_path),[] # it looks ahead every six steps
     learn.fit(2, cbs=KD(teacher(), FitNet, **layers))

@@ -3,6 +3,7 @@ from copy import deepcopy
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorCategory, set_seed
+from fastai.vision.core import TensorImage
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -38,6 +40,16 @@ def small():
     with torch.no_grad(): teacher.weight.copy_(torch.tensor([[-4., -4, 0, 0], [0, 0, 0, 0], [4., 4, 0, 0]]))
     return Learner(_dls(x, y), nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
                    loss_func=CrossEntropyLossFlat(), metrics=accuracy),teacher,x,y
+
+def test_types_that_a_training_does_not_see(small):
+    "PyTorch's own loss cannot take fastai's; the Learner casts them before it is asked"
+    learn,teacher,x,y = small
+    items = [(TensorImage(a), TensorCategory(b)) for a,b in zip(x, y)]
+    dls = DataLoaders(*[TfmdDL(items, bs=32, num_workers=0) for _ in range(2)], device='cpu')
+    typed = Learner(dls, learn.model, loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
+    a,b = (suggest_weights(o, KD(teacher, Logits), n_batches=1).table for o in (typed, learn))
+    assert isinstance(dls.train.one_batch()[0], TensorImage)
+    pd.testing.assert_frame_equal(a, b)
 
 def test_gradients_by_hand(small):
     learn,teacher,x,y = small
