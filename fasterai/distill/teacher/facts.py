@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from ...core.task import task_of
 from ..layers.capture import tensors_in
+from .columns import columns_for, columns_of
 from .inputs import Renormalize, statistics_of
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
@@ -32,7 +33,7 @@ class Facts:
     words:tuple=None   # The vocabulary of a text
     normalize:tuple=None # Mean and standard deviation, each `(1, C, 1, 1)`
     size:tuple=None    # Height and width of the images
-    columns:tuple=None # Of a table: how categories are numbered and numbers normalised
+    columns:tuple=None # Of a table, as `columns_of` has them
     images:tuple=field(default=(), compare=False) # Is an input one of images? None where nobody knows
     axis:int=field(default=None, compare=False)   # Where the classes are, as the task's loss says
     changes:tuple=field(default=(), compare=False) # Events by which a callback may change a batch or an answer
@@ -48,7 +49,7 @@ def facts_of(
     kinds = _kinds(dls)
     norm = _normalizer(dls, kinds)
     stats = None if norm is None else tuple(statistics_of(norm))
-    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm), **own)
+    return Facts(classes, words, stats, _image_size(dls), columns_of(dls), _images(kinds, norm), **own)
 
 def _axis_of(learn):
     task = task_of(getattr(learn, 'loss_func', None))
@@ -84,15 +85,6 @@ def _of_vocab(v):
 def _transforms(dls):
     pipes = [getattr(dls, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     return [f for p in pipes for f in getattr(p, 'fs', ())]
-
-def _columns(dls):
-    "What fastai's `Categorify` and `Normalize` have found in a table's columns, as text"
-    table = getattr(dls.loaders[0], 'dataset', None)
-    if not hasattr(table, 'cat_names'): return None
-    numbered = {k:list(map(str, v)) for k,v in getattr(table, 'classes', {}).items() if k in table.cat_names}
-    means = [getattr(f, 'means', None) for f in getattr(getattr(table, 'procs', None), 'fs', ())]
-    scaled = [{k:f'{v:.4g}' for k,v in o.items()} for o in means if isinstance(o, dict)]
-    return str(sorted(numbered.items())),str(scaled)
 
 def _image_size(dls):
     "What the last transform with a size makes of an image"
@@ -206,19 +198,18 @@ def agree(
     logits:bool=True, # Does any loss look at logits? Else the teacher's classes may be any
     axis:int=None,  # Of the classes of both, as the caller says
 )->Agreement:
-    "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher lacks"
+    "What to do about facts that differ. ValueError, with the remedy, for classes, words or columns that do not fit"
     if teacher.words and student.words and teacher.words!=student.words:
         raise ValueError("the teacher reads another vocabulary of words than the student: tokenize and number both "
                          "alike, with `vocab=` of the one for the data of the other")
-    if tfm and teacher.columns and student.columns and teacher.columns!=student.columns:
-        raise ValueError("the teacher's table numbers its categories, or normalises its columns, otherwise than the "
-                         "student's: make both with the same procs (`to.new`), or say tfms=")
     places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
+    own_columns,said_columns = columns_for(teacher.columns, student.columns) if tfm else (None, [])
     said_size = [*_say_size(teacher, student), *_say_changes(teacher, student)] if tfm else []
     n = None if places is None else len(teacher.classes)
     where = _axes(teacher.axis, student.axis, axis) if pick else ()
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, *where)
+    lines = *said_classes,*said_statistics,*said_columns,*said_size
+    return Agreement(places, renormalize or own_columns, lines, n, *where)
 
 def _axes(teacher, student, said):
     "What an `Agreement` knows of them; without the student's nothing"

@@ -15,7 +15,7 @@ from torch import nn
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import FitNet, Logits
 from fasterai.distill.study.advice import suggest_weights
-from fasterai.distill.teacher.facts import facts_of, other_channels
+from fasterai.distill.teacher.facts import agree, facts_of, other_channels
 from fasterai.distill.teacher.teacher import Renormalize, Teacher
 from helpers import learner
 
@@ -235,20 +235,37 @@ def test_height_and_width_of_fastais_transforms():
     assert [size(after_item=f) for f in items]==[(24, 32)]*3 and size(after_batch=batch)==(24, 32)
 
 
-def test_tables_that_number_or_normalise_otherwise_are_refused():
+def table(cats='uv', order='cd', conts='xz', shift=0., fill=0.):
+    "With a missing number that `fill` stands for"
     import pandas as pd
-    from fastai.tabular.core import Categorify, Normalize as NormalizeTable, TabularPandas
-    def table(cats, shift=0.):
-        df = pd.DataFrame(dict(c=cats*4, x=[float(i)+shift for i in range(len(cats)*4)], y=['n', 'p']*(2*len(cats))))
-        to = TabularPandas(df, [Categorify, NormalizeTable], ['c'], ['x'], y_names='y',
-                           splits=[list(range(4)), list(range(4))])
-        return NS(dls=to.dataloaders(bs=2, num_workers=0))
-    from fasterai.distill.teacher.facts import agree
-    a,same,other,moved = (facts_of(table(*o)) for o in ((['u', 'v'],), (['u', 'v'],), (['v', 'w'],), (['u', 'v'], 5.)))
-    assert agree(a, same).lines==()
-    for o in other,moved:
-        with pytest.raises(ValueError, match='same procs'): agree(o, a)
-        assert agree(o, a, tfm=False).tfm is None
+    from fastai.tabular.core import Categorify, FillMissing, FillStrategy, Normalize as NormalizeTable, TabularPandas
+    n = 4*len(cats)
+    df = pd.DataFrame(dict(c=list(cats)*4, d=list('pq')*(n//2), e=list('rrst')*(n//4),
+                           x=[float(i)+(shift or 0.) for i in range(n)], z=[float(i%3) for i in range(n)],
+                           w=[1., 2.]*(n//2), y=['n', 'p']*(n//2)))
+    df.loc[0, 'x'] = float('nan')
+    procs = [Categorify, FillMissing(FillStrategy.constant, add_col=False, fill_vals={'x': fill})]
+    if shift is not None: procs.append(NormalizeTable)
+    to = TabularPandas(df, procs, list(order), list(conts), y_names='y', splits=[list(range(n))]*2)
+    return to.dataloaders(bs=n, num_workers=0, shuffle=False, device='cpu')
+
+def test_tables_that_number_normalise_or_fill_otherwise_are_refused():
+    def facts(**kw): return facts_of(NS(dls=table(**kw)))
+    assert agree(facts(), facts()).lines==()
+    plain = dict(shift=None)
+    for one,other,name in [(facts(cats='vw'), facts(), 'c'), (facts(shift=5.), facts(), 'x'),
+                           (facts(), facts(conts='z'), 'x'), (facts(**plain), facts(**plain, fill=5.), 'x')]:
+        with pytest.raises(ValueError, match=f"no column like the teacher's '{name}'.*same procs"): agree(one, other)
+        assert agree(one, other, tfm=False).tfm is None
+
+@pytest.mark.parametrize('theirs,ours', [('cde xzw', 'dce xzw'), ('cde xzw', 'ced wxz'),
+                                         ('c xz', 'dce xwz')])
+def test_columns_are_put_in_the_teachers_order(theirs, ours, capsys):
+    both = [table(order=o.split()[0], conts=o.split()[1]) for o in (theirs, ours)]
+    (cats,conts,_),xb = (o.valid.one_batch() for o in both)
+    agreed = agree(*(facts_of(NS(dls=o)) for o in both))
+    assert [x.tolist() for x in agreed.tfm(*xb[:2])]==[cats.tolist(), conts.tolist()]
+    assert len(agreed.lines)==1
 
 
 @pytest.mark.parametrize('theirs,ours', [(([.2]*3, [.3]*3), ([.5], [.5])), (([.2], [.3]), ([.5]*3, [.5]*3)),
