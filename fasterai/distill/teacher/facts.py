@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from ...core.task import task_of
 from ..layers.capture import tensors_in
 from .columns import columns_for, columns_of
+from .datasets import classes_in, statistics_in
 from .inputs import Renormalize, statistics_of
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
@@ -48,7 +49,8 @@ def facts_of(
     words,classes = _vocabularies(dls)
     kinds = _kinds(dls)
     norm = _normalizer(dls, kinds)
-    stats = None if norm is None else tuple(statistics_of(norm))
+    stats = statistics_in(getattr(dls.loaders[0], 'dataset', None)) if norm is None else norm
+    stats = None if stats is None else tuple(statistics_of(stats))
     return Facts(classes, words, stats, _image_size(dls), columns_of(dls), _images(kinds, norm), **own)
 
 def _axis_of(learn):
@@ -63,9 +65,10 @@ def _changes_of(learn):
 
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
-    lists = getattr(getattr(dls.loaders[0], 'dataset', None), 'tls', None)
-    if lists: words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
+    ds = getattr(dls.loaders[0], 'dataset', None)
+    if lists := getattr(ds, 'tls', None): words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
     else: words,classes = _of_vocab(getattr(dls, 'vocab', None))
+    if classes is None and not lists: classes = classes_in(ds)
     if classes is None: classes = next((f.codes for f in _transforms(dls) if hasattr(f, 'codes')), None)
     return tuple(None if o is None else tuple(map(str, o)) for o in (words, classes))
 

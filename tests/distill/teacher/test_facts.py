@@ -289,3 +289,23 @@ def test_statistics_of_other_channels():
         heard(Teacher(model(3, 1), **four), images(list('abc')))
     with pytest.raises(ValueError, match="the teacher's mean and std are of 4 channels, the student's of 3"):
         heard(Teacher(model(3, 1), **four), images(list('abc'), mean=.5))
+
+
+def torchs(classes, mean, std=.5):
+    "PyTorch's own loaders of a data set that says what torchvision's say"
+    from torch.utils.data import DataLoader, Dataset, Subset
+    from torchvision import transforms as T
+    class Pictures(Dataset):
+        def __init__(self):
+            self.classes,self.transform = classes,T.Compose([T.Normalize([mean]*3, [std]*3)])
+            self.x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        def __len__(self): return 8
+        def __getitem__(self, i): return self.transform(self.x[i]),self.classes.index('abc'[i%3])
+    return DataLoaders(*[DataLoader(Subset(Pictures(), range(8)), 4)]*2, device='cpu')
+
+@pytest.mark.parametrize('fastais', [False, True], ids=["PyTorch's data", "fastai's data"])
+def test_classes_and_normalisation_of_torchs_data_sets(fastais):
+    net = model(3, 1)
+    theirs = images(list('cab'), mean=.2, names='abc') if fastais else torchs(list('cab'), .2)
+    for x,z in heard(learner(net, theirs), torchs(list('abc'), .6)):
+        torch.testing.assert_close(z, net(x+(.6-.2)/.5)[:, [1, 2, 0]])
