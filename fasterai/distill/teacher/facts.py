@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from ...core.task import task_of
 from ..layers.capture import tensors_in
+from ..layers.names import unwrap
 from .columns import columns_for, columns_of
 from .datasets import classes_in, statistics_in
 from .inputs import Renormalize, statistics_of
@@ -191,6 +192,28 @@ def _of_either_way(z, fits, here, there):
     if z.ndim>3: return f"{said} its logits {tuple(z.shape)} fit either way: they stay as they are; {move} moves them"
     return (f"{said} its logits {tuple(z.shape)} fit either way: they are moved; Teacher(model, axis={there}) leaves "
             "them")
+
+# %% ../../../nbs/distill/teacher/facts.ipynb #f52595a6
+@patch
+def with_maps(self:Agreement,
+    net:nn.Module, # The teacher's
+    layers:tuple,  # Those of it whose maps are compared
+)->Agreement:
+    "The same, which says so where classes are picked for the logits, and a map has them in the teacher's order"
+    found = [] if self.pick is None else [k for k in layers if _is_output(unwrap(net), k, self.n)]
+    if not found: return self
+    line = (f"the map of {', '.join(map(repr, found))} is its output, whose classes stay as the teacher has them: "
+            "compare these by a loss on logits, such as Logits, which are put in the student's order")
+    return replace(self, lines=(*self.lines, line))
+
+def _is_output(net, layer, n):
+    "Is it the whole network, or what ends in the last layer with weights, where that gives `n` classes?"
+    name,_,way = layer.partition(':')
+    name = name.partition('[')[0]
+    if way or not name: return not way
+    last = [(k, m) for k,m in net.named_modules() if next(m.parameters(recurse=False), None) is not None][-1:]
+    gives = [getattr(m, 'out_features', getattr(m, 'out_channels', None)) for _,m in last]
+    return gives==[n] and f'{last[0][0]}.'.startswith(f'{name}.')
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #1e89f56d
 def agree(

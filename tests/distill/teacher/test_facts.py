@@ -106,6 +106,15 @@ def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
     for x,z in heard(cab, abc, also=[feature(cab)]): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
 
 
+def test_a_map_that_is_the_output_keeps_the_teachers_order_and_says_so(capsys):
+    teacher = learner(model(3, 1), images(list('cab'), names='abc'))
+    for layer,said in ('', "map of '' is its output"), ('1', "map of '1' is its output"), ('0', ''):
+        kd = KD(teacher, FitNet, activations_student=layer, activations_teacher=layer)
+        learner(model(3), images(list('abc'))).fit(1, cbs=kd)
+        out = capsys.readouterr().out
+        assert said in out and ('is its output' in out)==bool(said)
+
+
 @pytest.mark.parametrize('n,names', [(3, 'cabd'), (5, 'cab')])
 def test_a_name_for_each_logit(n, names, recwarn):
     with pytest.raises(ValueError, match=f"classes: the teacher's are {len(names)} by name, and it gives {n} logits"):
