@@ -22,6 +22,9 @@ from torch.utils.data import TensorDataset
 
 from ...core.task import task_of
 from ..layers.capture import tensors_in
+from ..layers.names import unwrap
+from .columns import columns_for, columns_of
+from .datasets import classes_in, statistics_in
 from .inputs import Renormalize, statistics_of
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
@@ -32,7 +35,7 @@ class Facts:
     words:tuple=None   # The vocabulary of a text
     normalize:tuple=None # Mean and standard deviation, each `(1, C, 1, 1)`
     size:tuple=None    # Height and width of the images
-    columns:tuple=None # Of a table: how categories are numbered and numbers normalised
+    columns:tuple=None # Of a table, as `columns_of` has them
     images:tuple=field(default=(), compare=False) # Is an input one of images? None where nobody knows
     axis:int=field(default=None, compare=False)   # Where the classes are, as the task's loss says
     changes:tuple=field(default=(), compare=False) # Events by which a callback may change a batch or an answer
@@ -47,8 +50,9 @@ def facts_of(
     words,classes = _vocabularies(dls)
     kinds = _kinds(dls)
     norm = _normalizer(dls, kinds)
-    stats = None if norm is None else tuple(statistics_of(norm))
-    return Facts(classes, words, stats, _image_size(dls), _columns(dls), _images(kinds, norm), **own)
+    stats = statistics_in(getattr(dls.loaders[0], 'dataset', None)) if norm is None else norm
+    stats = None if stats is None else tuple(statistics_of(stats))
+    return Facts(classes, words, stats, _image_size(dls), columns_of(dls), _images(kinds, norm), **own)
 
 def _axis_of(learn):
     task = task_of(getattr(learn, 'loss_func', None))
@@ -62,9 +66,10 @@ def _changes_of(learn):
 
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
-    lists = getattr(getattr(dls.loaders[0], 'dataset', None), 'tls', None)
-    if lists: words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
+    ds = getattr(dls.loaders[0], 'dataset', None)
+    if lists := getattr(ds, 'tls', None): words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
     else: words,classes = _of_vocab(getattr(dls, 'vocab', None))
+    if classes is None and not lists: classes = classes_in(ds)
     if classes is None: classes = next((f.codes for f in _transforms(dls) if hasattr(f, 'codes')), None)
     return tuple(None if o is None else tuple(map(str, o)) for o in (words, classes))
 
@@ -84,15 +89,6 @@ def _of_vocab(v):
 def _transforms(dls):
     pipes = [getattr(dls, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     return [f for p in pipes for f in getattr(p, 'fs', ())]
-
-def _columns(dls):
-    "What fastai's `Categorify` and `Normalize` have found in a table's columns, as text"
-    table = getattr(dls.loaders[0], 'dataset', None)
-    if not hasattr(table, 'cat_names'): return None
-    numbered = {k:list(map(str, v)) for k,v in getattr(table, 'classes', {}).items() if k in table.cat_names}
-    means = [getattr(f, 'means', None) for f in getattr(getattr(table, 'procs', None), 'fs', ())]
-    scaled = [{k:f'{v:.4g}' for k,v in o.items()} for o in means if isinstance(o, dict)]
-    return str(sorted(numbered.items())),str(scaled)
 
 def _image_size(dls):
     "What the last transform with a size makes of an image"
@@ -199,6 +195,28 @@ def _of_either_way(z, fits, here, there):
     return (f"{said} its logits {tuple(z.shape)} fit either way: they are moved; Teacher(model, axis={there}) leaves "
             "them")
 
+# %% ../../../nbs/distill/teacher/facts.ipynb #f52595a6
+@patch
+def with_maps(self:Agreement,
+    net:nn.Module, # The teacher's
+    layers:tuple,  # Those of it whose maps are compared
+)->Agreement:
+    "The same, which says so where classes are picked for the logits, and a map has them in the teacher's order"
+    found = [] if self.pick is None else [k for k in layers if _is_output(unwrap(net), k, self.n)]
+    if not found: return self
+    line = (f"the map of {', '.join(map(repr, found))} is its output, whose classes stay as the teacher has them: "
+            "compare these by a loss on logits, such as Logits, which are put in the student's order")
+    return replace(self, lines=(*self.lines, line))
+
+def _is_output(net, layer, n):
+    "Is it the whole network, or what ends in the last layer with weights, where that gives `n` classes?"
+    name,_,way = layer.partition(':')
+    name = name.partition('[')[0]
+    if way or not name: return not way
+    last = [(k, m) for k,m in net.named_modules() if next(m.parameters(recurse=False), None) is not None][-1:]
+    gives = [getattr(m, 'out_features', getattr(m, 'out_channels', None)) for _,m in last]
+    return gives==[n] and f'{last[0][0]}.'.startswith(f'{name}.')
+
 # %% ../../../nbs/distill/teacher/facts.ipynb #1e89f56d
 def agree(
     teacher:Facts,  # Of the teacher
@@ -208,19 +226,18 @@ def agree(
     logits:bool=True, # Does any loss look at logits? Else the teacher's classes may be any
     axis:int=None,  # Of the classes of both, as the caller says
 )->Agreement:
-    "What to do about facts that differ. ValueError, with the remedy, for classes or words that the teacher lacks"
+    "What to do about facts that differ. ValueError, with the remedy, for classes, words or columns that do not fit"
     if teacher.words and student.words and teacher.words!=student.words:
         raise ValueError("the teacher reads another vocabulary of words than the student: tokenize and number both "
                          "alike, with `vocab=` of the one for the data of the other")
-    if tfm and teacher.columns and student.columns and teacher.columns!=student.columns:
-        raise ValueError("the teacher's table numbers its categories, or normalises its columns, otherwise than the "
-                         "student's: make both with the same procs (`to.new`), or say tfms=")
     places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
+    own_columns,said_columns = columns_for(teacher.columns, student.columns) if tfm else (None, [])
     said_size = [*_say_size(teacher, student), *_say_changes(teacher, student)] if tfm else []
     n = None if places is None else len(teacher.classes)
     where = _axes(teacher.axis, student.axis, axis) if pick else ()
-    return Agreement(places, renormalize, (*said_classes, *said_statistics, *said_size), n, *where)
+    lines = *said_classes,*said_statistics,*said_columns,*said_size
+    return Agreement(places, renormalize or own_columns, lines, n, *where)
 
 def _axes(teacher, student, said):
     "What an `Agreement` knows of them; without the student's nothing"

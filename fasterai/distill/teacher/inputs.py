@@ -6,6 +6,8 @@
 __all__ = ['resize_batch', 'Renormalize', 'statistics_of', 'OwnInputs', 'own_inputs', 'not_said']
 
 # %% ../../../nbs/distill/teacher/inputs.ipynb #f1c08a28
+from collections.abc import Mapping
+from copy import copy
 from numbers import Integral
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from fastai.data.transforms import Normalize
 
 from ...core.task import views_of
+from ..layers.capture import tensors_in
 
 # %% ../../../nbs/distill/teacher/inputs.ipynb #d71104a9
 def resize_batch(
@@ -92,9 +95,32 @@ class OwnInputs:
         self.views = views
 
     def __call__(self, *xb):
-        if self.size is not None: xb = tuple(resize_batch(x, self.size) if _is_image(x) else x for x in xb)
+        "The inputs as they are to be seen. ValueError for a size where there are no images"
+        if self.size is not None: xb = self._resized(xb)
         for f in self.views: xb = f(*xb)
         return xb
+
+    def _resized(self, xb):
+        "With the images in tuples, lists and mappings among the inputs"
+        found = [x for x in tensors_in(xb) if _is_image(x)]
+        if found: return tuple(_for_images(lambda x: resize_batch(x, self.size), x) for x in xb)
+        got = ', '.join(f"{x.dtype} {tuple(x.shape)}" for x in tensors_in(xb)) or 'no tensors'
+        raise ValueError("size: the batch has no images (B, C, H, W) of floating point to resize, got "
+                         f"{got}: pass tfms=, a function from the student's batch to the teacher's")
+
+def _for_images(f, o):
+    "`o` with `f` of each image in it"
+    if isinstance(o, Tensor): return f(o) if _is_image(o) else o
+    if isinstance(o, Mapping): return _as(o, {k:_for_images(f, v) for k,v in o.items()})
+    if not isinstance(o, (tuple, list)): return o
+    new = [_for_images(f, v) for v in o]
+    return o._make(new) if hasattr(o, '_make') else type(o)(new)
+
+def _as(o, items):
+    "Another mapping of its kind"
+    res = copy(o)
+    for k,v in items.items(): res[k] = v
+    return res
 
 def _is_image(x): return isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()
 

@@ -122,10 +122,11 @@ def inputs(self:Network,
 @patch
 def agrees(self:Network,
     agreement:Agreement, # How it is asked from now on; what is new about it is printed
+    layers:tuple=(),     # Whose maps are compared
 ):
     "Each line is said once"
-    said,self.agreement = self.agreement.lines,agreement
-    for line in () if rank_distrib() else agreement.lines:
+    said,self.agreement = self.agreement.lines,agreement.with_maps(self.source, layers)
+    for line in () if rank_distrib() else self.agreement.lines:
         if line not in said: print(f'teacher {name_of(self.source)}: {line}')
 
 @patch

@@ -34,8 +34,8 @@ def refuse_other_data(
     if here.words and known.words and here.words!=known.words:
         raise ValueError(f"{what}: its words are numbered otherwise than {whose}: make it with the same vocab")
     if here.columns and known.columns and here.columns!=known.columns:
-        raise ValueError(f"{what}: its table numbers its categories, or normalises its columns, otherwise than "
-                         f"{whose}: make it with the same procs (`to.new`)")
+        raise ValueError(f"{what}: its table has other columns or another order of them, or numbers, fills or "
+                         f"normalises them otherwise than {whose}: make it with the same procs (`to.new`)")
     if same_statistics(here.normalize, known.normalize) or not (_tells(here) and _tells(known)): return
     raise ValueError(f"{what}: its pictures are {said_statistics(here.normalize)}, and {whose} are "
                      f"{said_statistics(known.normalize)}: {_normalise_as(known, here, data)}")

@@ -6,6 +6,7 @@
 __all__ = ['Peers']
 
 # %% ../../../nbs/distill/teacher/peers.ipynb #09e9fdfe
+import warnings
 from copy import deepcopy
 
 import torch
@@ -17,6 +18,7 @@ from ...core.names import first_few
 from ...core.task import logits_of
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
+from .facts import facts_of, same_statistics
 from .forward import device_of, same_rng
 from .network import devices_of, name_of
 from .given import refuse_no_function
@@ -36,6 +38,7 @@ class Peers(BaseTeacher):
         self.learns = nn.ModuleList([_as_network(o) for o in nets])
         if not nets: raise ValueError("peers is empty: give at least one network beside the student")
         refuse_no_function(select)
+        self.facts = [facts_of(o) for o in nets] # of the data of each
         self.select = select
         self.outs = []         # of the last batch in training, with their graphs
         self.as_student = None # in a fit: the loss of another network, were it the student
@@ -59,7 +62,9 @@ class Peers(BaseTeacher):
 
     def another(self):
         "Copies of the peers as they are now"
-        return type(self)([deepcopy(o) for o in self.learns], self.select)
+        other = type(self)([deepcopy(o) for o in self.learns], self.select)
+        other.facts = self.facts
+        return other
 
     def __repr__(self): return f"Peers({', '.join(map(name_of, self.learns))})"
 
@@ -93,7 +98,19 @@ def begin(self:Peers, learn, layers=(), logits=True, as_student=None):
     nets = [student, *map(unwrap, self.learns)]
     for i,b in enumerate(nets):
         for j,a in enumerate(nets[:i]): _refuse_alike(a, b, f'{names[j]} and {names[i]}')
+    for name,facts in zip(names[1:], self.facts): _warn_of_other_data(name, facts, facts_of(learn))
     self.as_student = as_student
+
+def _warn_of_other_data(who, theirs, ours):
+    "Nothing is changed for a peer, which may learn what is new"
+    odd = []
+    if theirs.classes and ours.classes and theirs.classes!=ours.classes:
+        odd.append('has other classes, or another order of them')
+    if theirs.normalize and ours.normalize and not same_statistics(theirs.normalize, ours.normalize):
+        odd.append('normalises images otherwise')
+    if not odd: return
+    warnings.warn(f"{who}: its Learner {' and '.join(odd)} than the student's; it gets the student's batches and "
+                  "labels as they are, and what it knew holds no longer")
 
 # %% ../../../nbs/distill/teacher/peers.ipynb #fe13e126
 @patch

@@ -47,7 +47,7 @@ class Teacher(BaseTeacher):
 
     A call is under `no_grad` in eval mode, on the device of its batch, and leaves nothing behind"""
     def __init__(self,
-        models,             # A Module or Learner, or a list of them: an ensemble, whose probabilities are averaged
+        models,             # A Module or Learner, as it is now, or a list: an ensemble; its probabilities are averaged
         dtype=None,         # 'bf16', 'fp16', 'fp32', 'int8' for a copy; 'auto': what is fast and safe; None: as is
         channels_last=None, # A copy in channels_last? None: only if dtype='auto' finds it faster
         compile=False,      # `torch.compile` the teacher? True, or a dict of its arguments
@@ -191,7 +191,7 @@ def begin(self:Teacher,
     layers = _as_layers(layers)
     self.fits.append(_Fit(learn, self.axis, self.average, [net.agreement for net in self.nets]))
     self._learn_task(task_of(learn.loss_func), logits)
-    self._agree_with(facts_of(learn), logits)
+    self._agree_with(facts_of(learn), layers, logits)
     for net in self.nets: net.begin(learn)
     self.last_device = None
     self.to(next(iter(devices_of(unwrap(learn.model))), torch.device('cpu')))
@@ -229,10 +229,10 @@ def _learn_task(self:Teacher, task, logits):
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #889842d9
 @patch
-def _agree_with(self:Teacher, student, logits):
+def _agree_with(self:Teacher, student, layers, logits):
     "Find out for each network how to ask it so that its answers are about the student's data"
-    for net,facts in zip(self.nets, self.facts):
-        net.agrees(agree(facts, student, self.select is None, not_said(net.tfm), logits, self.given[0]))
+    for net,facts,maps in zip(self.nets, self.facts, [layers, *[()]*len(self.nets)]):
+        net.agrees(agree(facts, student, self.select is None, not_said(net.tfm), logits, self.given[0]), maps)
 
 # %% ../../../nbs/distill/teacher/teacher.ipynb #b27730fd
 @patch

@@ -439,3 +439,12 @@ def test_peers_may_come_from_a_generator():
     kd = MutualLearning(net(seed=s) for s in (1, 2))
     learner().fit(1, cbs=kd)
     assert len(kd.peers)==2
+
+
+def test_a_peers_learner_of_other_classes_or_another_normalisation_is_warned_of():
+    from fasterai.distill.teacher.facts import Facts
+    student,peers = learner(net()),Peers(learner(net(5, seed=1)))
+    peers.facts = [Facts(classes=('b', 'a'))]
+    student.dls.vocab = ['a', 'b']
+    for o in peers,peers.another():
+        with pytest.warns(UserWarning, match='peer 1: its Learner has other classes'): o.begin(student)

@@ -16,7 +16,7 @@ from torch import nn
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import FitNet, Logits
 from fasterai.distill.study.advice import suggest_weights
-from fasterai.distill.teacher.facts import facts_of, other_channels
+from fasterai.distill.teacher.facts import agree, facts_of, other_channels
 from fasterai.distill.teacher.teacher import Renormalize, Teacher
 from helpers import learner
 
@@ -117,6 +117,15 @@ def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
     assert not [o for o in notes if 'no better' in o]
     cab = Teacher(learner(net, images(list('cab'), names='abc')))
     for x,z in heard(cab, abc, also=[feature(cab)]): torch.testing.assert_close(z, net(x)[:, [1, 2, 0]])
+
+
+def test_a_map_that_is_the_output_keeps_the_teachers_order_and_says_so(capsys):
+    teacher = learner(model(3, 1), images(list('cab'), names='abc'))
+    for layer,said in ('', "map of '' is its output"), ('1', "map of '1' is its output"), ('0', ''):
+        kd = KD(teacher, FitNet, activations_student=layer, activations_teacher=layer)
+        learner(model(3), images(list('abc'))).fit(1, cbs=kd)
+        out = capsys.readouterr().out
+        assert said in out and ('is its output' in out)==bool(said)
 
 
 @pytest.mark.parametrize('n,names', [(3, 'cabd'), (5, 'cab')])
@@ -248,20 +257,37 @@ def test_height_and_width_of_fastais_transforms():
     assert [size(after_item=f) for f in items]==[(24, 32)]*3 and size(after_batch=batch)==(24, 32)
 
 
-def test_tables_that_number_or_normalise_otherwise_are_refused():
+def table(cats='uv', order='cd', conts='xz', shift=0., fill=0.):
+    "With a missing number that `fill` stands for"
     import pandas as pd
-    from fastai.tabular.core import Categorify, Normalize as NormalizeTable, TabularPandas
-    def table(cats, shift=0.):
-        df = pd.DataFrame(dict(c=cats*4, x=[float(i)+shift for i in range(len(cats)*4)], y=['n', 'p']*(2*len(cats))))
-        to = TabularPandas(df, [Categorify, NormalizeTable], ['c'], ['x'], y_names='y',
-                           splits=[list(range(4)), list(range(4))])
-        return NS(dls=to.dataloaders(bs=2, num_workers=0))
-    from fasterai.distill.teacher.facts import agree
-    a,same,other,moved = (facts_of(table(*o)) for o in ((['u', 'v'],), (['u', 'v'],), (['v', 'w'],), (['u', 'v'], 5.)))
-    assert agree(a, same).lines==()
-    for o in other,moved:
-        with pytest.raises(ValueError, match='same procs'): agree(o, a)
-        assert agree(o, a, tfm=False).tfm is None
+    from fastai.tabular.core import Categorify, FillMissing, FillStrategy, Normalize as NormalizeTable, TabularPandas
+    n = 4*len(cats)
+    df = pd.DataFrame(dict(c=list(cats)*4, d=list('pq')*(n//2), e=list('rrst')*(n//4),
+                           x=[float(i)+(shift or 0.) for i in range(n)], z=[float(i%3) for i in range(n)],
+                           w=[1., 2.]*(n//2), y=['n', 'p']*(n//2)))
+    df.loc[0, 'x'] = float('nan')
+    procs = [Categorify, FillMissing(FillStrategy.constant, add_col=False, fill_vals={'x': fill})]
+    if shift is not None: procs.append(NormalizeTable)
+    to = TabularPandas(df, procs, list(order), list(conts), y_names='y', splits=[list(range(n))]*2)
+    return to.dataloaders(bs=n, num_workers=0, shuffle=False, device='cpu')
+
+def test_tables_that_number_normalise_or_fill_otherwise_are_refused():
+    def facts(**kw): return facts_of(NS(dls=table(**kw)))
+    assert agree(facts(), facts()).lines==()
+    plain = dict(shift=None)
+    for one,other,name in [(facts(cats='vw'), facts(), 'c'), (facts(shift=5.), facts(), 'x'),
+                           (facts(), facts(conts='z'), 'x'), (facts(**plain), facts(**plain, fill=5.), 'x')]:
+        with pytest.raises(ValueError, match=f"no column like the teacher's '{name}'.*same procs"): agree(one, other)
+        assert agree(one, other, tfm=False).tfm is None
+
+@pytest.mark.parametrize('theirs,ours', [('cde xzw', 'dce xzw'), ('cde xzw', 'ced wxz'),
+                                         ('c xz', 'dce xwz')])
+def test_columns_are_put_in_the_teachers_order(theirs, ours, capsys):
+    both = [table(order=o.split()[0], conts=o.split()[1]) for o in (theirs, ours)]
+    (cats,conts,_),xb = (o.valid.one_batch() for o in both)
+    agreed = agree(*(facts_of(NS(dls=o)) for o in both))
+    assert [x.tolist() for x in agreed.tfm(*xb[:2])]==[cats.tolist(), conts.tolist()]
+    assert len(agreed.lines)==1
 
 
 @pytest.mark.parametrize('theirs,ours', [(([.2]*3, [.3]*3), ([.5], [.5])), (([.2], [.3]), ([.5]*3, [.5]*3)),
@@ -285,3 +311,23 @@ def test_statistics_of_other_channels():
         heard(Teacher(model(3, 1), **four), images(list('abc')))
     with pytest.raises(ValueError, match="the teacher's mean and std are of 4 channels, the student's of 3"):
         heard(Teacher(model(3, 1), **four), images(list('abc'), mean=.5))
+
+
+def torchs(classes, mean, std=.5):
+    "PyTorch's own loaders of a data set that says what torchvision's say"
+    from torch.utils.data import DataLoader, Dataset, Subset
+    from torchvision import transforms as T
+    class Pictures(Dataset):
+        def __init__(self):
+            self.classes,self.transform = classes,T.Compose([T.Normalize([mean]*3, [std]*3)])
+            self.x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        def __len__(self): return 8
+        def __getitem__(self, i): return self.transform(self.x[i]),self.classes.index('abc'[i%3])
+    return DataLoaders(*[DataLoader(Subset(Pictures(), range(8)), 4)]*2, device='cpu')
+
+@pytest.mark.parametrize('fastais', [False, True], ids=["PyTorch's data", "fastai's data"])
+def test_classes_and_normalisation_of_torchs_data_sets(fastais):
+    net = model(3, 1)
+    theirs = images(list('cab'), mean=.2, names='abc') if fastais else torchs(list('cab'), .2)
+    for x,z in heard(learner(net, theirs), torchs(list('abc'), .6)):
+        torch.testing.assert_close(z, net(x+(.6-.2)/.5)[:, [1, 2, 0]])

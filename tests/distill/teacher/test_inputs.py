@@ -63,3 +63,17 @@ def test_a_size_of_any_whole_number():
     for size in np.int64(4), (4, 4), [np.int64(4)]*2: assert resize_batch(x, size).equal(want)
     assert resize_batch(x, np.int64(8)) is x
     with pytest.raises(TypeError, match='expected a side in pixels'): resize_batch(x, 4.5)
+
+def test_a_size_for_images_within_an_input(net, x):
+    "As those of a Siamese network are, or of a batch that is a dict"
+    from collections import UserDict
+    from fastcore.basics import fastuple
+    class First(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, o): return self.net(o['x'] if hasattr(o, 'keys') else o[0])
+    small = resize_batch(x, 8)
+    for xb in fastuple(x, x), [x, 1], dict(x=x), UserDict(x=x, n=2):
+        torch.testing.assert_close(Teacher(First(), size=8)(xb)[0], plain(net, small))
+        assert 'n' not in xb or xb['x'] is x
+    with pytest.raises(ValueError, match=r'size: the batch has no images.*got torch.float32 \(4, 3\)'):
+        Teacher(net, size=8)(torch.zeros(4, 3))
