@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-
-from ...core.rows import parts_of
+from torch.utils.data import ConcatDataset, Subset
 
 # %% ../../../nbs/distill/teacher/datasets.ipynb #f4e51362
 def classes_in(
@@ -29,8 +28,9 @@ def classes_in(
 def _is_name(o): return isinstance(o, str) or type(o) is tuple and all(map(_is_name, o))
 
 def _said_by_all(ask, ds):
-    "What all data sets say that `ds` is made of; None if they differ, or there are none"
-    found = {ask(o) for o in parts_of(ds)}
+    "What all say that a `Subset` or `ConcatDataset` is made of; None if they differ. Others may change labels"
+    parts = ds.datasets if type(ds) is ConcatDataset else [ds.dataset] if type(ds) is Subset else ()
+    found = {ask(o) for o in parts}
     return found.pop() if len(found)==1 else None
 
 # %% ../../../nbs/distill/teacher/datasets.ipynb #28149bb3

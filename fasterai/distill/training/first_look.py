@@ -65,10 +65,10 @@ def _warn_of_probabilities(outputs, terms, axis):
              ('teacher', 'teacher_pred', 'Teacher(model, select={})', _axis_of_teacher(outputs, axis))]
     for who,which,remedy,axis in sides:
         z = outputs[which]
-        if not isinstance(z, torch.Tensor) or z.numel()<8 or z.min()<0: continue
+        if not isinstance(z, torch.Tensor) or not z.numel() or z.min()<0: continue
         if _sums_to_one(z, axis): seen,f = '0 or more, and their sum is one', 'lambda p: p.clamp(min=1e-8).log()'
-        elif one_by_one and z.max()<=1: seen,f = 'all lie from 0 to 1', 'lambda p: p.clamp(1e-6, 1-1e-6).logit()'
-        else: continue
+        elif not (one_by_one and z.numel()>7 and z.max()<=1): continue
+        else: seen,f = 'all lie from 0 to 1', 'lambda p: p.clamp(1e-6, 1-1e-6).logit()'
         warnings.warn(f"the {who}'s answers are probabilities, it seems ({seen}), where logits are expected: "
                       f"{remedy.format(f)} makes logits of them")
 

@@ -153,7 +153,7 @@ def test_of_two_callbacks_the_second_takes_no_input_for_a_label(losses):
     assert first==second and learn.recorder.values[0][0]==pytest.approx(0.5*0.5*first+0.5*second, rel=1e-5)
 
 
-@pytest.mark.parametrize('kw', [dict(schedule=cos), dict(start_pct=0.1), dict(weight=0.), dict()], ids=str)
+@pytest.mark.parametrize('kw', [dict(schedule='cos'), dict(start_pct=0.1), dict(weight=0.), dict()], ids=str)
 def test_a_training_that_distils_at_no_step_says_so(kw, recwarn):
     learn = learner(dls=data(n=8, bs=8)) # one step
     learn.fit(1, cbs=KD(teacher(), **kw))
