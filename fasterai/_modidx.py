@@ -650,6 +650,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fasterai/distill/layers/capture.py'),
                                                  'fasterai.distill.layers.capture._Tap._as_it_was': ( 'distill/layers/capture.html#_tap._as_it_was',
                                                                                                       'fasterai/distill/layers/capture.py'),
+                                                 'fasterai.distill.layers.capture._Tap._refuse_nested': ( 'distill/layers/capture.html#_tap._refuse_nested',
+                                                                                                          'fasterai/distill/layers/capture.py'),
                                                  'fasterai.distill.layers.capture._Tap._say_what_is_left_out': ( 'distill/layers/capture.html#_tap._say_what_is_left_out',
                                                                                                                  'fasterai/distill/layers/capture.py'),
                                                  'fasterai.distill.layers.capture._Tap.chosen': ( 'distill/layers/capture.html#_tap.chosen',

@@ -54,6 +54,7 @@ class _Tap:
         self.every = every              # keep what each run of the layer gives, or one run's only?
         self.turn,self.of = turn        # which of the runs, where there are just so many; else the last one
         self.said = False               # that others are left out
+        self.was_read = False           # is what is kept of a forward that is over?
         self.kept = []                  # (tensor, its count of writes, its copy)
         self.copying = True             # are copies being made?
         self.overwritten = False        # was a tensor ever written to after it had been kept?
@@ -65,8 +66,9 @@ class _Tap:
     def keep(self, out):
         t = first_tensor(self.place.choose(out), self.name)
         if self.detach: t = t.detach()
-        if t.is_nested: t = t.to_padded_tensor(0.) # as PyTorch's encoder does when it is at its end
-        if not self.every: del self.kept[:-self.of]
+        if t.is_nested: self._refuse_nested()
+        if not self.every: del self.kept[:None if self.was_read else -self.of]
+        self.was_read = False
         uncounted = torch.compiler.is_compiling() or t.is_inference()
         if uncounted: self.kept.append((t.clone(), None, None))
         else: self.kept.append((t, t._version, t.clone() if self.copying else None))
@@ -74,7 +76,7 @@ class _Tap:
     def read(self):
         if not self.every: self._say_what_is_left_out()
         vals = [self._as_it_was(*k) for k in (self.kept if self.every else [self.chosen])]
-        self.copying = self.overwritten
+        self.copying,self.was_read = self.overwritten,True
         return vals if self.every else vals[0]
 
     @property
@@ -83,7 +85,12 @@ class _Tap:
     def _say_what_is_left_out(self):
         if self.said or len(self.kept) in (1, self.of): return
         self.said = True
-        warnings.warn(f"{self.place.kind} {self.name!r} ran several times in one forward: the last map counts")
+        warnings.warn(f"{self.place.kind} {self.name!r} ran several times before its map was read: the last one counts")
+
+    def _refuse_nested(self):
+        raise ValueError(f"{self.place.kind} {self.name!r} gives a nested tensor, as PyTorch's encoder does in "
+                         "evaluation with a mask of padding: build it with enable_nested_tensor=False, or take the "
+                         "encoder itself")
 
     def _as_it_was(self, t, version, copy):
         if version is None or t._version==version: return t
@@ -105,7 +112,7 @@ class Capture:
         model:nn.Module,                    # Any model; wrappers such as `DistributedDataParallel` are looked through
         layers:str|Iterable[str],           # Names; `neck[0]`: one of its outputs; `fc:input`: what goes in; `''`: all
         detach:bool=False,                  # Cut the captured tensors off the graph
-        calls:Literal['last','all']='last', # Of a layer with more runs than names the last tensor, or a list of all
+        calls:Literal['last','all']='last', # Of a layer that runs several times keep the last tensor, or a list of all
         kind:str='layer',                   # What an error calls a layer, e.g. 'layer of the student'
     ):
         "Raises ValueError for an unknown layer, a model that `DataParallel` copies, or one whose layers are not called"

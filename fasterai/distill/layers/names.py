@@ -78,10 +78,12 @@ def turn_of(
     model:nn.Module, # Any model
     name:str,        # One of `get_model_layers`
 )->tuple[int, int]:
-    "Which one this is of the names of its module, in their order, counted from 0; and how many there are"
-    m = get_module_by_name(model, name)
-    names = [n for n,o in unwrap(model).named_modules(remove_duplicate=False) if o is m]
-    return (names.index(name), len(names)) if name in names else (0, 1)
+    "Which one this is of the names of its module in a `Sequential`, from 0 on, and how many there are; else (0, 1)"
+    path,_,key = name.rpartition('.')
+    parent = get_module_by_name(model, path)
+    if not name or type(parent).forward is not nn.Sequential.forward: return 0,1
+    keys = [k for k,m in parent._modules.items() if m is parent._modules[key]]
+    return keys.index(key),len(keys)
 
 # %% ../../../nbs/distill/layers/names.ipynb #f91cd1a6
 def layer_pairs(

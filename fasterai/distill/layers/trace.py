@@ -122,8 +122,8 @@ def trace(
     model:nn.Module, # Any model
     *xb,             # Its inputs
 )->dict[str, Step]:
-    """The steps of one forward in the order in which modules end (of a module with more runs than names, the last);
-    the model comes back as it was. ValueError for one whose layers are not called"""
+    """The steps of one forward in the order in which modules end (of several runs of a module, the one that `Capture`
+    keeps); the model comes back as it was. ValueError for one whose layers are not called"""
     model = unwrap(model)
     refuse_uncalled(model)
     tracer,handles = _Tracer(image_size(xb, model)),[]

@@ -154,7 +154,7 @@ def test_calls():
     m,xb = Twice(),torch.randn(2, 5, 4)
     once,twice = m.lin(xb),m.lin(m.lin(xb))
     with Capture(m, 'lin') as c: m(xb)
-    with pytest.warns(UserWarning, match="layer 'lin' ran several times in one forward: the last map counts"):
+    with pytest.warns(UserWarning, match="layer 'lin' ran several times before its map was read: the last one counts"):
         torch.testing.assert_close(c.maps['lin'], twice)
     with c: m(xb)
     with warnings.catch_warnings():
@@ -177,14 +177,39 @@ def test_a_module_with_several_names_has_a_run_for_each(inplace):
     steps = trace(m, xb)
     assert list(steps)[:4]==['0', '1', '2', '4'] and steps['1'].depth==2/5 # whose run that of '3' is not
 
-def test_an_encoder_that_nests_its_tensors_is_padded_with_zeros():
+def test_parents_that_run_in_another_order_than_they_are_named():
+    "Each name of a module has the last run, as nobody knows which is whose, and a warning says so"
+    act = nn.ReLU()
+    class UpDown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up,self.down = (nn.Sequential(nn.Linear(4, 4), act) for _ in range(2))
+        def forward(self, x): return self.up(self.down(x))
+    m,xb = UpDown(),torch.randn(3, 4)
+    with Capture(m, ['up.1', 'down.1']) as c: out = m(xb)
+    with pytest.warns(UserWarning, match="'up.1' ran several times"): assert torch.equal(c.maps['up.1'], out)
+
+def test_one_entry_for_several_forwards():
+    "Each is read before the next one, whose maps alone are kept"
+    act = nn.ReLU()
+    m = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+    batches = torch.randn(4, 3, 4)
+    want = [m[:2](xb) for xb in batches]
+    with warnings.catch_warnings(), Capture(m, ['0', '1', '3']) as c:
+        warnings.simplefilter('error')
+        for xb,first in zip(batches, want):
+            out = m(xb)
+            assert torch.equal(c.maps['1'], first) and torch.equal(c.maps['3'], out) and len(c.taps['0'].kept)==1
+
+def test_an_encoder_that_nests_its_tensors_is_refused_with_the_remedy():
     "PyTorch's own, in evaluation and with a mask of padding"
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    m,xb = nn.TransformerEncoder(layer, 2).eval(),torch.randn(3, 5, 8)
-    pad = torch.arange(5)>=torch.tensor([[3], [5], [2]])
-    with torch.no_grad(), Capture(m, ['layers.0', 'layers.1'], detach=True) as c: out = m(xb, src_key_padding_mask=pad)
-    assert torch.equal(c.maps['layers.1'], out) and c.maps['layers.0'].shape==out.shape
-    assert not c.maps['layers.0'][pad].any()
+    def encoder(**kw): return nn.TransformerEncoder(layer, 2, **kw).eval()
+    xb,pad = torch.randn(3, 5, 8),torch.arange(5)>=torch.tensor([[3], [5], [2]])
+    with pytest.raises(ValueError, match="'layers.0' gives a nested tensor.*enable_nested_tensor=False"):
+        with torch.no_grad(), Capture(m := encoder(), 'layers.0'): m(xb, src_key_padding_mask=pad)
+    with torch.no_grad(), Capture(m := encoder(enable_nested_tensor=False), 'layers.1') as c:
+        assert torch.equal(m(xb, src_key_padding_mask=pad), c.maps['layers.1'])
 
 def test_tuples_mappings_and_keyword_inputs():
     m,xb = Twice(),torch.randn(2, 5, 4)
