@@ -167,6 +167,7 @@ _sigmoid = {nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss,
             F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss}
 _outputs = {nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
             nn.BCELoss, nn.PoissonNLLLoss, F.binary_cross_entropy, F.poisson_nll_loss} # BCELoss takes probabilities
+_probable = {nn.BCELoss, F.binary_cross_entropy}
 _softmax = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ class Task:
     axis:int=None         # Where the classes are
     ignore_index:int=None # The label that does not count
     average:str=None      # What an ensemble averages: 'softmax', 'sigmoid' or 'none'
+    probabilities:bool=False # Are its outputs such, each between 0 and 1?
 
     @property
     def facts(self)->dict:
@@ -195,7 +197,7 @@ def task_of(
     axis,average = fact('axis'),_average(loss_func) or _average(inner)
     if axis is None and average=='softmax': axis = 1 # by PyTorch's own convention
     if average is None and axis is not None and getattr(loss_func, 'is_2d', True): average = 'softmax'
-    return Task(axis, fact('ignore_index'), average)
+    return Task(axis, fact('ignore_index'), average, any(_kinds(f) & _probable for f in (loss_func, inner)))
 
 # %% ../../nbs/core/task.ipynb #c10076df
 def has_class(
@@ -215,6 +217,8 @@ def known_axis(
     "The first that is known; 1, by PyTorch's own convention, if none is"
     return next((o for o in axes if o is not None), 1)
 
+def _kinds(f): return {f} if callable(f) and not isinstance(f, nn.Module) else set(type(f).__mro__)
+
 def _average(f):
-    kinds = {f} if callable(f) and not isinstance(f, nn.Module) else set(type(f).__mro__)
+    kinds = _kinds(f)
     return 'sigmoid' if kinds & _sigmoid else 'none' if kinds & _outputs else 'softmax' if kinds & _softmax else None

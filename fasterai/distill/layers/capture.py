@@ -67,11 +67,16 @@ class _Tap:
         t = first_tensor(self.place.choose(out), self.name)
         if self.detach: t = t.detach()
         if t.is_nested: self._refuse_nested()
-        if not self.every: del self.kept[:None if self.was_read else -self.of]
-        self.was_read = False
+        if not self.every: self._make_room()
         uncounted = torch.compiler.is_compiling() or t.is_inference()
         if uncounted: self.kept.append((t.clone(), None, None))
         else: self.kept.append((t, t._version, t.clone() if self.copying else None))
+
+    def _make_room(self):
+        if not torch.compiler.is_compiling() and self.was_read: # compiled code would be guarded by it
+            self.kept.clear()
+            self.was_read = False
+        del self.kept[:-self.of]
 
     def read(self):
         if not self.every: self._say_what_is_left_out()

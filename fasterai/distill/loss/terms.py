@@ -8,7 +8,6 @@ __all__ = ['Term', 'as_terms', 'with_hypers', 'OUTPUTS', 'FROM_TASK']
 # %% ../../../nbs/distill/loss/terms.ipynb #5f8ca46f
 import inspect
 import math
-import warnings
 from functools import partial
 from typing import Callable
 
@@ -46,7 +45,6 @@ class Term:
                             "of loss to weight")
         if not 0<=weight<math.inf: raise ValueError(f"the weight of a loss must be 0 or more, got {weight}")
         base,bound = _unwrap(loss)
-        _warn_of_method(base)
         if isinstance(base, type):
             raise TypeError(f"loss must be an instance, got the class {base.__name__}: write {base.__name__}()")
         self.loss = loss
@@ -71,13 +69,6 @@ class Term:
     def __repr__(self):
         kw = ', '.join(f'{k}={v}' for k,v in self.hypers.items() if k not in FROM_TASK and v is not None)
         return f"{'' if self.weight==1 else f'{self.weight:g}*'}{self.name}" + (f'({kw})' if kw else '')
-
-# %% ../../../nbs/distill/loss/terms.ipynb #5c19f7eb
-def _warn_of_method(f):
-    m = getattr(f, '__self__', None)
-    if not isinstance(m, nn.Module) or not any(p.requires_grad for p in m.parameters()): return
-    warnings.warn(f"{f.__name__} is a method of a {type(m).__name__}, whose parameters do not train by it: hand over "
-                  "the module, whose forward is the loss, or freeze it")
 
 # %% ../../../nbs/distill/loss/terms.ipynb #9bd302cf
 @patch

@@ -19,9 +19,8 @@ class Column:
     def is_like(self,
         other:'Column', # Of another table
     )->bool:
-        "Does the same number mean the same in both?"
-        filled_alike = self.fill==other.fill or '' in (self.fill, other.fill)
-        return (self.name, self.how)==(other.name, other.how) and filled_alike
+        "Does the same number mean the same in both, unless one was missing?"
+        return (self.name, self.how)==(other.name, other.how)
 
 # %% ../../../nbs/distill/teacher/columns.ipynb #f0c6c7e5
 def columns_of(
@@ -50,13 +49,20 @@ def columns_for(
     unlike = [o.name for t,s in pairs for o in t if not any(map(o.is_like, s))]
     if unlike: _refuse_unlike(unlike)
     places = [[[p.name for p in s].index(o.name) for o in t] for t,s in pairs]
+    said = _filled_otherwise(pairs)
     n,m = (sum(map(len, o)) for o in (teacher, student))
-    if n==m and all(p==sorted(p) for p in places): return None,[]
+    if n==m and all(p==sorted(p) for p in places): return None,said
     def tfm(*xb): return (*(x[:, p] for x,p in zip(xb, places)), *xb[2:])
     what = 'are in another order' if n==m else f"are {n} of the student's {m}"
-    return tfm,[f"the columns of its table {what}: it is given its own, in its order"]
+    return tfm,[f"the columns of its table {what}: it is given its own, in its order", *said]
+
+def _filled_otherwise(pairs):
+    "A line where both fill a column, by numbers that are not the same"
+    fills = [(o.name, o.fill, s.fill) for t,ss in pairs for o in t for s in ss if o.name==s.name]
+    found = [f'{name} by {a} ({b} here)' for name,a,b in fills if a and b and a!=b]
+    return [f"missing numbers were filled otherwise in its table: {', '.join(found)}"] if found else []
 
 def _refuse_unlike(names):
     raise ValueError(f"the student's table has no column like the teacher's {', '.join(map(repr, names[:5]))}: it is "
-                     "not there, or its categories are numbered, or its numbers filled or normalised, otherwise; make "
-                     "both with the same procs (`to.new`), or say tfms=")
+                     "not there, or its categories are numbered, or its numbers normalised, otherwise; make both with "
+                     "the same procs (`to.new`), or say tfms=")

@@ -24,8 +24,8 @@ from ...core.task import task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .columns import columns_for, columns_of
-from .datasets import classes_in, statistics_in
-from .inputs import Renormalize, statistics_of
+from .datasets import with_what_items_say
+from .inputs import Renormalize, changes_of, say_changes, statistics_of
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Facts:
     columns:tuple=None # Of a table, as `columns_of` has them
     images:tuple=field(default=(), compare=False) # Is an input one of images? None where nobody knows
     axis:int=field(default=None, compare=False)   # Where the classes are, as the task's loss says
+    by_items:bool=field(default=False, compare=False) # Is it a PyTorch data set's own transform that normalises?
+    loosely:bool=field(default=False, compare=False)  # Are the classes as such a data set calls them, for any use?
     changes:tuple=field(default=(), compare=False) # Events by which a callback may change a batch or an answer
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #b650143d
@@ -45,31 +47,25 @@ def facts_of(
     learn, # A `Learner`, or anything with `dls`
 )->Facts:
     "The `Facts` that its `DataLoaders` tell; none without `DataLoaders`"
-    dls,own = getattr(learn, 'dls', None),dict(axis=_axis_of(learn), changes=_changes_of(learn))
+    dls,own = getattr(learn, 'dls', None),dict(axis=_axis_of(learn), changes=changes_of(learn))
     if dls is None or not getattr(dls, 'loaders', None): return Facts(**own)
     words,classes = _vocabularies(dls)
     kinds = _kinds(dls)
     norm = _normalizer(dls, kinds)
-    stats = statistics_in(getattr(dls.loaders[0], 'dataset', None)) if norm is None else norm
-    stats = None if stats is None else tuple(statistics_of(stats))
-    return Facts(classes, words, stats, _image_size(dls), columns_of(dls), _images(kinds, norm), **own)
+    stats = None if norm is None else tuple(statistics_of(norm))
+    facts = Facts(classes, words, stats, _image_size(dls), columns_of(dls), _images(kinds, norm), **own)
+    ds = getattr(dls.loaders[0], 'dataset', None)
+    return facts if hasattr(ds, 'tls') else with_what_items_say(facts, ds)
 
 def _axis_of(learn):
     task = task_of(getattr(learn, 'loss_func', None))
     return task.axis if task.average=='softmax' else None # of others fastai says one that is of no use
 
-def _changes_of(learn):
-    "Of the user's callbacks; fastai's and ours are for training, or are asked elsewhere"
-    cbs = [o for o in getattr(learn, 'cbs', ()) if o.run_valid and 'view' not in vars(o)]
-    kinds = [type(o) for o in cbs if not type(o).__module__.startswith(('fastai.', 'fasterai.'))]
-    return tuple(f'{k.__name__}.{e}' for k in kinds for e in ('before_batch', 'after_pred') if hasattr(k, e))
-
 def _vocabularies(dls):
     "The words of a text's input and the classes of the target; None where there are several, or none"
-    ds = getattr(dls.loaders[0], 'dataset', None)
-    if lists := getattr(ds, 'tls', None): words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
+    lists = getattr(getattr(dls.loaders[0], 'dataset', None), 'tls', None)
+    if lists: words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
     else: words,classes = _of_vocab(getattr(dls, 'vocab', None))
-    if classes is None and not lists: classes = classes_in(ds)
     if classes is None: classes = next((f.codes for f in _transforms(dls) if hasattr(f, 'codes')), None)
     return tuple(None if o is None else tuple(map(str, o)) for o in (words, classes))
 
@@ -230,10 +226,10 @@ def agree(
     if teacher.words and student.words and teacher.words!=student.words:
         raise ValueError("the teacher reads another vocabulary of words than the student: tokenize and number both "
                          "alike, with `vocab=` of the one for the data of the other")
-    places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, [])
+    places,said_classes = _pick_classes(teacher, student, logits) if pick else (None, _say_order(teacher, student))
     renormalize,said_statistics = _renormalize(teacher, student) if tfm else (None, [])
     own_columns,said_columns = columns_for(teacher.columns, student.columns) if tfm else (None, [])
-    said_size = [*_say_size(teacher, student), *_say_changes(teacher, student)] if tfm else []
+    said_size = [*_say_size(teacher, student), *say_changes(teacher.changes, student.changes)] if tfm else []
     n = None if places is None else len(teacher.classes)
     where = _axes(teacher.axis, student.axis, axis) if pick else ()
     lines = *said_classes,*said_statistics,*said_columns,*said_size
@@ -244,10 +240,17 @@ def _axes(teacher, student, said):
     return () if student is None else (teacher,) if said is None else (None, student)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #37f651a4
+def _say_order(teacher, student):
+    t,s = teacher.classes,student.classes
+    if not t or not s or t==s or {*t}!={*s}: return []
+    return [f"its classes are {', '.join(map(repr, t[:10]))}, the student's are in another order, and select= has to "
+            "see to that"]
+
 def _pick_classes(teacher, student, logits):
     t,s = teacher.classes,student.classes
     if not t or not s or t==s: return None,[]
     unknown = [c for c in s if c not in t]
+    if (teacher.loosely or student.loosely) and (unknown or len(s)!=len(t)): return None,[] # other words, or labels
     if unknown and not logits: return None,[]
     if unknown:
         raise ValueError(f"classes: the teacher does not know the student's {', '.join(map(repr, unknown[:5]))} "
@@ -264,6 +267,9 @@ def _renormalize(teacher, student):
         return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
                      "tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or same_statistics(t, s): return None,[]
+    if s is None and teacher.by_items:
+        return None,["its data set normalises images, and of the student's nothing is known: if it does not, say how "
+                     "the teacher's are, Teacher(..., normalize=(mean, std))"]
     n,renormalize = _channels(t, s),Renormalize(s, t)
     def tfm(*xb):
         found = _images_among(xb, student.images, n)
@@ -317,12 +323,6 @@ def _say_size(teacher, student):
     (h,w),(a,b) = teacher.size,student.size
     return [f"it was trained on images of {h}x{w}, and sees {a}x{b} here; "
             f"Teacher(..., size={h if h==w else (h, w)}) gives it its own size"]
-
-def _say_changes(teacher, student):
-    own = [o for o in teacher.changes if o not in student.changes]
-    if not own: return []
-    return [f"{', '.join(own)} of its Learner's callbacks is not called here; what it changes of inputs and answers, "
-            "Teacher(..., tfms=, select=) can do"]
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #a405cde2
 def other_channels(

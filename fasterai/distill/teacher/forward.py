@@ -219,22 +219,23 @@ class _Watched(nn.Module):
     def __init__(self, net, layers):
         super().__init__()
         self.net = twin(net)
-        self.maps = {}
-        self.places = {k:tap.place for k,tap in Capture(net, layers, kind='layer of the teacher').taps.items()}
-        for key,place in self.places.items():
-            m = get_module_by_name(self.net, place.module)
+        self.runs = {}
+        self.taps = Capture(net, layers, kind='layer of the teacher').taps
+        for key,tap in self.taps.items():
+            place,m = tap.place,get_module_by_name(self.net, tap.place.module)
             if place.comes_in: # `given` are the arguments and the keywords
                 m.register_forward_pre_hook(lambda m, *given, k=key: self.keep(k, given), with_kwargs=True)
             else: m.register_forward_hook(lambda m, args, out, k=key: self.keep(k, out))
 
     def keep(self, key, o):
-        place = self.places[key]
-        self.maps[key] = first_tensor(place.choose(o), place.name).clone()  # an in-place op may come next
+        place = self.taps[key].place
+        t = first_tensor(place.choose(o), place.name).clone()  # an in-place op may come next
+        self.runs[key] = [*self.runs.get(key, ()), t]
 
     def forward(self, *xb):
-        self.maps = {}
+        self.runs = {}
         out = self.net(*xb)
-        return out, {k:self.maps[k] for k in self.places}
+        return out, {k:self.runs[k][tap.turn if len(self.runs[k])==tap.of else -1] for k,tap in self.taps.items()}
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #d594ddd1
 class Engine:

@@ -56,7 +56,7 @@ def with_said(
     said = {} if classes is None else dict(classes=tuple(map(str, classes)))
     twice = [c for c,n in Counter(said.get('classes')).items() if n>1]
     if twice: raise ValueError(f"classes: each is another one, and {', '.join(map(repr, twice[:5]))} is named twice")
-    if normalize is not None: said['normalize'] = tuple(statistics_of(normalize))
+    if normalize is not None: said |= dict(normalize=tuple(statistics_of(normalize)), by_items=False)
     if size is not None: said['size'] = None # nothing to say of it
     return replace(facts, **said)
 

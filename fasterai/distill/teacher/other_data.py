@@ -28,17 +28,25 @@ def refuse_other_data(
     "ValueError for other classes, words or columns, or another normalisation; nothing where one side tells nothing"
     here = facts_of_data(data)
     if Facts() in (here, known): return
-    if classes and here.classes and known.classes and here.classes!=known.classes[:len(here.classes)]:
+    if classes and _call_classes_otherwise(here, known):
         raise ValueError(f"{what}: its classes are {first_few(here.classes)}, {whose} {first_few(known.classes)}: "
                          "make it with the same vocab")
     if here.words and known.words and here.words!=known.words:
         raise ValueError(f"{what}: its words are numbered otherwise than {whose}: make it with the same vocab")
-    if here.columns and known.columns and here.columns!=known.columns:
-        raise ValueError(f"{what}: its table has other columns or another order of them, or numbers, fills or "
-                         f"normalises them otherwise than {whose}: make it with the same procs (`to.new`)")
+    if here.columns and known.columns and not _same_columns(here.columns, known.columns):
+        raise ValueError(f"{what}: its table has other columns or another order of them, or numbers or normalises them "
+                         f"otherwise than {whose}: make it with the same procs (`to.new`)")
     if same_statistics(here.normalize, known.normalize) or not (_tells(here) and _tells(known)): return
     raise ValueError(f"{what}: its pictures are {said_statistics(here.normalize)}, and {whose} are "
                      f"{said_statistics(known.normalize)}: {_normalise_as(known, here, data)}")
+
+def _call_classes_otherwise(here, known):
+    a,b = here.classes,known.classes
+    if not a or not b or a==b[:len(a)]: return False
+    return {*a}=={*b} or not (here.loosely or known.loosely) # a PyTorch data set may call them otherwise
+
+def _same_columns(a, b):
+    return all(len(o)==len(p) and all(c.is_like(d) for c,d in zip(o, p)) for o,p in zip(a, b))
 
 def _tells(facts):
     "Is it known how pictures are normalised? Tensors without a `Normalize` may be so by hand"

@@ -110,16 +110,11 @@ def mask_of(
     if callable(mask): return mask(*xb)
     if isinstance(mask, int):
         if not -len(xb)<=mask<len(xb): raise ValueError(f"mask: the batch has {len(xb)} inputs, got number {mask}")
-        return _counting(xb[mask])
+        return xb[mask]
     names = [k for o in xb if isinstance(o, Mapping) for k in o]
     name = mask or 'attention_mask'
-    if name in names: return _counting(next(o[name] for o in xb if isinstance(o, Mapping) and name in o))
+    if name in names: return next(o[name] for o in xb if isinstance(o, Mapping) and name in o)
     if mask is not None: raise ValueError(unknown_name('mask', mask, names))
-
-def _counting(mask):
-    "One that is added to scores has 0 where a position counts, and what is below 0 elsewhere"
-    floats = isinstance(mask, Tensor) and mask.is_floating_point()
-    return mask==0 if floats and (mask<=0).all() else mask
 
 # %% ../../../nbs/distill/training/lesson.ipynb #6baf7e02
 def detached(outputs:dict)->dict:

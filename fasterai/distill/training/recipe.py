@@ -223,7 +223,7 @@ def arguments(self:Recipe,
     instead=None, # A loss that is to take the place of this one's
 )->dict:
     """What `Recipe.of`, and with a teacher the callback, makes this recipe from; modules are copies. Without weights
-    that nobody said, where `instead` is the name of a loss, which brings its own"""
+    that nobody said, where there is `instead`, for which they were not"""
     loss,layers = [Term(deepcopy(o.loss), o.weight) for o in self.terms],{}
     if self.layers_s: layers['activations_student'] = list(self.layers_s)
     if self.layers_t: layers['activations_teacher'] = list(self.layers_t)
@@ -231,7 +231,7 @@ def arguments(self:Recipe,
     given = dict(loss=loss, **layers, weight=self.weight, schedule=self.schedule, task_weight=self.task_weight,
                  adapters=deepcopy(self.adapters), schedules=self.schedules, start_pct=start, end_pct=end,
                  select=self.select, valid=self.valid, mask=self.mask)
-    if not isinstance(instead, str): return given
+    if instead is None: return given
     return {k:v for k,v in given.items() if not isinstance(v, _Unsaid)}
 
 @patch

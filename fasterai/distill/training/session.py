@@ -24,7 +24,7 @@ from ..teacher.protocol import accepted, asking, refuse_shared
 from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
-from .first_look import check_first, warn_of_no_graph, warn_of_softmax
+from .first_look import check_first, warn_of_methods, warn_of_no_graph, warn_of_softmax
 from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import load_states, remember
 from .lesson import (
@@ -119,6 +119,7 @@ def _look_at(self:Session, model):
 def _begin_teacher(self:Session, record):
     "Let the teacher get ready, unless an outer fit has, and ask it for no more than the losses name"
     teacher,task = self.kd.teacher,task_of(self.learn.loss_func)
+    if record: warn_of_methods(self.kd.recipe.terms, self.learn.model)
     if record and self.kd.recipe.select is None: warn_of_softmax(self.kd.recipe.terms, task)
     question = dict(layers=self.kd.recipe.layers_t, logits='teacher_pred' in self.kd.recipe.needs)
     if self.outer is None or self.outer.ask is None:

@@ -177,10 +177,15 @@ def test_a_loss_without_a_gradient_is_said(number):
 def test_a_loss_that_is_a_method_of_a_module_does_not_train_it():
     class Head(nn.Linear):
         def loss(self, pred, teacher_pred): return F.mse_loss(self(pred), teacher_pred)
-    with pytest.warns(UserWarning, match='loss is a method of a Head.*hand over'): KD(teacher(), Head(3, 3).loss)
+    class Own(nn.Sequential):
+        def loss(self, pred, teacher_pred): return F.mse_loss(pred, teacher_pred)
+    student = Own(net())
+    with pytest.warns(UserWarning, match='loss is a method of a Head.*hand over'):
+        learner().fit(1, cbs=KD(teacher(), Head(3, 3).loss))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        KD(teacher(), Head(3, 3).requires_grad_(False).loss)
+        learner().fit(1, cbs=KD(teacher(), Head(3, 3).requires_grad_(False).loss))
+        learner(student).fit(1, cbs=KD(teacher(), student.loss))
 
 
 def test_hyper_parameters_beside_the_loss_go_to_those_that_name_them():

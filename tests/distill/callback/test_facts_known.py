@@ -16,7 +16,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fasterai.distill.layers.matching import match_feature_layers
-from fasterai.distill.losses import NKD, BinaryKD, DecoupledKD, FitNet, Logits, Similarity, SoftTarget
+from fasterai.distill.losses import DIST, NKD, BinaryKD, DecoupledKD, FitNet, Logits, Similarity, SoftTarget
 from fasterai.distill.teacher.protocol import BaseTeacher
 from fasterai.distill.teacher.teacher import Teacher
 from fasterai.distill.training.keep_batch import on_copies
@@ -185,20 +185,49 @@ class Probable(nn.Module):
     def __init__(self, inner, last): super().__init__(); self.net,self.last = inner,last
     def forward(self, x): return self.last(self.net(x))
 
-@pytest.mark.parametrize('last, loss, logits', [(nn.Softmax(1), SoftTarget, lambda p: p.clamp(min=1e-8).log()),
-                                                (nn.Sigmoid(), BinaryKD, lambda p: p.clamp(1e-6, 1-1e-6).logit())])
 @pytest.mark.parametrize('who', ['student', 'teacher'])
-def test_probabilities_are_told_from_logits(last, loss, logits, who):
+def test_probabilities_of_classes_are_told_from_logits(who):
     def first(select=None):
-        s,t = (Probable(make(), last) if who==o else make() for o,make in (('student', net), ('teacher', teacher)))
-        kd = KD(t, loss, **{'select_teacher' if who=='teacher' else 'select': select})
+        sides = ('student', net()),('teacher', teacher())
+        s,t = (Probable(m, nn.Softmax(1)) if who==o else m for o,m in sides)
+        kd = KD(t, SoftTarget, **{'select_teacher' if who=='teacher' else 'select': select})
         return first_value(kd, s, data(), lambda p,y: F.mse_loss(p, F.one_hot(y, p.shape[1]).float()))
     with pytest.warns(UserWarning, match=f"the {who}'s answers are probabilities.*select="): wrong = first()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        right = first(logits)
-        other = first_value(KD(teacher(), loss), net(), data(), nn.CrossEntropyLoss())
+        right = first(lambda p: p.clamp(min=1e-8).log())
+        other = first_value(KD(teacher(), SoftTarget), net(), data(), nn.CrossEntropyLoss())
     assert right==pytest.approx(other, rel=2e-4)!=wrong
+
+
+def test_probabilities_of_labels_one_by_one_are_told_from_logits():
+    "Of the student by its task's loss, as one that knows nothing may have small logits; of a teacher by its answers"
+    class Labels(nn.BCELoss):
+        def forward(self, p, y): return super().forward(p, F.one_hot(y, 3).float())
+    class LabelLogits(nn.BCEWithLogitsLoss):
+        def forward(self, z, y): return super().forward(z, F.one_hot(y, 3).float())
+    def logit(p): return p.clamp(1e-6, 1-1e-6).logit()
+    def first(s, t, task, **kw): return first_value(KD(t, BinaryKD, **kw), s, data(), task())
+    sure = Probable(teacher(), lambda z: 3*(z-z.mean())/z.std())
+    with pytest.warns(UserWarning, match="task's loss takes probabilities, and BinaryKD compares logits: select="):
+        first(Probable(net(), nn.Sigmoid()), sure, Labels)
+    with pytest.warns(UserWarning, match="the teacher's answers are probabilities.*select="):
+        first(net(), Probable(sure, nn.Sigmoid()), LabelLogits)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        want = first(net(), sure, LabelLogits)
+        assert first(Probable(net(), nn.Sigmoid()), sure, Labels, select=logit)==pytest.approx(want, rel=1e-4)
+        probable = first(net(), Probable(sure, nn.Sigmoid()), LabelLogits, select_teacher=logit)
+        assert probable==pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize('mask, said', [(torch.tensor([0., -1e4]), 'added to scores'),
+                                        (torch.zeros(2), 'nothing counts')])
+def test_a_mask_the_other_way_round_is_told(mask, said):
+    def way(ids): return mask.repeat(3).expand(ids.shape)
+    heard = pytest.raises(ValueError, match=said) if mask.any() else pytest.warns(UserWarning, match=said)
+    kd = KD(Teacher(Tagger(8, 1), axis=-1), Logits, mask=way)
+    with heard: first_value(kd, Tagger(8), tokens(), own_loss)
 
 
 # --- masks --------------------------------------------------------------------
@@ -255,6 +284,8 @@ def test_a_loss_by_name_takes_its_authors_recipe():
         assert kd_0.replace(loss='DIST').equation()==KD(teacher(), 'DIST').equation()
     said = KD(teacher(), 'DIST', weight=3., task_weight=0.2).replace(T=1)
     assert said.replace(loss='SoftTarget').equation()=='0.2*task + 3*SoftTarget(T=4)'
+    for other in (DIST, {'DIST': 1}):
+        assert KD(teacher(), 'SoftTarget').replace(loss=other).equation()==KD(teacher(), other).equation()
     assert KD(teacher(), 'DIST', weight=KD(teacher()).recipe.weight).recipe.weight==0.5
     with pytest.raises(ValueError, match="did you mean 'SoftTarget'"): KD(teacher(), 'SoftTargets')
     learner().fit(1, cbs=kd)

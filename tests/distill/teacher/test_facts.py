@@ -271,14 +271,16 @@ def table(cats='uv', order='cd', conts='xz', shift=0., fill=0.):
     to = TabularPandas(df, procs, list(order), list(conts), y_names='y', splits=[list(range(n))]*2)
     return to.dataloaders(bs=n, num_workers=0, shuffle=False, device='cpu')
 
-def test_tables_that_number_normalise_or_fill_otherwise_are_refused():
+def test_tables_that_number_or_normalise_otherwise_are_refused():
     def facts(**kw): return facts_of(NS(dls=table(**kw)))
     assert agree(facts(), facts()).lines==()
     plain = dict(shift=None)
     for one,other,name in [(facts(cats='vw'), facts(), 'c'), (facts(shift=5.), facts(), 'x'),
-                           (facts(), facts(conts='z'), 'x'), (facts(**plain), facts(**plain, fill=5.), 'x')]:
+                           (facts(), facts(conts='z'), 'x')]:
         with pytest.raises(ValueError, match=f"no column like the teacher's '{name}'.*same procs"): agree(one, other)
         assert agree(one, other, tfm=False).tfm is None
+    filled = agree(facts(**plain), facts(**plain, fill=5.))
+    assert filled.tfm is None and filled.lines==('missing numbers were filled otherwise in its table: x by 0 (5 here)',)
 
 @pytest.mark.parametrize('theirs,ours', [('cde xzw', 'dce xzw'), ('cde xzw', 'ced wxz'),
                                          ('c xz', 'dce xwz')])
@@ -313,7 +315,7 @@ def test_statistics_of_other_channels():
         heard(Teacher(model(3, 1), **four), images(list('abc'), mean=.5))
 
 
-def torchs(classes, mean, std=.5):
+def torchs(classes, mean, std=.5, names='abc'):
     "PyTorch's own loaders of a data set that says what torchvision's say"
     from torch.utils.data import DataLoader, Dataset, Subset
     from torchvision import transforms as T
@@ -322,7 +324,7 @@ def torchs(classes, mean, std=.5):
             self.classes,self.transform = classes,T.Compose([T.Normalize([mean]*3, [std]*3)])
             self.x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         def __len__(self): return 8
-        def __getitem__(self, i): return self.transform(self.x[i]),self.classes.index('abc'[i%3])
+        def __getitem__(self, i): return self.transform(self.x[i]),self.classes.index(names[i%3])
     return DataLoaders(*[DataLoader(Subset(Pictures(), range(8)), 4)]*2, device='cpu')
 
 @pytest.mark.parametrize('fastais', [False, True], ids=["PyTorch's data", "fastai's data"])
@@ -331,3 +333,18 @@ def test_classes_and_normalisation_of_torchs_data_sets(fastais):
     theirs = images(list('cab'), mean=.2, names='abc') if fastais else torchs(list('cab'), .2)
     for x,z in heard(learner(net, theirs), torchs(list('abc'), .6)):
         torch.testing.assert_close(z, net(x+(.6-.2)/.5)[:, [1, 2, 0]])
+
+def test_what_a_torch_data_set_calls_otherwise_is_left_alone(capsys):
+    "Other words for the classes, and a student whose data set does not say how it normalises"
+    net = model(3, 1)
+    for x,z in heard(learner(net, torchs(['Cat', 'Dog', 'Owl'], .2, names='Cat Dog Owl'.split())), images(list('abc'))):
+        torch.testing.assert_close(z, net(x))
+    assert "of the student's nothing is known" in capsys.readouterr().out
+    known = Teacher(learner(net, torchs(list('abc'), .2)), normalize=([.2]*3, [.5]*3))
+    for x,z in heard(known, images(list('abc'))): torch.testing.assert_close(z, net((x-.2)/.5))
+
+def test_a_select_has_to_see_to_another_order(capsys):
+    net = model(3, 1)
+    teacher = Teacher(learner(net, images(list('cab'), names='abc')), select=lambda z: z)
+    for x,z in heard(teacher, images(list('abc'))): torch.testing.assert_close(z, net(x))
+    assert "are in another order, and select= has to see to that" in capsys.readouterr().out

@@ -86,6 +86,13 @@ def test_fastai_tensors_and_channels_last_batches(net, x):
     assert type(pred) is torch.Tensor and type(fm['0']) is torch.Tensor and rel_err(pred, plain(net, x))<1e-6
 
 @pytest.mark.parametrize('opts', [{}, dict(compile=dict(backend='eager'))])
+def test_each_name_of_a_layer_has_its_run(opts):
+    act = nn.ReLU()
+    net,x = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act).eval(),torch.randn(3, 4)
+    maps = Teacher(net, **opts)(x, layers=['1', '3'])[1]
+    torch.testing.assert_close(maps, {'1': net[:2](x), '3': net(x)}, check_device=False)
+
+@pytest.mark.parametrize('opts', [{}, dict(compile=dict(backend='eager'))])
 def test_a_layer_asked_for_twice(net, x, opts):
     fm = Teacher(net, **opts)(x, layers=['3', '1', '3'])[1]
     assert list(fm)==['3', '1', '3#2'] and torch.equal(fm['3'], fm['3#2'])
