@@ -19,8 +19,9 @@ from fastai.data.transforms import (IndexSplitter, Normalize, RandomSplitter, Re
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageBlock
-from fastai.vision.utils import verify_images
+from fastai.vision.utils import verify_image
 from fastcore.basics import tuplify, using_attr
+from fastcore.parallel import parallel
 from PIL import Image
 
 from ..core.names import first_few, whole_number
@@ -50,7 +51,8 @@ def _readable(path):
     results = {f.parent for f in plans if '"training_images"' in f.read_text(errors='replace')}
     files = [f for f in files if f.parent not in results] # of `fasterai_distill`, whose figures are no pictures
     if not files: raise ValueError(f"no images in {str(path)!r}")
-    bad = set(verify_images(files))
+    sound = parallel(verify_image, files, threadpool=True) # a fork could hang on what other libraries hold
+    bad = {f for f,is_sound in zip(files, sound) if not is_sound}
     for f in bad: print(f"skipped {f}: {_what_is_wrong(f)}")
     good = [f for f in sorted(files) if f not in bad]
     if not good: raise ValueError(f"no readable image in {str(path)!r}")
