@@ -42,7 +42,16 @@ class FileCheck:
     @property
     def differs(self)->bool:
         "Is it shown that the file scores otherwise than the student?"
-        return bool(self._row()[f'{self._metric()}_p']<.05)
+        return not self._is_rounding() and bool(self._row()[f'{self._metric()}_p']<.05)
+
+    def _is_rounding(self):
+        "Are these the same numbers, but for their last digits?"
+        return self.same is None and self._most()<1e-6*abs(self._row()[self._metric()])
+
+    def _most(self):
+        "The largest difference in the interval"
+        r,m = self._row(),self._metric()
+        return max(abs(r[f'{m}_diff_lo']), abs(r[f'{m}_diff_hi']))
 
     def _metric(self): return self.table.attrs['metrics'][0]
     def _row(self): return self.table.loc[self.name]
@@ -61,9 +70,8 @@ def verdict(self:FileCheck)->str:
     if self.same==self.n:
         return f"{self.name} answers as the student does{', with other probabilities' if self.max_diff>1e-3 else ''}."
     if self.differs: return f"{self.name} is not as the student: its {m} differs by {r[f'{m}_diff']:+.4f}."
-    most = max(abs(r[f'{m}_diff_lo']), abs(r[f'{m}_diff_hi']))
-    if self.same is None and most<1e-6*abs(r[m]): return f"{self.name} answers as the student does."
-    if not most: most = 3/self.n # the rule of three for shares, where none differs
+    if self._is_rounding(): return f"{self.name} answers as the student does."
+    most = self._most() or 3/self.n # the rule of three for shares, where none differs
     return (f"{self.name}: no difference in {m} to the student could be shown; with {self.n} samples, one of more than "
             f"{most:.4f} is unlikely.")
 

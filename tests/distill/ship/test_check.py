@@ -72,7 +72,7 @@ def test_a_file_is_a_row_beside_learners(digits):
 
 
 def test_several_labels_and_numbers(tmp_path):
-    y = torch.randint(0, 2, (32, 3)).float()
+    y = torch.randint(0, 2, (32, 3), generator=torch.Generator().manual_seed(0)).float()
     learn = learner(dls=data(y=y), loss_func=BCEWithLogitsLossFlat(), metrics=accuracy_multi)
     check = check_file(export_student(learn, tmp_path/'s.onnx'), learn, min_time=.01)
     assert (check.same, check.n)==(32, 32) and check.max_diff<1e-5
@@ -80,6 +80,8 @@ def test_several_labels_and_numbers(tmp_path):
     check = check_file(tmp_path/'s.onnx', learn, min_time=.01)
     assert check.same is None and 'The outputs differ by' in str(check)
     assert check.verdict()=='s.onnx answers as the student does.'
+    check.table.loc['s.onnx', 'mse_p'] = .001 # as sure as differences of rounding may be
+    assert check.verdict()=='s.onnx answers as the student does.' and not check.differs
 
 
 def test_files_of_something_else_are_refused(digits, tmp_path):
