@@ -937,6 +937,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fasterai/distill/layers/names.py'),
                                                'fasterai.distill.layers.names.refuse_uncalled': ( 'distill/layers/names.html#refuse_uncalled',
                                                                                                   'fasterai/distill/layers/names.py'),
+                                               'fasterai.distill.layers.names.run_of_turn': ( 'distill/layers/names.html#run_of_turn',
+                                                                                              'fasterai/distill/layers/names.py'),
                                                'fasterai.distill.layers.names.turn_of': ( 'distill/layers/names.html#turn_of',
                                                                                           'fasterai/distill/layers/names.py'),
                                                'fasterai.distill.layers.names.unwrap': ( 'distill/layers/names.html#unwrap',

@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from ...core.names import one_of
 from .layout import layout_of
-from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, turn_of,
-                                           unwrap, wrapping)
+from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, run_of_turn,
+                                           turn_of, unwrap, wrapping)
 from .places import outputs_in, place_of
 
 # %% ../../../nbs/distill/layers/capture.ipynb #2cc7a176
@@ -52,7 +52,7 @@ class _Tap:
         self.name = place.name
         self.detach = detach            # cut off the graph?
         self.every = every              # keep what each run of the layer gives, or one run's only?
-        self.turn,self.of = turn        # which of the runs, where there are just so many; else the last one
+        self.turn = turn                # which of how many runs, as `turn_of` says
         self.said = False               # that others are left out
         self.was_read = False           # is what is kept of a forward that is over?
         self.kept = []                  # (tensor, its count of writes, its copy)
@@ -76,7 +76,7 @@ class _Tap:
         if not torch.compiler.is_compiling() and self.was_read: # compiled code would be guarded by it
             self.kept.clear()
             self.was_read = False
-        del self.kept[:-self.of]
+        del self.kept[:-self.turn[1]]
 
     def read(self):
         if not self.every: self._say_what_is_left_out()
@@ -85,10 +85,10 @@ class _Tap:
         return vals if self.every else vals[0]
 
     @property
-    def chosen(self): return self.kept[self.turn if len(self.kept)==self.of else -1]
+    def chosen(self): return run_of_turn(self.kept, self.turn)
 
     def _say_what_is_left_out(self):
-        if self.said or len(self.kept) in (1, self.of): return
+        if self.said or len(self.kept) in (1, self.turn[1]): return
         self.said = True
         warnings.warn(f"{self.place.kind} {self.name!r} ran several times before its map was read: the last one counts")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wrapping', 'unwrap', 'is_compiled', 'refuse_uncalled', 'get_model_layers', 'get_module_by_name', 'turn_of',
-           'layer_pairs', 'as_names']
+           'run_of_turn', 'layer_pairs', 'as_names']
 
 # %% ../../../nbs/distill/layers/names.ipynb #e814b571
 from typing import Iterable, Mapping
@@ -85,6 +85,14 @@ def turn_of(
     if type(parent).forward is not nn.Sequential.forward: return 0,1
     keys = [k for k,m in parent._modules.items() if m is parent._modules[key]]
     return keys.index(key),len(keys)
+
+def run_of_turn(
+    runs:list,           # What a module gave in each of its runs, in order
+    turn:tuple[int, int] # `turn_of` its name
+):
+    "The run that the name stands for, where there are as many as names; else the last"
+    i,n = turn
+    return runs[i if len(runs)==n else -1]
 
 # %% ../../../nbs/distill/layers/names.ipynb #f91cd1a6
 def layer_pairs(

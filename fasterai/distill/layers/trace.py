@@ -13,7 +13,7 @@ from torch import nn, strided, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .capture import as_found, tensors_in, to_model
-from .names import refuse_uncalled, turn_of, unwrap
+from .names import refuse_uncalled, run_of_turn, turn_of, unwrap
 
 # %% ../../../nbs/distill/layers/trace.ipynb #f717ab3f
 @dataclass
@@ -114,8 +114,7 @@ class _Tracer:
         "Of each module the run that its name stands for, as for `Capture`"
         by_name = {}
         for s in self.runs: by_name.setdefault(s.name, []).append(s)
-        chosen = {n: runs[turn if len(runs)==of else -1] for n,runs in by_name.items()
-                  for turn,of in [turn_of(model, n) if len(runs)>1 else (0, 1)]}
+        chosen = {n: run_of_turn(runs, turn_of(model, n)) for n,runs in by_name.items()}
         return {s.name:s for s in self.runs if s is chosen[s.name]}
 
 def trace(

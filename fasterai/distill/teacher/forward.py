@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ...core.task import logits_of
 from ..layers.capture import Capture, attributes_kept, first_tensor, tensors_in
-from ..layers.names import as_names, get_module_by_name, unwrap
+from ..layers.names import as_names, get_module_by_name, run_of_turn, unwrap
 from ..layers.places import place_of
 from .frozen import twin
 
@@ -235,7 +235,7 @@ class _Watched(nn.Module):
     def forward(self, *xb):
         self.runs = {}
         out = self.net(*xb)
-        return out, {k:self.runs[k][tap.turn if len(self.runs[k])==tap.of else -1] for k,tap in self.taps.items()}
+        return out, {k:run_of_turn(self.runs[k], tap.turn) for k,tap in self.taps.items()}
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #d594ddd1
 class Engine:
