@@ -59,7 +59,7 @@ hands = lambda ps: Adam(ps, .01, mom=.9, sqr_mom=.99, eps=1e-5, wd=0.), lambda p
 
 @pytest.mark.parametrize('opt,hand', zip(ones, hands), ids=['fastai','torch'])
 def test_two_fits_are_one_loop_with_one_state_of_the_optimizer(opt, hand, tmp_path):
-    "For student and adapter, with `lr_find` between, too; where `unfreeze` clears the student's states, both begin anew"
+    "Also with `lr_find` between; where `unfreeze` clears the student's states, the adapters' begin anew, too"
     def start():
         own = nn.Conv2d(4, 8, 1)
         with torch.no_grad():
@@ -163,6 +163,9 @@ def test_learned_weights_of_another_recipe_are_refused_once():
     with pytest.raises(ValueError, match=said): learner().fit(1, cbs=kd)
     learner().fit(1, cbs=kd)
     with pytest.raises(ValueError, match='the state is of nothing'): kd.load_learned({})
+    wider = KD(net(16, seed=1), FitNet, **layers)
+    wider.load_learned(kd.learned.state_dict())
+    with pytest.raises(ValueError, match="the state's adapters are of other sizes"): learner().fit(1, cbs=wider)
 
 
 def test_lookahead_draws_the_adapters_of_a_fit_to_their_own_past(tmp_path):
