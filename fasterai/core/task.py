@@ -13,7 +13,8 @@ from typing import Callable
 
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler
-from fastai.learner import CastToTensor
+from fastai.learner import CastToTensor, _cast_tensor
+from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import to_device
 from fastcore.basics import detuplify
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ def without_types(
     "The same in plain tensors, where the Learner trains on such, as all do that keep fastai's `CastToTensor`"
     if not any(isinstance(o, CastToTensor) for o in learn.cbs): return b
     def one(x): return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
-    return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, x) for x in b)
+    return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, _cast_tensor(x)) for x in b)
 
 # %% ../../nbs/core/task.ipynb #2f4f8a75
 def logits_of(
@@ -168,7 +169,7 @@ _sigmoid = {nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss,
 _outputs = {nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
             nn.BCELoss, nn.PoissonNLLLoss, F.binary_cross_entropy, F.poisson_nll_loss} # BCELoss takes probabilities
 _probable = {nn.BCELoss, F.binary_cross_entropy}
-_softmax = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
+_softmax = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, FocalLoss, LabelSmoothingCrossEntropy}
 
 @dataclass(frozen=True)
 class Task:

@@ -288,8 +288,9 @@ def terms_on(self:KnowledgeDistillationCallback,
     xb:tuple,  # Inputs of a batch, on the student's device
     yb:tuple,  # Its targets
 )->tuple:
-    """`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs. In a fit learned losses
-    learn nothing by it, be it a judge's step or a queue's next entry: they do from the fit's own batches"""
+    """`(task loss, {name: distillation loss})` on a batch, unweighted and with their graphs; without labels the former
+    is None. In a fit learned losses learn nothing by it, be it a judge's step or a queue's next entry: they do from the
+    fit's own batches"""
     self._refuse_teacherless()
     xb,yb = without_types(learn, xb),without_types(learn, yb)
     session = Session(self, learn, self.session if self.session and self.session.learn is learn else None)
@@ -300,7 +301,7 @@ def terms_on(self:KnowledgeDistillationCallback,
         pred,said = self.parts_of(learn, pred)
         before = writes_into(said)
         with evaluating(judges):
-            task = self.task_loss(learn)(pred, *yb)
+            task = self.task_loss(learn)(pred, *yb) if len(yb) else None
             refuse_written(said, before)
             return task,session.lesson(xb, yb, said)
 

@@ -81,6 +81,7 @@ def turn_of(
     "Which one this is of the names of its module in a `Sequential`, from 0 on, and how many there are; else (0, 1)"
     path,_,key = name.rpartition('.')
     parent = get_module_by_name(model, path)
+    if isinstance(parent, torch.jit.ScriptModule): refuse_uncalled(parent)
     if not name or not isinstance(parent, nn.Sequential): return 0,1
     if type(parent).forward is not nn.Sequential.forward: return 0,1
     keys = [k for k,m in parent._modules.items() if m is parent._modules[key]]

@@ -9,6 +9,7 @@ __all__ = ['Term', 'as_terms', 'with_hypers', 'OUTPUTS', 'FROM_TASK']
 import inspect
 import math
 from functools import partial
+from numbers import Real
 from typing import Callable
 
 from fastcore.basics import listify, patch
@@ -43,6 +44,9 @@ class Term:
         if not callable(loss):
             raise TypeError(f"loss must be a function or an nn.Module, got {loss!r}; several go in a list, or a dict "
                             "of loss to weight")
+        if not isinstance(weight, (Real, Tensor)):
+            raise TypeError(f"the weight of a loss must be a number, got {weight!r}; layers are named by "
+                            "activations_student and activations_teacher")
         if not 0<=weight<math.inf: raise ValueError(f"the weight of a loss must be 0 or more, got {weight}")
         base,bound = _unwrap(loss)
         if isinstance(base, type):

@@ -71,14 +71,15 @@ def _batches(learn, items, bs):
 def _take_statistics(learn, dl):
     "Let the BatchNorms of the Learner's model forget what they know, and learn the statistics of `dl`"
     layers = batch_norms(learn.model)
-    momenta = [m.momentum for m in layers]
+    were = [(m.momentum, m.running_mean.dtype) for m in layers]
     learn.model.to(dl.device).eval()
     for m in layers:
+        if m.running_mean.itemsize<4: m.float() # a mean in 16 bits stands still after some batches
         m.reset_running_stats()
         m.momentum = None # the plain mean over all batches
         m.train()
     for b in dl: learn.model(*seen_by_student(learn, split_batch(dl, b)[0]))
-    for m,was in zip(layers, momenta): m.momentum = was
+    for m,(momentum,dtype) in zip(layers, were): m.to(dtype).momentum = momentum
     learn.model.eval()
 
 # %% ../../../nbs/distill/methods/adapt.ipynb #c288f059

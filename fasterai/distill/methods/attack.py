@@ -22,7 +22,7 @@ from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from ..loss.base import kl_div
 from ..teacher.inputs import statistics_of
-from ..training.lesson import mixed
+from ..training.lesson import labels_of, mixed
 
 # %% ../../../nbs/distill/methods/attack.ipynb #f1393154
 def pgd(
@@ -229,16 +229,20 @@ def after_loss(self:Attack):
     learn = self.learn
     if not (self.natural and learn.training and self.clean is not None): return
     clean,n = self._clean_loss(),self.natural
+    if clean is None: return # there is nothing to learn by
     changed = learn.loss_grad.as_subclass(Tensor)
     learn.loss_grad = torch.lerp(changed, clean.to(changed.dtype), n)
     learn.loss = learn.loss_grad.detach().clone()
 
 @patch
 def _clean_loss(self:Attack):
-    "What would be backpropagated for the clean batch"
+    "What would be backpropagated for the clean batch; None without labels, where no teacher is asked"
     learn,kd = self.learn,self._distillation
     s = kd.teaching if kd is not None else None
-    if s is None or not s.asks(True):
-        return self._task_loss(learn.model(*seen_by_student(learn, self.clean)), *learn.yb).as_subclass(Tensor)
-    task,parts = kd.terms_on(learn, self.clean, learn.yb)
-    return mixed(task.as_subclass(Tensor), [parts[o.name] for o in kd.terms], kd.recipe, s.weight)
+    yb = learn.yb if s is None else labels_of(learn, s.fit.notes)
+    if s is not None and s.asks(True):
+        task,parts = kd.terms_on(learn, self.clean, yb)
+        task = None if task is None else task.as_subclass(Tensor)
+        return mixed(task, [parts[o.name] for o in kd.terms], kd.recipe, s.weight)
+    if not len(yb): return None
+    return self._task_loss(learn.model(*seen_by_student(learn, self.clean)), *yb).as_subclass(Tensor)

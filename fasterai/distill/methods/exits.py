@@ -165,7 +165,11 @@ def replace(self:DeepSupervision,
 ):
     "A new callback with other arguments, and exits that have learned nothing"
     self._refuse_teacherless()
-    rest = {k:v for k,v in self.recipe.arguments().items() if k not in ('loss', 'activations_student')}
+    own = {'teacher', 'loss', 'activations_student', 'activations_teacher'}
+    for k in own & {*changes}:
+        raise TypeError(f"DeepSupervision.replace: the network teaches its own exits, by a loss of their own, so there "
+                        f"is no {k}: give {', '.join(self.given)}, or make a KnowledgeDistillationCallback")
+    rest = {k:v for k,v in self.recipe.arguments().items() if k not in own}
     return type(self)(**{**self.given, **rest, **changes})
 
 # %% ../../../nbs/distill/methods/exits.ipynb #aaa729db

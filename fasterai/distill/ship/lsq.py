@@ -199,4 +199,15 @@ def lsq_quantized(
         layer = QuantizedLayer(model.get_submodule(name), max(bits, ends) if name in (order[0], order[-1]) else bits)
         layer.input_fake_quant.calibrate(x)
         put_module(model, name, layer.train(model.training))
+    _give_back(model, order, layers or (), batches)
     return model
+
+def _give_back(model, order, named, batches):
+    "Layers that go on as they are, since `model` calls them by another way than their name: none of them is quantized"
+    still = [n for n in order if n not in _watch(model, order, batches[:1])]
+    still = [n for n in still if n not in _watch(model, still, batches)] # some batches may go another way
+    for n in still: put_module(model, n, model.get_submodule(n).layer)
+    refused = still if len(still)==len(order) else [n for n in still if n in named]
+    if refused:
+        raise ValueError(f"layers: {', '.join(refused)} cannot be quantized, since the network does not call it by its "
+                         "name, but from a plain list, say: keep it in an nn.ModuleList")

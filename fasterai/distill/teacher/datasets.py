@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from .inputs import statistics_of
+from .inputs import in_a_row, statistics_of
 
 # %% ../../../nbs/distill/teacher/datasets.ipynb #f4e51362
 def classes_in(
@@ -45,8 +45,9 @@ def statistics_in(
     tfm = getattr(ds, 'transform', None)
     tfm = getattr(ds, 'transforms', None) if tfm is None else tfm
     if tfm is None: return _said_by_all(statistics_in, ds)
-    norm = next((f for f in _steps(tfm) if _is_normalize(f)), None)
-    return None if norm is None else tuple(tuple(torch.as_tensor(o).flatten().tolist()) for o in (norm.mean, norm.std))
+    norms = [(f.mean, f.std) for f in _steps(tfm) if _is_normalize(f)]
+    if not norms: return None
+    return tuple(tuple(torch.as_tensor(o).flatten().tolist()) for o in (in_a_row(norms) if norms[1:] else norms[0]))
 
 def _is_normalize(f): return type(f).__name__=='Normalize' and type(f).__module__.startswith('torchvision.')
 

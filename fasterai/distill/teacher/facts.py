@@ -13,7 +13,7 @@ from typing import Callable
 
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, Resize
 from fastai.vision.core import TensorImage
 from fastcore.basics import patch
@@ -25,7 +25,7 @@ from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .columns import columns_for, columns_of
 from .datasets import with_what_items_say
-from .inputs import Renormalize, changes_of, say_changes, statistics_of
+from .inputs import Renormalize, changes_of, in_a_row, say_changes
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ def facts_of(
     if dls is None or not getattr(dls, 'loaders', None): return Facts(**own)
     words,classes = _vocabularies(dls)
     kinds = _kinds(dls)
-    norm = _normalizer(dls, kinds)
-    stats = None if norm is None else tuple(statistics_of(norm))
-    facts = Facts(classes, words, stats, _image_size(dls), columns_of(dls), _images(kinds, norm), **own)
+    norms = _normalizers(dls, kinds)
+    images = _images(kinds, next(iter(norms), None))
+    stats = _statistics(dls, norms, images)
+    facts = Facts(classes, words, stats, _image_size(dls), columns_of(dls), images, **own)
     ds = getattr(dls.loaders[0], 'dataset', None)
     return facts if hasattr(ds, 'tls') else with_what_items_say(facts, ds)
 
@@ -113,10 +114,18 @@ def _in_batch(kind):
     return kind if isinstance(kind, type) and issubclass(kind, Tensor) else None
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #0ecc77d0
-def _normalizer(dls, kinds):
-    "The first `Normalize` that changes an input, as far as is known"
+def _normalizers(dls, kinds):
+    "The first `Normalize` that changes an input, as far as is known, and those that change the same ones after it"
     fs = [f for f in _transforms(dls) if isinstance(f, Normalize) and f.mean is not None]
-    return next((f for f in fs if not kinds or any(k is None or _changes(f, k) for k in kinds)), None)
+    found = [(f, _images(kinds, f)) for f in fs]
+    found = [(f, o) for f,o in found if not kinds or any(k is not False for k in o)]
+    return [f for f,o in found if o==found[0][1]]
+
+def _statistics(dls, norms, images):
+    "Of all that is done to them, beside a division of 0 to 255 by 255"
+    divs = [f.div for f in _transforms(dls) if isinstance(f, IntToFloatTensor)] if True in images else []
+    stats = [*((0., d/255) for d in divs if d!=255), *norms]
+    return in_a_row(stats) if stats else None
 
 def _changes(f, kind):
     x = torch.as_tensor(f.mean).detach().clone().as_subclass(kind)
@@ -198,20 +207,21 @@ def with_maps(self:Agreement,
     layers:tuple,  # Those of it whose maps are compared
 )->Agreement:
     "The same, which says so where classes are picked for the logits, and a map has them in the teacher's order"
-    found = [] if self.pick is None else [k for k in layers if _is_output(unwrap(net), k, self.n)]
+    found = [] if self.pick is None else [k for k in layers if _may_have_classes(unwrap(net), k, self.n)]
     if not found: return self
-    line = (f"the map of {', '.join(map(repr, found))} is its output, whose classes stay as the teacher has them: "
-            "compare these by a loss on logits, such as Logits, which are put in the student's order")
+    line = (f"the map of {', '.join(map(repr, found))} has a channel for each class, and keeps the teacher's order: if "
+            "these are the classes, compare them by a loss on logits, such as Logits, which are put in the student's "
+            "order")
     return replace(self, lines=(*self.lines, line))
 
-def _is_output(net, layer, n):
-    "Is it the whole network, or what ends in the last layer with weights, where that gives `n` classes?"
+def _may_have_classes(net, layer, n):
+    "Is it the whole network, or does it end in weights that give `n` channels: a head, one beside it, or any layer?"
     name,_,way = layer.partition(':')
     name = name.partition('[')[0]
     if way or not name: return not way
-    last = [(k, m) for k,m in net.named_modules() if next(m.parameters(recurse=False), None) is not None][-1:]
-    gives = [getattr(m, 'out_features', getattr(m, 'out_channels', None)) for _,m in last]
-    return gives==[n] and f'{last[0][0]}.'.startswith(f'{name}.')
+    inside = dict(net.named_modules()).get(name, nn.Identity()).modules()
+    last = [m for m in inside if next(m.parameters(recurse=False), None) is not None][-1:]
+    return any(getattr(m, k, None)==n for m in last for k in ('out_features', 'out_channels', 'num_features'))
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #1e89f56d
 def agree(
@@ -316,7 +326,9 @@ def same_statistics(
 )->bool:
     "Are images normalised alike, or neither?"
     if a is None or b is None: return a is b
-    return all(p.shape==q.shape and torch.allclose(p, q, atol=1e-3) for p,q in zip(a, b))
+    return all(_fit(p, q) and torch.allclose(*torch.broadcast_tensors(p, q), atol=1e-3) for p,q in zip(a, b))
+
+def _fit(p, q): return p.shape==q.shape or 1 in (p.numel(), q.numel())
 
 def _say_size(teacher, student):
     if not teacher.size or not student.size or teacher.size==student.size: return []

@@ -9,6 +9,7 @@ __all__ = ['average_of', 'step_towards', 'fitted_decay', 'EMA']
 import math
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Callable
 
 import torch
@@ -32,6 +33,19 @@ from .teacher import Teacher
 class _Average(AveragedModel):
     "Evaluates only, whoever puts what is around it in train mode"
     def train(self, mode=True): return super().train(False)
+
+    def of(self, net):
+        "The tensors of `net` that are averaged"
+        return chain(net.parameters(), net.buffers()) if self.use_buffers else net.parameters()
+
+    def fine(self, i, a):
+        "The `i`th of them, `a` of 16 bits, in 32, where a small step counts; anew where somebody has changed `a` since"
+        was = getattr(self, f'fine_{i}', None)
+        kept = was is not None and was.shape==a.shape
+        self.register_buffer(f'fine_{i}', torch.where(was.to(a.dtype)==a, was, a.float()) if kept else a.float())
+        return getattr(self, f'fine_{i}')
+
+def _is_coarse(t): return t.is_floating_point() and t.itemsize<4
 
 @contextmanager
 def _unobserved(net):
@@ -57,6 +71,7 @@ def average_of(
     except Exception as e:
         raise ValueError(f"EMA cannot follow a {name_of(student)}, which cannot be copied: {e}") from e
     averaged.update_parameters(student) # the first time, this copies
+    _move_coarse(averaged, student, 1.)
     return averaged.train()
 
 def _refuse_what_cannot_be_copied(student):
@@ -74,10 +89,12 @@ def step_towards(
     warm:bool=True,         # Less at first, as for the plain mean?
 ):
     "Move the average by a step of the student"
-    n = int(averaged.n_averaged) # the start is one of them
-    averaged.multi_avg_fn = partial(_move, min(n/(n+1), decay) if warm else decay)
-    _take_other_shapes(averaged.module, unwrap(student))
-    averaged.update_parameters(unwrap(student))
+    n,student = int(averaged.n_averaged),unwrap(student) # the start is one of them
+    if warm: decay = min(n/(n+1), decay)
+    averaged.multi_avg_fn = partial(_move, decay)
+    _take_other_shapes(averaged.module, student)
+    averaged.update_parameters(student)
+    _move_coarse(averaged, student, decay)
 
 def _take_other_shapes(average, student):
     "Buffers that have grown, such as what a layer saw last, are the student's: there is no mean of them"
@@ -86,9 +103,16 @@ def _take_other_shapes(average, student):
 
 def _move(decay, averaged, current, n):
     "Tensors of one device and kind"
+    if _is_coarse(averaged[0]): return
     if averaged[0].is_floating_point() or averaged[0].is_complex():
-        return get_ema_multi_avg_fn(decay)(averaged, current, n)
+        return get_ema_multi_avg_fn(decay)(averaged, [c.to(averaged[0].dtype) for c in current], n)
     for a,c in zip(averaged, current): a.copy_(c)
+
+@torch.no_grad()
+def _move_coarse(averaged, student, decay):
+    "Those of 16 bits, by their averages in 32"
+    for i,(a,s) in enumerate(zip(averaged.of(averaged.module), averaged.of(student))):
+        if _is_coarse(a): a.copy_(averaged.fine(i, a).lerp_(s.detach().to(a.device, torch.float32), 1-decay))
 
 # %% ../../../nbs/distill/teacher/following.ipynb #c5c02fdf
 def fitted_decay(

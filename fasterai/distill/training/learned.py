@@ -51,5 +51,8 @@ def load_states(
     def parts(keys): return ', '.join(dict.fromkeys(k.split('.')[0] for k in keys)) or 'nothing'
     try: own.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"load_learned: the state is of {parts(state)}, and what learns here is {parts(own)}: make "
-                         f"the callback with the same losses and layers ({e})") from e
+        here = own.state_dict().keys()
+        said = f"the state is of {parts(state)}, and what learns here is {parts(here)}"
+        if state.keys()==here: said = f"the state's {parts(state)} are of other sizes than here"
+        raise ValueError(f"load_learned: {said}: make the callback with the same losses and layers, for networks of "
+                         f"the same widths ({e})") from e

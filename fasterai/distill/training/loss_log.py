@@ -105,12 +105,13 @@ class _Mean(ValueMetric):
 @patch
 def columns(self:LossLog,
     taken=(), # Names of columns that the table has already
+    of_phases:bool=False, # Does fastai show each for training and validation, as with `train_metrics`?
 )->list[ValueMetric]:
     """Metrics that show the training's means in fastai's table, and in `valid_` columns those of the validation if
     they are known. The task's loss is shown once, a second `distill_loss` as `distill_loss_2`, and that of a loss
     called `valid` as `valid_loss_2`"""
     of_training = [_Mean(self, k, True) for k in self.names if not (k==self.names[0] and k in taken)]
-    columns = of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid]
+    columns = of_training + [_Mean(self, k, False) for k in self.names[1:] if self.valid and not of_phases]
     gone = {*_of_fastai, *taken}
     for c in columns:
         c.label = free_name(c.label, gone)

@@ -140,11 +140,13 @@ class Recipe:
         if pct<start or pct>=end<1: return 0.
         return self.weight*(1. if self.schedule is None else self.schedule.progress(pct))
 
-    def warn_if_idle(self, steps:int):
-        "Warn where no one of a training's `steps` is distilled, though there is a weight"
-        if not self.weight or any(self.weight_at(i/steps)>0 for i in range(int(self.window[0]*steps), steps)): return
-        warnings.warn(f"nothing is distilled: the weight is 0 in every step of this training (it has {steps}), by "
-                      "schedule, start_pct or end_pct: change these, or train for more steps")
+    def warn_if_idle(self, steps:int, done:int=0):
+        "Warn where no one of a training's `steps` that are not `done` is distilled, though there is a weight"
+        first = max(done, int(self.window[0]*steps))
+        if not self.weight or any(self.weight_at(i/steps)>0 for i in range(first, steps)): return
+        has = f"it has {steps}" if not done else f"{steps-done} of {steps} are left"
+        warnings.warn(f"nothing is distilled: the weight is 0 in every step of this training ({has}), by schedule, "
+                      "start_pct or end_pct: change these, or train for more steps")
 
 # %% ../../../nbs/distill/training/recipe.ipynb #27bbc975
 @patch
@@ -164,6 +166,9 @@ def _check_weights(self:Recipe):
 @patch
 def _check_switches(self:Recipe):
     if self.valid not in (True, False): raise TypeError(f"valid must be True or False, got {self.valid!r}")
+    if isinstance(self.mask, bool):
+        raise TypeError("mask must be the name or the number of an input, or a function of the inputs, got "
+                        f"{self.mask}; None takes 'attention_mask', where there is one")
     if self.select is None or callable(self.select): return
     raise TypeError(f"select must be a function from the student's output to its logits, got {self.select!r}")
 

@@ -24,7 +24,8 @@ from ..teacher.protocol import accepted, asking, refuse_shared
 from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
-from .first_look import check_first, warn_of_methods, warn_of_no_graph, warn_of_softmax
+from .first_look import (
+    check_first, refuse_counted, refuse_lost_batch, saying_shapes, warn_of_methods, warn_of_no_graph, warn_of_softmax)
 from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import load_states, remember
 from .lesson import (
@@ -76,7 +77,8 @@ def _open_log(self:Session):
     outer,kd.log = kd.log,LossLog(kd.loss_names, kd.recipe.valid)
     if self.outer: self.stack.callback(partial(setattr, kd, 'log', outer))
     self.stack.callback(lambda: kd.log.close()) # late, since a device that failed may fail again
-    if not self.outer: self.show(kd.log.columns(taken=[m.name for m in learn.metrics]))
+    phases = getattr(getattr(learn, 'recorder', None), 'train_metrics', False)
+    if not self.outer: self.show(kd.log.columns([m.name for m in learn.metrics], phases))
 
 # %% ../../../nbs/distill/training/session.ipynb #87dfbe2a
 @patch
@@ -216,8 +218,10 @@ def end_batch(self:Session):
 def _set_weight(self:Session):
     learn,recipe,finds_lr = self.learn,self.kd.recipe,hasattr(self.learn, 'lr_finder')
     steps = learn.n_iter*learn.n_epoch
-    if not (learn.train_iter or finds_lr): recipe.warn_if_idle(steps)
-    self.pct = round(learn.pct_train*steps)/steps
+    done = round(learn.pct_train*steps)
+    if not (finds_lr or self in self.fit.notes): recipe.warn_if_idle(steps, done)
+    self.fit.notes[self] = 'has begun'
+    self.pct = done/steps
     self.weight = recipe.weight if finds_lr else recipe.weight_at(self.pct)
 
 # %% ../../../nbs/distill/training/session.ipynb #4715f6bc
@@ -239,7 +243,10 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
 def _logits(self:Session, pred):
     recipe = self.kd.recipe
     if not recipe.needs & {'pred', 'target'}: return None
-    return logits_of(pred, who='student') if recipe.select is None else recipe.select(pred)
+    if recipe.select is None: return logits_of(pred, who='student')
+    logits = recipe.select(pred)
+    refuse_lost_batch(pred, logits)
+    return logits
 
 @patch
 def _compare(self:Session, outputs, n):
@@ -251,7 +258,8 @@ def _compare(self:Session, outputs, n):
         if new or first and self.fit: self._build_learned(outputs) # a fit may have other classes than the last
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
         told = partial(facts_for, facts=hypers, target=outputs['target'], n=n)
-        losses = {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
+        with saying_shapes(outputs, self.facts.get('axis', 1)):
+            losses = {o.name: o(eyes.adapted(o, outputs), **told(o)) for o in recipe.terms}
         if first and self.learn.training: warn_of_no_graph(losses, outputs, recipe.terms)
         return losses
 
@@ -280,7 +288,9 @@ def teach(self:Session):
     xb,yb = full_inputs(learn),labels_of(learn, self.fit.notes)
     task = learn.loss_grad.as_subclass(torch.Tensor) if len(learn.yb) else None # a subclass costs a detour for each sum
     if asks: refuse_written(learn.pred, self.fit.notes.pop('writes', []))
+    first = asks and training and not self.checked
     parts = self.lesson(xb, yb, learn.pred) if asks else {}
+    if first: refuse_counted(learn, yb)
     distill = [parts.get(o.name) for o in self.kd.recipe.terms]
     self.kd.log.add([self._task_alone(task), *distill], self.weight, find_bs(xb), training)
     if training: self._mix(task, distill, xb)

@@ -74,6 +74,16 @@ def test_valid_true_fills_a_column_and_leaves_valid_loss():
     assert b.recorder.values[0][names.index('valid_distill_loss')-1]==pytest.approx(d, rel=1e-4)
 
 
+def test_with_metrics_of_both_phases_each_loss_has_one_column_of_each():
+    learn = learner()
+    learn.recorder.train_metrics = True
+    kd = KD(teacher(), valid=True)
+    learn.fit(1, cbs=kd)
+    assert learn.recorder.metric_names[1:-1]==[f'{p}_{k}' for p in ('train', 'valid') for k in
+                                               ('loss', 'task_loss', 'distill_loss')]
+    assert learn.recorder.values[0][5]==pytest.approx(kd.log.means[False]['distill_loss'], rel=1e-6)
+
+
 def test_trackers_follow_the_task_loss(tmp_path):
     learn = learner(path=tmp_path)
     saves = SaveModelCallback(with_opt=True, fname='best')

@@ -398,9 +398,24 @@ def test_a_softmax_where_the_task_has_no_classes_is_warned_of(loss_func, y, said
     (dict(start_pct='0.1'), 'start_pct must be'), (dict(end_pct=None), 'end_pct must be'),
     (dict(schedules=[1]), r"schedules must be a dict of a hyper-parameter's name .*\[1\]"),
     (dict(valid='no'), "valid must be True or False, got 'no'"), (dict(select=3), 'select must be a function .* 3'),
-    (dict(loss=FitNet, activations_student=3), 'layers must be names, .* got 3')])
+    (dict(loss=FitNet, activations_student=3), 'layers must be names, .* got 3'),
+    (dict(loss={SoftTarget: 'a'}), "the weight of a loss must be a number, got 'a'"),
+    (dict(mask=True), 'mask must be the name or the number of an input, .* got True')])
 def test_arguments_of_another_type_are_named(kwargs, said):
     with pytest.raises(TypeError, match=said): KD(teacher(), **kwargs)
+
+
+def test_shapes_that_differ_are_each_named_with_the_remedy():
+    def fit(s, t, **kw):
+        y = torch.randint(3, (32, 8, 8)) if isinstance(s, nn.Conv2d) else None
+        learner(s, data(y=y), loss_func=nn.CrossEntropyLoss()).fit(1, cbs=KD(t, **kw))
+    def conv(stride): return nn.Conv2d(3, 3, 3, stride, 1)
+    with pytest.raises(ValueError, match=r"teacher's \(8, 5\): select_teacher=lambda z: z\[:, \[...\]\] picks .* 3"):
+        fit(net(), net(c=5, seed=1))
+    with pytest.raises(ValueError, match=r'select_teacher=lambda z: F.interpolate\(z, \(8, 8\)\) brings'):
+        fit(conv(1), conv(2))
+    with pytest.raises(ValueError, match=r'select: .* one tensor \(8, 3\), .* \(3,\), of a single sample'):
+        fit(net(), teacher(), select=lambda o: o[0])
 
 
 def test_a_temperature_in_words():
@@ -432,6 +447,8 @@ def test_nobody_listens_to_torchscript():
     with pytest.raises(ValueError, match=said):
         learner(torch.jit.script(net())).fit(1, cbs=KD(teacher(), FitNet, **layers))
     with pytest.raises(ValueError, match=said): match_feature_layers(net(), script, torch.zeros(2, 3, 8, 8))
+    inside = nn.Sequential(torch.jit.script(net()), nn.Flatten())
+    with pytest.raises(ValueError, match='there are no maps of'): learner().fit(1, cbs=KD(inside, FitNet, '0', '0.1'))
 
 
 def test_a_teacher_that_no_batch_has_given_a_size_is_refused():

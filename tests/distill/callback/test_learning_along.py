@@ -125,6 +125,9 @@ def test_learned_weights_of_another_recipe_are_refused_once():
     with pytest.raises(ValueError, match=said): learner().fit(1, cbs=kd)
     learner().fit(1, cbs=kd)
     with pytest.raises(ValueError, match='the state is of nothing'): kd.load_learned({})
+    wider = KD(net(16, seed=1), FitNet, **layers)
+    wider.load_learned(kd.learned.state_dict())
+    with pytest.raises(ValueError, match="the state's adapters are of other sizes"): learner().fit(1, cbs=wider)
 
 
 def test_lookahead_draws_the_adapters_of_a_fit_to_their_own_past(tmp_path):

@@ -162,6 +162,13 @@ def test_a_training_that_distils_at_no_step_says_so(kw, recwarn):
     assert all('in every step of this training (it has 1)' in o for o in said)
 
 
+@pytest.mark.parametrize('start,said', [(0, 0), (1, 0), (2, 1), (3, 1)])
+def test_a_training_that_is_resumed_after_the_last_distilled_step_says_so(start, said, recwarn):
+    learner().fit(4, start_epoch=start, cbs=KD(teacher(), end_pct=.5))
+    found = [str(o.message) for o in recwarn if 'nothing is distilled' in str(o.message)]
+    assert len(found)==said and all(f'({16-4*start} of 16 are left)' in o for o in found)
+
+
 def test_repr_says_what_is_trained():
     kd = KD(teacher(), {partial(SoftTarget, T=2): 1, Attention: 1000}, **layers, weight=0.5, schedule=cos)
     title,*pairs = repr(kd).splitlines()

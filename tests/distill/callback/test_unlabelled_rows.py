@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
+from fastai.losses import (CrossEntropyLossFlat, FocalLoss, FocalLossFlat, LabelSmoothingCrossEntropy,
+                           LabelSmoothingCrossEntropyFlat)
 from torch import nn
 
 from fasterai.data.unlabelled import mix_unlabelled
@@ -85,7 +86,8 @@ def test_maps_of_all_rows_are_compared():
     assert len(x)==24 and value>0
 
 
-@pytest.mark.parametrize('loss_func', [LabelSmoothingCrossEntropyFlat(), FocalLossFlat()])
+@pytest.mark.parametrize('loss_func', [LabelSmoothingCrossEntropyFlat(), FocalLossFlat(),
+                                       LabelSmoothingCrossEntropy(), FocalLoss()])
 def test_a_task_s_loss_that_counts_them_is_refused(loss_func):
     learn = learner(dls=mixed(), loss_func=loss_func)
     before = state(learn.model)
@@ -98,6 +100,11 @@ def test_a_loss_of_one_s_own_is_believed_unless_somebody_needs_the_label():
     learner(dls=mixed(), loss_func=own).fit(1, cbs=KD(teacher()))
     with pytest.raises(ValueError, match='the label -100'):
         learner(dls=mixed(), loss_func=own).fit(1, cbs=KD(teacher(), DecoupledKD))
+    def focal(pred, y): return FocalLoss()(pred, y) # its mean is over all rows
+    with pytest.raises(ValueError, match='loss_func: it is .* of the first batch, and .* have a label'):
+        learner(dls=mixed(), loss_func=focal).fit(1, cbs=KD(teacher()))
+    def smooth(pred, y): return F.cross_entropy(pred, y, label_smoothing=.1) # PyTorch's leaves them out
+    learner(dls=mixed(), loss_func=smooth).fit(1, cbs=KD(teacher()))
     own.ignore_index = -100
     learner(dls=mixed(), loss_func=own).fit(1, cbs=KD(teacher(), DecoupledKD))
 

@@ -65,6 +65,15 @@ def test_statistics_by_hand():
     assert torch.allclose(bn.running_mean, h.mean(1), atol=1e-5) and bn.momentum==0.1
 
 
+def test_statistics_in_16_bits():
+    "Of 256 batches, whose mean stands still in bf16 after some"
+    x = (items(1024)[:, :, :1, :1]*2+1).bfloat16()
+    learn = learner(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3)).bfloat16())
+    with pytest.warns(UserWarning, match='a batch of 4 says little'): bn = adapt(learn, loader(x), bs=4).model[0]
+    assert bn.running_mean.dtype==bn.weight.dtype==torch.bfloat16
+    assert torch.allclose(bn.running_mean.double(), x.double().mean((0, 2, 3)), rtol=2**-8)
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_the_old_learner_is_as_it_was(method):
     learn = learner()

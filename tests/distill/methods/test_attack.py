@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.loss.embeddings import Queue
@@ -239,6 +241,20 @@ def test_an_error_in_the_attack_leaves_the_modes():
     learn = learner(Odd(), pixels())
     with pytest.raises(RuntimeError, match='out of memory'): learn.fit(1, cbs=small())
     assert learn.model.training and learn.model.net[0][1].training
+
+
+@pytest.mark.parametrize('loss_func', [None, nn.MSELoss()])
+def test_the_clean_share_of_data_without_labels(loss_func):
+    "It is the teacher's loss alone; inputs that stand for labels are none"
+    x = pixels().train_ds.tensors[0][:8]
+    dls = DataLoaders(*[TfmdDL(TensorDataset(x), bs=8, num_workers=0)]*2, device='cpu')
+    kd,see = KD(teacher(), SoftTarget, T=1),See()
+    learn = learner(dls=dls, loss_func=loss_func, lr=0.)
+    learn.fit(1, cbs=[kd, small(against='teacher', natural=.25), see])
+    (adv,_),t,s = see.seen[0],teacher().eval(),net()
+    with torch.no_grad(): changed,clean = (SoftTarget(s.train()(o), t(x), T=1).item() for o in (adv, x))
+    assert abs(changed-clean)>1e-3*clean and kd.log.history.distill_loss[0]==pytest.approx(changed, rel=1e-4)
+    assert learn.recorder.values[0][0]==pytest.approx(.5*(.75*changed+.25*clean), rel=1e-4)
 
 
 def test_refusals():

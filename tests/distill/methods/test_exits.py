@@ -168,6 +168,9 @@ def test_copies():
 def test_bad_arguments():
     with pytest.raises(ValueError, match='layers is empty'): DeepSupervision([])
     with pytest.raises(ValueError, match='share of the teacher'): DeepSupervision('0', alpha=1.5)
+    for k in 'loss','teacher':
+        with pytest.raises(TypeError, match=f'there is no {k}: give layers, T'):
+            DeepSupervision('0').replace(**{k: 'DIST'})
     with pytest.raises(ValueError, match="unknown layer of the student '11'; did you mean '1"):
         learner().fit(1, cbs=DeepSupervision('11'))
     with pytest.raises(ValueError, match='its exits learn classes'):

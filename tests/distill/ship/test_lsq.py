@@ -120,6 +120,22 @@ def test_layers_that_do_not_run():
         lsq_quantized(nn.Sequential(nn.ReLU()), [(x,)], 4)
     with pytest.raises(ValueError, match='layers is empty'): lsq_quantized(Spare(), [(x,)], 4, [])
 
+def test_a_layer_that_is_called_from_a_plain_list_is_none_of_them():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(4, 4),nn.Linear(4, 2)
+            self.plain = [self.a]
+        def forward(self, x):
+            for m in self.plain: x = m(x)
+            return self.b(x)
+    x = torch.randn(8, 4)
+    model = Listed()
+    found = lsq_quantized(model, [(x,)], 4)
+    assert found.a is found.plain[0] and type(found.a) is nn.Linear and type(found.b) is QuantizedLayer
+    with pytest.raises(ValueError, match='layers: a cannot be quantized.*ModuleList'):
+        lsq_quantized(Listed(), [(x,)], 4, ['a'])
+
 class ReadsItsLayers(nn.Module):
     "One layer under two names, and a forward that asks a layer for its weight and its size, as T5's does"
     def __init__(self):

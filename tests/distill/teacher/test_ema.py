@@ -57,6 +57,39 @@ def test_golden_averages(is_warm, want, buffers):
     assert stats==pytest.approx(want if buffers=='average' else values, abs=1e-12)
 
 
+@pytest.mark.parametrize('dtype,ulp', [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+@pytest.mark.parametrize('buffers', ['copy', 'average'])
+def test_small_steps_of_a_student_in_16_bits_count(dtype, ulp, buffers):
+    "Against the same in float64; kept in 16 bits, an average of decay .999 stands still, or rounds at random"
+    g,start = torch.Generator().manual_seed(1),nn.BatchNorm1d(16, dtype=dtype)
+    student = copy.deepcopy(start)
+    averaged,want = average_of(student, buffers),torch.cat([student.weight.detach(), student.running_mean]).double()
+    for _ in range(200):
+        for p in (student.weight.data, student.running_mean): p += (.01*torch.rand(16, generator=g)).to(dtype)
+        step_towards(averaged, student, 0.999, warm=False)
+        now = torch.cat([student.weight.detach(), student.running_mean]).double()
+        want = .999*want + .001*now
+    got = torch.cat([averaged.module.weight.detach(), averaged.module.running_mean]).double()
+    if buffers=='copy': want[16:] = now[16:]
+    assert averaged.module.weight.dtype==dtype and (want[:16]-1).min()>.05
+    assert ((got-want).abs()<=.51*ulp*2*want.abs()+1e-6).all()
+    averaged.module.weight.data.fill_(3.) # by hand: it goes on from there
+    step_towards(averaged, student, 0.5, warm=False)
+    half = 1.5+.5*student.weight.detach().double()
+    assert torch.allclose(averaged.module.weight.detach().double(), half, atol=4*ulp)
+
+
+def test_a_student_that_is_cast_on_the_way_is_followed():
+    for a,b in [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]:
+        student = nn.Linear(4, 4, dtype=a)
+        averaged = average_of(student)
+        want = .75*student.weight.detach().double()
+        student.to(b).weight.data *= 2
+        step_towards(averaged, student, 0.75, warm=False)
+        want += .25*student.weight.detach().double()
+        assert averaged.module.weight.dtype==a and (averaged.module.weight-want).abs().max()<4e-3
+
+
 def by_hand(model, steps, decay, is_warm=True, buffers='copy', T=4., lr=0.05, mode='eval'):
     "Student and average after SGD on cross-entropy and T² times the KL divergence to the average"
     model,average = copy.deepcopy(model).train(),copy.deepcopy(model).eval()
@@ -267,8 +300,15 @@ def test_a_fit_within_a_fit_moves_the_same_average():
     assert kd.teacher._n==9 and kd.teacher.learn is None
 
 
-def test_resumed_is_uninterrupted(tmp_path):
-    def start(): return learner(opt_func=Adam, path=tmp_path),callback(EMA())
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_is_uninterrupted(tmp_path, dtype):
+    "In 16 bits to the bit, since the average is saved in 32 too"
+    def start():
+        return learner(net().to(dtype), opt_func=Adam, path=tmp_path, cbs=Cast(dtype)),callback(EMA())
+    class Cast(Callback):
+        order = -50
+        def __init__(self, dtype): self.dtype = dtype
+        def before_batch(self): self.learn.xb = tuple(x.to(self.dtype) for x in self.xb)
     class Order(Callback):
         "Each epoch's order depends on its number alone"
         order = -60

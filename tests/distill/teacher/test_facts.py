@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
-from fastai.data.transforms import Categorize, Normalize
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_core import TensorBase
 from fastai.vision.augment import CropPad, RandomResizedCrop, RandomResizedCropGPU, Resize
@@ -121,11 +121,28 @@ def test_other_classes_are_no_matter_where_no_loss_looks_at_logits():
 
 def test_a_map_that_is_the_output_keeps_the_teachers_order_and_says_so(capsys):
     teacher = learner(model(3, 1), images(list('cab'), names='abc'))
-    for layer,said in ('', "map of '' is its output"), ('1', "map of '1' is its output"), ('0', ''):
+    for layer,said in ('', "map of '' has a channel"), ('1', "map of '1' has a channel"), ('0', ''):
         kd = KD(teacher, FitNet, activations_student=layer, activations_teacher=layer)
-        learner(model(3), images(list('abc'))).fit(1, cbs=kd)
+        learner(model(3), images(list('abc'))).fit(2, cbs=kd)
         out = capsys.readouterr().out
-        assert said in out and ('is its output' in out)==bool(said)
+        assert said in out and out.count('has a channel for each class')==bool(said)
+
+
+class Aux(nn.Module):
+    "A head before the body, and one beside it in a block"
+    def __init__(self, seed=0):
+        super().__init__()
+        self.head,self.body,self.aux = nn.Linear(5, 3),model(5, seed),nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    def forward(self, x): x = self.body(x); self.aux(x); return self.head(x)
+
+@pytest.mark.parametrize('layer,said', [('aux', True), ('aux.0', True), ('head', True), ('body', False)])
+def test_a_head_beside_the_output_keeps_the_teachers_order_and_says_so(layer, said, capsys):
+    teacher = learner(Aux(1), images(list('cab'), names='abc'))
+    learner(Aux(), images(list('abc'))).fit(2, cbs=KD(teacher, FitNet, layer, layer))
+    out = capsys.readouterr().out
+    assert out.count(f"the map of '{layer}' has a channel for each class")==said
+    learner(Aux(), images(list('cab'))).fit(1, cbs=KD(teacher, FitNet, layer, layer))
+    assert 'channel' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('n,names', [(3, 'cabd'), (5, 'cab')])
@@ -211,6 +228,37 @@ def test_every_image_of_a_batch_is_normalised_anew():
     torch.testing.assert_close(x, a+0.7)
     torch.testing.assert_close(y, b+0.7)
     assert z is table
+
+
+def in_a_row(*fs):
+    dls = images(list('abc'))
+    dls.add_tfms(list(fs), 'after_batch')
+    return dls
+
+def norm(mean, std): return Normalize.from_stats(mean, std, cuda=False)
+
+def test_normalisations_in_a_row_are_one():
+    "On either side, and with what `IntToFloatTensor` divides by"
+    net,a,b = model(3, 1),norm([.5]*3, [.2]*3),norm([.1, .2, .3], [3.]*3)
+    then = torch.tensor([.1, .2, .3]).view(3, 1, 1)
+    for x,z in heard(learner(net, in_a_row(a, b)), in_a_row(a)): torch.testing.assert_close(z, net((x-then)/3))
+    for x,z in heard(learner(net, in_a_row(a)), in_a_row(a, b)): torch.testing.assert_close(z, net(x*3+then))
+    for x,z in heard(learner(net, in_a_row(a, b)), in_a_row(norm([.5]*3, [.6]*3))):
+        torch.testing.assert_close(z, net(x-then/3))
+    ints = IntToFloatTensor(div=1.)
+    for x,z in heard(learner(net, in_a_row(ints, norm([255.]*3, [51.]*3))), in_a_row(IntToFloatTensor(), a)):
+        torch.testing.assert_close(z, net(((x*.2+.5)*255-255)/51), rtol=1e-4, atol=1e-4)
+    for x,z in heard(learner(net, in_a_row(ints)), in_a_row(IntToFloatTensor())):
+        torch.testing.assert_close(z, net(x*255), rtol=1e-4, atol=1e-4)
+    for x,z in heard(Teacher(net, normalize=in_a_row(a, b)), in_a_row(a)):
+        torch.testing.assert_close(z, net((x-then)/3))
+
+
+def test_one_number_is_the_same_for_each_channel(capsys):
+    net = model(3, 1)
+    for theirs,ours in ((.5, .2), ([.5]*3, [.2]*3)), (([.5]*3, [.2]*3), (.5, .2)):
+        for x,z in heard(Teacher(net, normalize=theirs), _normalised(ours)): torch.testing.assert_close(z, net(x))
+        assert 'normalised' not in capsys.readouterr().out
 
 
 def of_types(*kinds, mean, shape=(3, 4, 4), ndim=4):

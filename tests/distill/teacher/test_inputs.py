@@ -65,15 +65,22 @@ def test_a_size_of_any_whole_number():
     with pytest.raises(TypeError, match='expected a side in pixels'): resize_batch(x, 4.5)
 
 def test_a_size_for_images_within_an_input(net, x):
-    "As those of a Siamese network are, or of a batch that is a dict"
+    "As those of a Siamese network are, or of a batch that is a dict or a dataclass"
     from collections import UserDict
+    from dataclasses import dataclass, is_dataclass
+    from types import MappingProxyType
     from fastcore.basics import fastuple
+    @dataclass(frozen=True)
+    class Pair:
+        x:torch.Tensor
+        n:int
     class First(torch.nn.Module):
         def __init__(self): super().__init__(); self.net = net
-        def forward(self, o): return self.net(o['x'] if hasattr(o, 'keys') else o[0])
+        def pick(self, o): return o.x if is_dataclass(o) else o['x'] if hasattr(o, 'keys') else o[0]
+        def forward(self, o): return self.net(self.pick(o))
     small = resize_batch(x, 8)
-    for xb in fastuple(x, x), [x, 1], dict(x=x), UserDict(x=x, n=2):
+    for xb in fastuple(x, x), [x, 1], dict(x=x), UserDict(x=x, n=2), MappingProxyType(dict(x=x)), Pair(x, 3):
         torch.testing.assert_close(Teacher(First(), size=8)(xb)[0], plain(net, small))
-        assert 'n' not in xb or xb['x'] is x
+        assert First().pick(xb) is x
     with pytest.raises(ValueError, match=r'size: the batch has no images.*got torch.float32 \(4, 3\)'):
         Teacher(net, size=8)(torch.zeros(4, 3))

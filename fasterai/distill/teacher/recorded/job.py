@@ -159,7 +159,8 @@ def _class_names(self:Job, pred):
     own = {o.classes for o in getattr(teacher, 'facts', ()) if getattr(teacher, 'select', None) is None}
     names = facts_of(self.recorder.learn).classes or (own.pop() if len(own)==1 else None)
     axis = self.codec.axis
-    return list(names) if names and -pred.ndim<=axis<pred.ndim and len(names)==pred.shape[axis] else None
+    n = 1 if pred.ndim<2 else pred.shape[axis] if -pred.ndim<=axis<pred.ndim else None
+    return list(names) if names and (len(names)==n or n==1 and len(names)==2) else None
 
 @patch
 def _header(self:Job, pred, fm):

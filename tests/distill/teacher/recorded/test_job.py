@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import lr_find  # patches Learner
@@ -174,6 +175,23 @@ class TestClasses:
             self.heard(Frozen(source, cache=path), 'ba')
         with pytest.raises(ValueError, match="does not know the student's 'x'"):
             self.heard(RecordedTeacher(path), 'abx')
+
+    def test_one_logit_of_two_changes_its_sign(self, path):
+        from helpers import data, learner, net
+        def of(model, classes):
+            dls = data(y=(torch.arange(32)%2).float()[:, None])
+            dls.vocab = list(classes)
+            return learner(model, dls, loss_func=nn.BCEWithLogitsLoss())
+        t = net(4, 1, 3).eval()
+        record(t, of(t, 'ba'), path, **fp32)
+        for classes,sign in ('ab', -1), ('ba', 1):
+            pairs = []
+            def loss(pred, teacher_pred):
+                pairs.append((teacher_pred, sign*t(learn.xb[0]).detach()))
+                return F.mse_loss(pred, teacher_pred)
+            learn = of(net(4, 1), classes)
+            learn.fit(1, cbs=KnowledgeDistillationCallback(RecordedTeacher(path), loss))
+            for heard,want in pairs: torch.testing.assert_close(heard, want)
 
     def test_of_no_matter_or_unknown(self, path, source):
         from helpers import learner, net
