@@ -13,7 +13,7 @@ from typing import Callable
 
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler
-from fastai.learner import CastToTensor, _cast_tensor
+from fastai.learner import CastToTensor
 from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import to_device
 from fastcore.basics import detuplify
@@ -143,8 +143,10 @@ def without_types(
 )->tuple:
     "The same in plain tensors, where the Learner trains on such, as all do that keep fastai's `CastToTensor`"
     if not any(isinstance(o, CastToTensor) for o in learn.cbs): return b
-    def one(x): return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
-    return tuple(one(x) if isinstance(x, Tensor) else tree_map(one, _cast_tensor(x)) for x in b)
+    def one(x):
+        if isinstance(x, tuple): return tuple(map(one, x))
+        return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+    return tuple(tree_map(one, one(x)) for x in b)
 
 # %% ../../nbs/core/task.ipynb #2f4f8a75
 def logits_of(
