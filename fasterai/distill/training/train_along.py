@@ -9,6 +9,7 @@ __all__ = ['OptimizerGuests', 'TrainAlong', 'remember_states']
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Iterable
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from fastai.callback.core import Callback
@@ -16,11 +17,14 @@ from fastai.callback.training import GradientClip
 from fastai.optimizer import Lookahead, OptimWrapper
 from fastai.torch_core import norm_bias_params
 from fastcore.foundation import L
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...core.together import is_distributed
 
 # %% ../../../nbs/distill/training/train_along.ipynb #942c2243
+_left = WeakKeyDictionary() # optimizer -> states of guests that have left
+
 class OptimizerGuests:
     "Parameters in the last group of `opt` that its `state_dict` does not know"
     def __init__(self, opt): self.opt,self.params = opt,[]
@@ -70,6 +74,16 @@ class OptimizerGuests:
         last = L(slow[p] if p in slow else p.detach().clone() for p in ps)
         self.opt.slow_weights = self.opt.slow_weights[:-1] + [last]
 
+    def leave(self, states):
+        "Keep `states` by parameter for the next fit with this optimizer, which keeps the student's"
+        _left.setdefault(self.opt, WeakIdKeyDictionary()).update(states)
+
+    def left(self, params):
+        "Those kept for `params`, copied; none where the student's are gone, as after `freeze`"
+        kept = _left.get(self.opt, {})
+        if not any(isinstance(v, Tensor) for state in self.states.values() for v in state.values()): return {}
+        return {p:deepcopy(kept[p]) for p in params if p in kept}
+
     @contextmanager
     def outside(self):
         "The optimizer without its guests"
@@ -103,7 +117,8 @@ class TrainAlong(Callback):
         if self._world>1:
             for p in self.params: dist.broadcast(p.data, 0)
         self.joined = self.learn.opt
-        OptimizerGuests.of(self.joined).add(self.params, self._without_decay())
+        guests = OptimizerGuests.of(self.joined)
+        guests.add(self.params, {**self._without_decay(), **guests.left(self.params)})
 
     def _without_decay(self):
         "States by which norms and biases of whole networks are not decayed, unless the student's are"
@@ -114,7 +129,9 @@ class TrainAlong(Callback):
         "Take the parameters out again, with their gradients and states; does nothing if they are out"
         if self.joined is None: return
         opt,self.joined = self.joined,None
-        OptimizerGuests.of(opt).remove(self.params)
+        guests = OptimizerGuests.of(opt)
+        states = guests.remove(self.params)
+        if not hasattr(self.learn, 'lr_finder'): guests.leave(states) # it leaves the student's as they were, too
         for p in self.params: p.grad = None
 
     def follow(self):

@@ -54,6 +54,44 @@ def test_adapters_train_with_the_students_optimizer_and_leave_it_as_it_was(opt, 
     assert all(torch.equal(first[k], after[k]) for k,_ in kd.learned.named_parameters())
 
 
+ones = Adam, partial(OptimWrapper, opt=torch.optim.Adam)
+hands = lambda ps: Adam(ps, .01, mom=.9, sqr_mom=.99, eps=1e-5, wd=0.), lambda ps: torch.optim.Adam(ps, .01)
+
+@pytest.mark.parametrize('opt,hand', zip(ones, hands), ids=['fastai','torch'])
+def test_two_fits_are_one_loop_with_one_state_of_the_optimizer(opt, hand, tmp_path):
+    "Also with `lr_find` between; where `unfreeze` clears the student's states, the adapters' begin anew, too"
+    def start():
+        own = nn.Conv2d(4, 8, 1)
+        with torch.no_grad():
+            for p in own.parameters(): p.fill_(.1)
+        kd = KD(teacher(), FitNet, '0', '0', adapters={'0': own})
+        return learner(opt_func=opt, path=tmp_path, lr=.01, wd=0.),kd,own
+    def step_by_hand(between):
+        learn,kd,own = start()
+        t,parts = teacher().eval(),[*learn.model.parameters(), *own.parameters()]
+        adam = hand(parts)
+        for i in range(2):
+            if i and between=='unfreeze': adam = hand(parts)
+            for x,y in learn.dls.train:
+                h = learn.model.train()[0](x)
+                with torch.no_grad(): ht = t[0](x)
+                adam.zero_grad()
+                (.5*F.cross_entropy(learn.model[1:](h), y) + .5*F.mse_loss(own(h), ht)).backward()
+                adam.step()
+        return parts
+    for between in (None, 'lr_find', 'unfreeze'):
+        learn,kd,_ = start()
+        learn.fit(1, cbs=kd)
+        if between=='unfreeze': learn.unfreeze()
+        if between=='lr_find':
+            rng = learn.dls.train.rng.getstate()
+            with learn.added_cbs(kd): learn.lr_find(num_it=5, stop_div=False, show_plot=False)
+            learn.dls.train.rng.setstate(rng)
+        learn.fit(1, cbs=kd)
+        for p,q in zip([*learn.model.parameters(), *kd.learned.parameters()], step_by_hand(between), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=lambda m: f'{between}: {m}')
+
+
 def test_learned_losses_train():
     learn = learner(opt_func=Adam)
     vid = VID()
