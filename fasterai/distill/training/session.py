@@ -253,7 +253,9 @@ def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
         first = not self.checked
-        if first: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training, n, self._models)
+        if first:
+            self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training, n, self._models,
+                                       own_mask=getattr(recipe.mask, '__self__', None) is self.kd.teacher)
         new = eyes.focus(outputs['fm_s'], outputs['fm_t'], self._models[1])
         if new or first and self.fit: self._build_learned(outputs) # a fit may have other classes than the last
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}
