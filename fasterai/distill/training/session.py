@@ -139,9 +139,9 @@ def _load_teacher(self:Session):
     "Let a teacher that changes go on from what is to be loaded, before it is asked"
     kd,learns = self.kd,self.kd.teacher.learns
     if learns is None or kd.loading is None: return
-    state = {k.removeprefix('teacher.'):v for k,v in kd.loading.items() if k.startswith('teacher.')}
-    learns.load_state_dict(state)
-    kd.loading = {k:v for k,v in kd.loading.items() if not k.startswith('teacher.')}
+    own = {k:v for k,v in kd.loading.items() if k.removeprefix('optimizer.').startswith('teacher.')}
+    load_states({'teacher': learns}, own)
+    kd.loading = {k:v for k,v in kd.loading.items() if k not in own}
 
 @patch
 def _remember_learned(self:Session):
