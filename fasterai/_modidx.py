@@ -447,6 +447,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                                         'fasterai/distill/distillation_callback.py'),
                                                         'fasterai.distill.distillation_callback.KnowledgeDistillationCallback._init_state': ( 'distill/distillation_callback.html#knowledgedistillationcallback._init_state',
                                                                                                                                               'fasterai/distill/distillation_callback.py'),
+                                                        'fasterai.distill.distillation_callback.KnowledgeDistillationCallback._is_built': ( 'distill/distillation_callback.html#knowledgedistillationcallback._is_built',
+                                                                                                                                            'fasterai/distill/distillation_callback.py'),
                                                         'fasterai.distill.distillation_callback.KnowledgeDistillationCallback._learning_teacher': ( 'distill/distillation_callback.html#knowledgedistillationcallback._learning_teacher',
                                                                                                                                                     'fasterai/distill/distillation_callback.py'),
                                                         'fasterai.distill.distillation_callback.KnowledgeDistillationCallback._refuse_nobody': ( 'distill/distillation_callback.html#knowledgedistillationcallback._refuse_nobody',

@@ -250,8 +250,11 @@ def load_learned(self:KnowledgeDistillationCallback,
 ):
     """Go on from what adapters and learned losses knew, now or once the first batch has built them; with the
     optimizer's state for them, if the student goes on with its own, as after `learn.load(..., with_opt=True)`"""
-    if self.eyes is None or self.eyes.shapes is None: self.loading = state
-    else: load_states(self.learned, state)
+    if self._is_built: load_states(self.learned, state)
+    else: self.loading = state
+
+@patch(as_prop=True)
+def _is_built(self:KnowledgeDistillationCallback): return self.eyes is not None and self.eyes.shapes is not None
 
 # %% ../../nbs/distill/distillation_callback.ipynb #cba1e820
 @patch
@@ -278,7 +281,8 @@ def _without_teacher(self:KnowledgeDistillationCallback):
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     new = copy(self)
     memo[id(self)] = new
-    if self.eyes: new.load_learned(deepcopy(self.learned.state_dict()))
+    if self._is_built or self.loading:
+        new.load_learned(deepcopy({**self.learned.state_dict(), **(self.loading or {})}))
     if id(self.learn) in memo: new.learn = memo[id(self.learn)]
     return new
 

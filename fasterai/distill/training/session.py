@@ -101,9 +101,10 @@ def meet(self:Session, record:bool=True):
     if not any(p.requires_grad for p in unwrap(learn.model).parameters()):
         raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     self._look_at(learn.model)
+    loading = kd.loading
     self._begin_teacher(record)
     if self.root is self: self.stack.callback(self._leave_optimizer)
-    if hasattr(learn, 'lr_finder'): self._remember_learned()
+    if hasattr(learn, 'lr_finder'): self._remember_learned(loading)
     if kd.eyes.shapes is not None or kd.teacher.learns is not None: self._join_optimizer()
 
 @patch
@@ -144,12 +145,12 @@ def _load_teacher(self:Session):
     kd.loading = {k:v for k,v in kd.loading.items() if k not in own}
 
 @patch
-def _remember_learned(self:Session):
+def _remember_learned(self:Session, loading):
     "After `lr_find`, what learns beside the student is as before, too"
     kd = self.kd
     self.stack.callback(remember(*kd.recipe.modules, *kd.learned.values()))
     self.stack.callback(kd.eyes.remember())
-    self.stack.callback(partial(setattr, kd, 'loading', kd.loading))
+    self.stack.callback(partial(setattr, kd, 'loading', loading))
     self.stack.callback(remember_states(self.root.along) if self.root.along else self.root._leave_optimizer)
 
 @patch(as_prop=True)

@@ -1,4 +1,5 @@
 "Adapters and learned losses: trained with the student, and no part of it"
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import *
 from fasterai.distill.methods.exits import DeepSupervision
 from fasterai.distill.methods.mutual import MutualLearning
+from fasterai.distill.teacher.following import EMA
 from helpers import GradsAt, block, data, learner, net, same, state
 from kd_helpers import KD, teacher, layers
 
@@ -137,6 +139,24 @@ def test_a_saved_training_goes_on_as_one_that_never_stopped(make, opt, tmp_path)
     saved(learn, kd, tmp_path)
     assert off(load(), n_epoch=2)<1e-6
     assert off({k:v for k,v in load().items() if not k.startswith('optimizer.')}, n_epoch=2)>1e-3 # a file of before
+
+
+@pytest.mark.parametrize('make', [lambda: KD(teacher(), FitNet, **layers), lambda: MutualLearning(net(5, seed=2)),
+                                  lambda: KD(EMA(.5), FitNet, **layers)], ids=['adapters', 'peers', 'average'])
+def test_a_state_to_load_is_kept_by_lr_find_and_by_a_copy(make, tmp_path):
+    def start():
+        torch.manual_seed(3)
+        return learner(dls=in_order(), opt_func=Adam, lr=.01, path=tmp_path)
+    learn,kd = start(),make()
+    learn.fit(2, cbs=kd)
+    saved(learn, kd, tmp_path)
+    learn.fit(2, cbs=kd)
+    again,new = start().load(tmp_path/'student', with_opt=True),make()
+    new.load_learned(torch.load(tmp_path/'learned.pt', weights_only=True))
+    with again.added_cbs(new): again.lr_find(num_it=4, stop_div=False, show_plot=False)
+    again.fit(2, cbs=deepcopy(new))
+    for p,q in zip(learn.model.parameters(), again.model.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
 def test_learned_losses_train():
