@@ -27,7 +27,7 @@ from .teacher.forward import evaluating
 from .teacher.protocol import Nobody
 from .teacher.teacher import as_teacher
 from .training.keep_batch import refuse_written, writes_into
-from .training.learned import load_states, remember
+from .training.learned import Learned, load_states, remember
 from .training.loss_log import names_of
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
@@ -230,10 +230,10 @@ def current_weight(self:KnowledgeDistillationCallback)->float:
 @patch(as_prop=True)
 def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
     """Adapters and learned losses, once the first batch has built them, and of a teacher what changes; their
-    `state_dict` is no part of the student's"""
+    `state_dict`, with the optimizer's state for them, is no part of the student's"""
     modules = self.learns_itself
     for o in self._learning_teacher() if self.teacher else (): modules['teacher'] = o
-    return nn.ModuleDict(modules)
+    return Learned(modules)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #e36d2f1b
 @patch(as_prop=True)
@@ -248,9 +248,13 @@ def learns_itself(self:KnowledgeDistillationCallback)->dict:
 def load_learned(self:KnowledgeDistillationCallback,
     state:dict, # `kd.learned.state_dict()` of an earlier callback with the same losses and layers
 ):
-    "Go on from what adapters and learned losses knew, now or once the first batch has built them"
-    if self.eyes is None or self.eyes.shapes is None: self.loading = state
-    else: load_states(self.learned, state)
+    """Go on from what adapters and learned losses knew, now or once the first batch has built them; with the
+    optimizer's state for them, if the student goes on with its own, as after `learn.load(..., with_opt=True)`"""
+    if self._is_built: load_states(self.learned, state)
+    else: self.loading = state
+
+@patch(as_prop=True)
+def _is_built(self:KnowledgeDistillationCallback): return self.eyes is not None and self.eyes.shapes is not None
 
 # %% ../../nbs/distill/distillation_callback.ipynb #cba1e820
 @patch
@@ -277,7 +281,8 @@ def _without_teacher(self:KnowledgeDistillationCallback):
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     new = copy(self)
     memo[id(self)] = new
-    if self.eyes: new.load_learned(deepcopy(self.learned.state_dict()))
+    if self._is_built or self.loading:
+        new.load_learned(deepcopy({**self.learned.state_dict(), **(self.loading or {})}))
     if id(self.learn) in memo: new.learn = memo[id(self.learn)]
     return new
 

@@ -21,7 +21,7 @@ from fastai.torch_core import trainable_params
 from torch import Tensor
 
 from ...core.names import one_of, whole_number
-from ...core.task import refuse_plain, seen_by_student, split_batch
+from ...core.task import refuse_plain, seen_by_student, split_batch, task_of
 from ...data.unlabelled import items_dl
 from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.names import unwrap
@@ -116,6 +116,11 @@ def _train(learn, dl, kd, lr, epochs, whole):
     for p in learn.model.parameters(): p.grad = None
 
 # %% ../../../nbs/distill/methods/adapt.ipynb #25447732
+def _refuse_other_than_classes(learn):
+    if task_of(learn.loss_func).average not in ('sigmoid', 'none'): return
+    raise ValueError("adapt: 'tent' makes the answers sure of one class, and the Learner's loss function is "
+                     f"{type(learn.loss_func).__name__}: take method='bn', or give a loss= of your own")
+
 METHODS = dict(
     bn=None,
     tent=dict(whole=False, teacher=lambda steps: None, loss=Entropy, epochs=1),
@@ -132,8 +137,9 @@ def adapt(
     loss:Callable=None,    # Of the training; None: `Entropy` for 'tent', `SoftTarget` at T=1 for 'ema'
 )->Learner:
     """A new Learner, adapted to `items` without a label. ValueError for a network without BatchNorm, no items, a loader
-    that normalises otherwise, or no epochs; warns of batches under 32"""
+    that normalises otherwise, no epochs, or "tent" without classes; warns of batches under 32"""
     one_of('method', method, METHODS)
+    if method=='tent' and loss is None: _refuse_other_than_classes(learn)
     if epochs is not None: whole_number('epochs', epochs)
     _refuse_without_statistics(learn)
     new,dl = _another(learn),_batches(learn, items, bs)

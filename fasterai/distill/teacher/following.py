@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ...core.names import one_of
+from ..layers.int8 import fake_quantizers
 from ..layers.names import unwrap
 from .forward import untraced
 from .frozen import bare_copy
@@ -32,7 +33,16 @@ from .teacher import Teacher
 # %% ../../../nbs/distill/teacher/following.ipynb #24d83956
 class _Average(AveragedModel):
     "Evaluates only, whoever puts what is around it in train mode"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.quantizers = fake_quantizers(self.module)
+
     def train(self, mode=True): return super().train(False)
+
+    def update_parameters(self, model):
+        "Those of a quantized student look at nothing, though its own do: whether they look is kept in a buffer"
+        super().update_parameters(model)
+        for m in self.quantizers: m.disable_observer()
 
     def of(self, net):
         "The tensors of `net` that are averaged"

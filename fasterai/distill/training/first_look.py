@@ -63,12 +63,12 @@ def _has_time_first(model, layer):
     return any(near(k) and getattr(m, 'batch_first', None) is False for k,m in parts)
 
 # %% ../../../nbs/distill/training/first_look.ipynb #4b1cc17f
-def _look_at_mask(mask):
+def _look_at_mask(mask, is_own):
     if not isinstance(mask, torch.Tensor): return
     if (mask<0).any():
         raise ValueError("mask: it has numbers below 0, as one that is added to scores, and 1 should stand for what "
                          "counts: give a function of the inputs, such as mask=lambda x, m: m==0")
-    if not mask.any():
+    if not (mask.any() or is_own):
         warnings.warn("mask: nothing counts in the first batch, as its mask is 0 throughout; where 0 stands for what "
                       "counts, give a function of the inputs, such as mask=lambda x, m: m==0")
 
@@ -215,13 +215,14 @@ def check_first(
     training:bool=True, # Is it a batch of the training?
     n:int=None,         # Number of samples in it
     models:tuple=(),    # Student and teacher, as far as there are networks
+    own_mask:bool=False,# Is it the teacher that says what counts?
 )->bool:
     """Look at the first batch; True. ValueError for a class axis that nobody knows, several targets where a loss takes
     one, or rows without a label that nobody leaves out; warnings for what looks wrong"""
     _refuse_unknown_axis(outputs['pred'], terms, facts, outputs.get('mask'))
     _refuse_several(outputs.get('target'), terms)
     _refuse_uncounted(outputs.get('target'), terms, facts)
-    _look_at_mask(outputs.get('mask'))
+    _look_at_mask(outputs.get('mask'), own_mask)
     if training and torch.is_grad_enabled(): _warn_of_unreachable(outputs['fm_s'])
     if n: _warn_of_time_first(outputs, terms, n, models)
     _warn_of_probabilities(outputs, terms, facts.get('axis', 1))

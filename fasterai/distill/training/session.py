@@ -101,9 +101,10 @@ def meet(self:Session, record:bool=True):
     if not any(p.requires_grad for p in unwrap(learn.model).parameters()):
         raise ValueError("no parameter of the student requires a gradient: unfreeze some of it")
     self._look_at(learn.model)
+    loading = kd.loading
     self._begin_teacher(record)
     if self.root is self: self.stack.callback(self._leave_optimizer)
-    if hasattr(learn, 'lr_finder'): self._remember_learned()
+    if hasattr(learn, 'lr_finder'): self._remember_learned(loading)
     if kd.eyes.shapes is not None or kd.teacher.learns is not None: self._join_optimizer()
 
 @patch
@@ -139,17 +140,17 @@ def _load_teacher(self:Session):
     "Let a teacher that changes go on from what is to be loaded, before it is asked"
     kd,learns = self.kd,self.kd.teacher.learns
     if learns is None or kd.loading is None: return
-    state = {k.removeprefix('teacher.'):v for k,v in kd.loading.items() if k.startswith('teacher.')}
-    learns.load_state_dict(state)
-    kd.loading = {k:v for k,v in kd.loading.items() if not k.startswith('teacher.')}
+    own = {k:v for k,v in kd.loading.items() if k.removeprefix('optimizer.').startswith('teacher.')}
+    load_states({'teacher': learns}, own)
+    kd.loading = {k:v for k,v in kd.loading.items() if k not in own}
 
 @patch
-def _remember_learned(self:Session):
+def _remember_learned(self:Session, loading):
     "After `lr_find`, what learns beside the student is as before, too"
     kd = self.kd
     self.stack.callback(remember(*kd.recipe.modules, *kd.learned.values()))
     self.stack.callback(kd.eyes.remember())
-    self.stack.callback(partial(setattr, kd, 'loading', kd.loading))
+    self.stack.callback(partial(setattr, kd, 'loading', loading))
     self.stack.callback(remember_states(self.root.along) if self.root.along else self.root._leave_optimizer)
 
 @patch(as_prop=True)
@@ -253,7 +254,9 @@ def _compare(self:Session, outputs, n):
     eyes,recipe = self.kd.eyes,self.kd.recipe
     with eyes.first_look():
         first = not self.checked
-        if first: self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training, n, self._models)
+        if first:
+            self.checked = check_first(outputs, recipe.terms, self.facts, self.learn.training, n, self._models,
+                                       own_mask=getattr(recipe.mask, '__self__', None) is self.kd.teacher)
         new = eyes.focus(outputs['fm_s'], outputs['fm_t'], self._models[1])
         if new or first and self.fit: self._build_learned(outputs) # a fit may have other classes than the last
         hypers = {**self.facts, **{k:s.progress(self.pct) for k,s in recipe.schedules.items()}}

@@ -1,16 +1,22 @@
 "Adapters and learned losses: trained with the student, and no part of it"
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientClip
+from fastai.data.core import DataLoaders
 from fastai.optimizer import Adam, OptimWrapper, ranger
 from torch import nn
 
 from fasterai.distill.loss.learned import VID
 from fasterai.distill.losses import *
-from helpers import GradsAt, block, learner, net, same, state
+from fasterai.distill.methods.exits import DeepSupervision
+from fasterai.distill.methods.mutual import MutualLearning
+from fasterai.distill.teacher.following import EMA
+from helpers import GradsAt, block, data, learner, net, same, state
 from kd_helpers import KD, teacher, layers
 
 
@@ -90,6 +96,67 @@ def test_two_fits_are_one_loop_with_one_state_of_the_optimizer(opt, hand, tmp_pa
         learn.fit(1, cbs=kd)
         for p,q in zip([*learn.model.parameters(), *kd.learned.parameters()], step_by_hand(between), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=lambda m: f'{between}: {m}')
+
+
+def in_order():
+    dls = data()
+    return DataLoaders(dls.valid, dls.valid)
+
+def saved(learn, kd, path):
+    learn.save(path/'student', with_opt=True)
+    torch.save(kd.learned.state_dict(), path/'learned.pt')
+
+class SavedHalfway(Callback):
+    order = 100
+    def __init__(self, kd, path): self.kd,self.path = kd,path
+    def after_epoch(self):
+        if self.epoch!=1: return
+        saved(self.learn, self.kd, self.path)
+        raise CancelFitException
+
+@pytest.mark.parametrize('opt', ones, ids=['fastai','torch'])
+@pytest.mark.parametrize('make', [lambda: KD(teacher(), FitNet, **layers), lambda: DeepSupervision(['0', '1']),
+                                  lambda: MutualLearning(net(5, seed=2))], ids=['adapters', 'exits', 'peers'])
+def test_a_saved_training_goes_on_as_one_that_never_stopped(make, opt, tmp_path):
+    def start():
+        torch.manual_seed(3) # for what is built on the first batch
+        return learner(dls=in_order(), opt_func=opt, lr=.01)
+    whole,all4 = start(),make()
+    whole.fit(4, cbs=all4)
+    def off(state, **how):
+        learn,kd = start(),make()
+        learn.load(tmp_path/'student', with_opt=True)
+        kd.load_learned(state)
+        learn.fit(cbs=kd, **how)
+        ps,qs = ([*l.model.parameters(), *k.learned.parameters()] for l,k in ((whole, all4), (learn, kd)))
+        return max((p-q).abs().max().item() for p,q in zip(ps, qs, strict=True))
+    def load(): return torch.load(tmp_path/'learned.pt', weights_only=True)
+    kd = make()
+    start().fit(4, cbs=[kd, SavedHalfway(kd, tmp_path)])
+    assert off(load(), n_epoch=4, start_epoch=2)<1e-6
+    learn,kd = start(),make()
+    learn.fit(2, cbs=kd)
+    saved(learn, kd, tmp_path)
+    assert off(load(), n_epoch=2)<1e-6
+    assert off({k:v for k,v in load().items() if not k.startswith('optimizer.')}, n_epoch=2)>1e-3 # a file of before
+
+
+@pytest.mark.parametrize('make', [lambda: KD(teacher(), FitNet, **layers), lambda: MutualLearning(net(5, seed=2)),
+                                  lambda: KD(EMA(.5), FitNet, **layers)], ids=['adapters', 'peers', 'average'])
+def test_a_state_to_load_is_kept_by_lr_find_and_by_a_copy(make, tmp_path):
+    def start():
+        torch.manual_seed(3)
+        return learner(dls=in_order(), opt_func=Adam, lr=.01, path=tmp_path)
+    learn,kd = start(),make()
+    learn.fit(2, cbs=kd)
+    saved(learn, kd, tmp_path)
+    learn.fit(2, cbs=kd)
+    again,new = start().load(tmp_path/'student', with_opt=True),make()
+    new.load_learned(torch.load(tmp_path/'learned.pt', weights_only=True))
+    with again.added_cbs(new): again.lr_find(num_it=4, stop_div=False, show_plot=False)
+    again.fit(2, cbs=deepcopy(new))
+    for p,q in zip(learn.model.parameters(), again.model.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
 def test_learned_losses_train():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
+from fastai.losses import BCEWithLogitsLossFlat
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -153,6 +154,8 @@ def test_what_is_refused_and_warned_of():
     with pytest.raises(ValueError, match='items is empty'): adapt(learn, [])
     with pytest.raises(ValueError, match='epochs must be a whole number from 1 on, got 0'):
         adapt(learn, loader(items()), 'tent', epochs=0)
+    with pytest.raises(ValueError, match="sure of one class.*BCEWithLogitsLossFlat.*method='bn'"):
+        adapt(learner(net(c=1), loss_func=BCEWithLogitsLossFlat()), loader(items()), 'tent')
     bare = net()
     for m in bare.modules():
         if isinstance(m, nn.BatchNorm2d): m.weight = m.bias = None

@@ -1,5 +1,6 @@
 "Attacks: where pictures may go, what the networks are left with, and training against loops written by hand"
 import random
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
@@ -18,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.loss.embeddings import Queue
-from fasterai.distill.losses import FitNet, SoftTarget
+from fasterai.distill.losses import BinaryKD, FitNet, Logits, SoftTarget
 from fasterai.distill.methods.attack import Attack, pgd, pixel_space
 from fasterai.distill.methods.discriminator import Discriminator
 from fasterai.distill.training.views import StudentSees
@@ -149,6 +151,28 @@ def adaad(s, t, x, y):
     with torch.no_grad(): zt = t(adv)
     return kl(s(adv), zt)
 
+def of_labels(s, t):
+    p,q = t.sigmoid(),s.sigmoid()
+    return (p*(p/q).log()+(1-p)*((1-p)/(1-q)).log()).mean()
+
+bce = BCEWithLogitsLossFlat,BinaryKD,of_labels
+
+@pytest.mark.parametrize('against', ['teacher', 'both'])
+@pytest.mark.parametrize('c,loss_func,loss,far', [(1, *bce), (3, *bce), (2, MSELossFlat, Logits, F.mse_loss)],
+                         ids=['one logit', 'labels', 'numbers'])
+def test_an_attack_counts_as_the_task_does(c, loss_func, loss, far, against):
+    dls = pixels()
+    for dl in dls.loaders: dl.dataset.tensors = dl.dataset.tensors[0],(torch.arange(32*c).view(32, c)%2).float()
+    learn,t,see = learner(net(c=c), dls, loss_func=loss_func()),net(8, c, seed=1).eval(),See()
+    s = deepcopy(learn.model)
+    learn.fit(1, cbs=[KD(t, loss), small(against=against, start=0.), see])
+    adv,clean = see.seen[0]
+    with torch.no_grad(): said = t(clean)
+    want = adversarial(lambda a: far(s(a), said if against=='teacher' else t(a)), clean, 0., s)
+    assert ((adv-want).abs()>1e-6).float().mean()<.01 # where the gradient is as good as 0, its sign is chance
+    assert (adv-clean).abs().mean()>.06
+
+
 def plain(s, t, x, y):
     adv = adversarial(lambda a: F.cross_entropy(s(a), y), x, .1*(2*torch.rand_like(x)-1), s)
     return .75*F.cross_entropy(s(adv), y)+.25*F.cross_entropy(s(x), y)
@@ -267,6 +291,9 @@ def test_refusals():
     with pytest.raises(ValueError, match='MixUp mixes pictures'): pupil().fit(1, cbs=[Attack(), MixUp()])
     with pytest.raises(ValueError, match='takes one network'):
         pupil().fit(1, cbs=[KD([teacher(), net(8)], SoftTarget), Attack(against='both')])
+    with pytest.raises(ValueError, match="say what it is.*against='label'"):
+        own = learner(net(c=1), pixels(), loss_func=lambda z, y: z.mean())
+        own.fit(1, cbs=[KD(net(8, 1)), small(against='teacher')])
     with pytest.raises(ValueError, match=r'pictures \(B, C, H, W\)'): pixel_space(learn.dls, torch.rand(4, 3))
     assert 'against' in repr(Attack())
 

@@ -58,7 +58,8 @@ def test_training_along():
             if name=='before_step' and not first: first.append(deepcopy(ds.learned.state_dict()))
     plain = state(learn.model).keys()
     learn.fit(2, cbs=[ds, First('', None, order=20)])
-    moved = [k for k,v in ds.learned.state_dict().items() if v.is_floating_point() and not torch.equal(v, first[0][k])]
+    now = ds.learned.state_dict()
+    moved = [k for k,v in first[0].items() if v.is_floating_point() and not torch.equal(v, now[k])]
     assert len(moved)==len([v for v in first[0].values() if v.is_floating_point()])
     assert state(learn.model).keys()==plain and not n_hooks(learn.model)
     assert len(learn.opt.all_params())==len(list(learn.model.parameters()))

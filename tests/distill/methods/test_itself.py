@@ -110,6 +110,12 @@ def test_nothing_is_left_behind(kind, event):
         learn.fit(1, cbs=kd)
 
 
+@pytest.mark.parametrize('kind', kinds)
+def test_nothing_is_warned_of_that_nobody_gave(kind, recwarn):
+    learner().fit(1, cbs=SelfDistillation(kind))
+    assert not [o for o in recwarn if 'mask' in str(o.message)]
+
+
 @pytest.mark.parametrize('kind', ['last_batch', 'past'])
 def test_a_resumed_training_equals_an_uninterrupted_one(kind, tmp_path):
     make = partial(SelfDistillation, kind, schedule=lambda pct: 1.)

@@ -27,6 +27,7 @@ from fasterai.distill.layers.int8 import as_int8, calibrate, fake_quantized, fak
 from fasterai.distill.layers.matching import match_feature_layers
 from fasterai.distill.losses import Attention, SoftTarget
 from fasterai.distill.ship.quantize import (FreezeQuantizers, calibration_batches, quantize_aware, validate_int8)
+from fasterai.distill.teacher.following import EMA
 from fasterai.distill.training.views import StudentSees
 from classes import Gone, named
 from helpers import Boom, data, flags, learner, n_hooks, net, same, state
@@ -123,6 +124,21 @@ def test_ranges_follow_training_alone(learn):
     q.fit(2, cbs=Look())
     assert all(training==on for training,on in seen) and {t for t,_ in seen}=={True, False}
     assert not same(ranges(q.model), was) and not looking(q.model)
+
+@pytest.mark.parametrize('buffers', ['copy', 'average'])
+def test_an_average_of_the_student_looks_at_nothing(learn, buffers):
+    q,ema,seen = quantize_aware(learn),EMA(.5, buffers=buffers),[]
+    class Look(Boom):
+        def __init__(self): super().__init__('after_batch', None, order=50)
+        def __call__(self, name):
+            if name=='after_batch' and self.learn.training: seen.append((looking(q.model), looking(ema.model)))
+    q.fit(1, cbs=[KD(ema, SoftTarget, valid=True), Look()])
+    assert set(seen)=={(True, False)} and not looking(ema.model)
+    was,x = state(ema.model),torch.randn(16, 3, 8, 8)*3
+    answer = ema.model.eval()(x)
+    assert same(state(ema.model), was)
+    q.model.load_state_dict(was)
+    assert torch.equal(q.model.eval()(x), answer) and torch.equal(q.model(x), answer)
 
 def test_freeze(learn):
     q = quantize_aware(learn)
