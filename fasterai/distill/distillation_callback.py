@@ -31,6 +31,7 @@ from .training.learned import Learned, load_states, remember
 from .training.loss_log import names_of
 from .training.recipe import UNSAID_WEIGHT, Recipe
 from .training.session import Session
+from .training.train_along import Moments
 
 # %% ../../nbs/distill/distillation_callback.ipynb #f1e94935
 _all_ = ['get_model_layers','get_module_by_name','match_feature_layers']
@@ -46,7 +47,8 @@ class KnowledgeDistillationCallback(Callback):
 
     `learn.fit_one_cycle(30, cbs=KnowledgeDistillationCallback(teacher, 'SoftTarget'))`. In a notebook
     `KnowledgeDistillationCallback??` shows what each argument is for"""
-    order,_stateattrs = MixedPrecision.order-5,('teacher', 'recipe', 'session', 'log', 'eyes', 'loading', 'restart')
+    order = MixedPrecision.order-5
+    _stateattrs = ('teacher', 'recipe', 'session', 'log', 'eyes', 'loading', 'restart', 'moments')
 
     def __init__(self,
         teacher:nn.Module,                  # A model, a `Learner`, a list of them, or what has `answer(*xb)`; or None
@@ -161,6 +163,7 @@ KnowledgeDistillationCallback.learn = property(_learn_of, _go_over, doc="The Lea
 def _init_state(self:KnowledgeDistillationCallback):
     "A callback without a teacher: also after unpickling, since the teacher is no part of a saved student"
     for k in self._stateattrs: setattr(self, k, None)
+    self.moments = Moments()
 
 @patch
 def __setstate__(self:KnowledgeDistillationCallback, state):
@@ -233,7 +236,7 @@ def learned(self:KnowledgeDistillationCallback)->nn.ModuleDict:
     `state_dict`, with the optimizer's state for them, is no part of the student's"""
     modules = self.learns_itself
     for o in self._learning_teacher() if self.teacher else (): modules['teacher'] = o
-    return Learned(modules)
+    return Learned(modules, self.moments)
 
 # %% ../../nbs/distill/distillation_callback.ipynb #e36d2f1b
 @patch(as_prop=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .train_along import load_states_of, states_of
+from .train_along import Moments
 
 # %% ../../../nbs/distill/training/learned.ipynb #344787c5
 def _kept(attributes):
@@ -48,10 +48,17 @@ _OPT = 'optimizer.'
 
 class Learned(nn.ModuleDict):
     "What learns beside the student; its `state_dict` has the optimizer's state for it, too"
+    def __init__(self,
+        modules:dict,    # By name
+        moments:Moments, # Of their parameters
+    ):
+        super().__init__(modules)
+        self.moments = moments
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         names = {p:n for n,p in self.named_parameters()}
-        for p,state in states_of(names).items():
+        for p,state in self.moments.of(names).items():
             if not any(isinstance(v, Tensor) for v in state.values()): continue
             kept = {k:v for k,v in state.items() if isinstance(v, (Tensor, bool, int))}
             for k,v in kept.items(): destination[f'{prefix}{_OPT}{names[p]}.{k}'] = torch.as_tensor(v)
@@ -61,7 +68,7 @@ class Learned(nn.ModuleDict):
         for k in [k for k in state_dict if k.startswith(prefix+_OPT)]:
             value,(name,_,key) = state_dict.pop(k),k.removeprefix(prefix+_OPT).rpartition('.')
             if name in params: states.setdefault(params[name], {})[key] = _as_it_was(key, value, params[name])
-        load_states_of(states)
+        self.moments.load(states)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 def _is_like(p, v): return isinstance(v, Tensor) and v.shape==p.shape
@@ -72,11 +79,10 @@ def _as_it_was(key, v, p):
 
 # %% ../../../nbs/distill/training/learned.ipynb #74abf20e
 def load_states(
-    modules:dict, # What learns, by name, or a `ModuleDict`
-    state:dict,   # A `state_dict` of the same
+    own:Learned, # What learns
+    state:dict,  # A `state_dict` of the same
 ):
-    "Load `state` into `modules`. ValueError that names what each is of, where they do not fit"
-    own = Learned(dict(modules.items()))
+    "Load `state` into `own`. ValueError that names what each is of, where they do not fit"
     def known(keys): return {k:0 for k in keys if not k.startswith(_OPT)}
     def parts(keys): return ', '.join(dict.fromkeys(k.split('.')[0] for k in known(keys))) or 'nothing'
     try: own.load_state_dict(state)

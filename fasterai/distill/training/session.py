@@ -27,11 +27,11 @@ from .eyes import Eyes
 from .first_look import (
     check_first, refuse_counted, refuse_lost_batch, saying_shapes, warn_of_methods, warn_of_no_graph, warn_of_softmax)
 from .keep_batch import on_copies, refuse_written, writes_into
-from .learned import load_states, remember
+from .learned import Learned, load_states, remember
 from .lesson import (
     detached, facts_for, full_precision, labels_of, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
-from .train_along import TrainAlong, remember_states
+from .train_along import Moments, TrainAlong, remember_states
 
 # %% ../../../nbs/distill/training/session.ipynb #fd026b3c
 class Session:
@@ -114,7 +114,9 @@ def _look_at(self:Session, model):
     refuse_shared(model, kd.teacher.models)
     if old is not None and old.model is model: return
     same = old is not None and unwrap(old.model) is unwrap(model)
-    if old is not None and not same: kd.restart()
+    if old is not None and not same:
+        kd.restart()
+        kd.moments = Moments()
     kd.eyes = Eyes(model, kd.recipe, old.adapters if same else None)
     self.stack.push(kd.eyes.give_up)
 
@@ -141,7 +143,7 @@ def _load_teacher(self:Session):
     kd,learns = self.kd,self.kd.teacher.learns
     if learns is None or kd.loading is None: return
     own = {k:v for k,v in kd.loading.items() if k.removeprefix('optimizer.').startswith('teacher.')}
-    load_states({'teacher': learns}, own)
+    load_states(Learned({'teacher': learns}, kd.moments), own)
     kd.loading = {k:v for k,v in kd.loading.items() if k not in own}
 
 @patch
@@ -166,7 +168,7 @@ def _join_optimizer(self:Session):
     root._leave_optimizer()
     if not params: return
     learns = self.kd.teacher.learns
-    root.along = TrainAlong(params, learns if isinstance(learns, nn.ModuleList) else ())
+    root.along = TrainAlong(params, learns if isinstance(learns, nn.ModuleList) else (), self.kd.moments)
     self.learn.add_cb(root.along)
     root.fit.passing += [root.along, self.learn.opt]
     root.along.join()
@@ -277,7 +279,7 @@ def _build_learned(self:Session, outputs):
         if hasattr(o.base, 'build'): o.base.build(**kd.eyes.adapted(o, detached(outputs)))
         if isinstance(o.base, nn.Module): o.base.to(device_of(outputs))
     state,kd.loading = kd.loading,None
-    if state is not None: load_states(kd.learns_itself, state)
+    if state is not None: load_states(Learned(kd.learns_itself, kd.moments), state)
     self._join_optimizer()
 
 # %% ../../../nbs/distill/training/session.ipynb #6499ab34

@@ -63,7 +63,7 @@ def test_adapters_train_with_the_students_optimizer_and_leave_it_as_it_was(opt, 
 ones = Adam, partial(OptimWrapper, opt=torch.optim.Adam)
 hands = lambda ps: Adam(ps, .01, mom=.9, sqr_mom=.99, eps=1e-5, wd=0.), lambda ps: torch.optim.Adam(ps, .01)
 
-@pytest.mark.parametrize('opt,hand', zip(ones, hands), ids=['fastai','torch'])
+@pytest.mark.parametrize('opt,hand', [*zip(ones, hands)], ids=['fastai','torch'])
 def test_two_fits_are_one_loop_with_one_state_of_the_optimizer(opt, hand, tmp_path):
     "Also with `lr_find` between; where `unfreeze` clears the student's states, the adapters' begin anew, too"
     def start():
