@@ -13,19 +13,17 @@ from typing import Callable
 
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, Resize
-from fastai.vision.core import TensorImage
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from ...core.task import task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .columns import columns_for, columns_of
 from .datasets import with_what_items_say
-from .inputs import Renormalize, changes_of, in_a_row, say_changes
+from .inputs import Renormalize, changes_of, say_changes
+from .loaders import (
+    image_size, images_among, kinds_of, normalizers, statistics_of_images, vocabularies)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
 @dataclass(frozen=True)
@@ -49,92 +47,18 @@ def facts_of(
     "The `Facts` that its `DataLoaders` tell; none without `DataLoaders`"
     dls,own = getattr(learn, 'dls', None),dict(axis=_axis_of(learn), changes=changes_of(learn))
     if dls is None or not getattr(dls, 'loaders', None): return Facts(**own)
-    words,classes = _vocabularies(dls)
-    kinds = _kinds(dls)
-    norms = _normalizers(dls, kinds)
-    images = _images(kinds, next(iter(norms), None))
-    stats = _statistics(dls, norms, images)
-    facts = Facts(classes, words, stats, _image_size(dls), columns_of(dls), images, **own)
+    words,classes = vocabularies(dls)
+    kinds = kinds_of(dls)
+    norms = normalizers(dls, kinds)
+    images = images_among(kinds, next(iter(norms), None))
+    stats = statistics_of_images(dls, norms, images)
+    facts = Facts(classes, words, stats, image_size(dls), columns_of(dls), images, **own)
     ds = getattr(dls.loaders[0], 'dataset', None)
     return facts if hasattr(ds, 'tls') else with_what_items_say(facts, ds)
 
 def _axis_of(learn):
     task = task_of(getattr(learn, 'loss_func', None))
     return task.axis if task.average=='softmax' else None # of others fastai says one that is of no use
-
-def _vocabularies(dls):
-    "The words of a text's input and the classes of the target; None where there are several, or none"
-    lists = getattr(getattr(dls.loaders[0], 'dataset', None), 'tls', None)
-    if lists: words,classes = _of_lists(lists, getattr(dls, 'n_inp', 1))
-    else: words,classes = _of_vocab(getattr(dls, 'vocab', None))
-    if classes is None: classes = next((f.codes for f in _transforms(dls) if hasattr(f, 'codes')), None)
-    return tuple(None if o is None else tuple(map(str, o)) for o in (words, classes))
-
-def _of_lists(lists, n_inp):
-    "Of fastai's `Datasets`: a list of items for each input and target"
-    def only(ls):
-        found = [v for v in (getattr(o, 'vocab', None) for o in ls) if v is not None and not isinstance(v, dict)]
-        return found[0] if len(found)==1 else None
-    return only(lists[:n_inp]),only(lists[n_inp:])
-
-def _of_vocab(v):
-    "Of a `vocab` alone: where there are two, the first is a text's"
-    if v is None or isinstance(v, dict) or not len(v): return None,None
-    nested = isinstance(v[-1], (list, tuple)) or hasattr(v[-1], 'o2i')
-    return (v[0] if nested and len(v)>1 else None),(v[-1] if nested else v)
-
-def _transforms(dls):
-    pipes = [getattr(dls, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
-    return [f for p in pipes for f in getattr(p, 'fs', ())]
-
-def _image_size(dls):
-    "What the last transform with a size makes of an image"
-    sizes = [_height_first(f) for f in _transforms(dls) if getattr(f, 'size', None) is not None]
-    return sizes[-1] if sizes else None
-
-def _height_first(f):
-    "The size of a transform; fastai's of single images keep the width first"
-    size = (f.size, f.size) if isinstance(f.size, int) else tuple(f.size)
-    return size[::-1] if isinstance(f, (CropPad, RandomCrop, RandomResizedCrop, Resize)) else size
-
-# %% ../../../nbs/distill/teacher/facts.ipynb #72f1726e
-def _kinds(dls):
-    "The types of the inputs, with None for one that is not known before a batch is drawn"
-    ds,own = getattr(dls.loaders[0], 'dataset', None),[f for f in _transforms(dls) if not _is_fastais(f)]
-    if isinstance(ds, TensorDataset): kinds = [type(t) for t in ds.tensors]
-    else: kinds = [(getattr(o, 'types', None) or [None])[-1] for o in getattr(ds, 'tls', ())]
-    kinds = [_in_batch(k) for k in kinds[:getattr(ds, 'n_inp', max(len(kinds)-1, 1))]]
-    return [None if own and k is Tensor else k for k in kinds]
-
-def _is_fastais(f): return type(f).__module__.startswith('fastai.')
-
-def _in_batch(kind):
-    "As fastai's `ToTensor` has it"
-    kind = getattr(kind, '_tensor_cls', kind)
-    return kind if isinstance(kind, type) and issubclass(kind, Tensor) else None
-
-# %% ../../../nbs/distill/teacher/facts.ipynb #0ecc77d0
-def _normalizers(dls, kinds):
-    "The first `Normalize` that changes an input, as far as is known, and those that change the same ones after it"
-    fs = [f for f in _transforms(dls) if isinstance(f, Normalize) and f.mean is not None]
-    found = [(f, _images(kinds, f)) for f in fs]
-    found = [(f, o) for f,o in found if not kinds or any(k is not False for k in o)]
-    return [f for f,o in found if o==found[0][1]]
-
-def _statistics(dls, norms, images):
-    "Of all that is done to them, beside a division of 0 to 255 by 255"
-    divs = [f.div for f in _transforms(dls) if isinstance(f, IntToFloatTensor)] if True in images else []
-    stats = [*((0., d/255) for d in divs if d!=255), *norms]
-    return in_a_row(stats) if stats else None
-
-def _changes(f, kind):
-    x = torch.as_tensor(f.mean).detach().clone().as_subclass(kind)
-    return f(x, split_idx=f.split_idx) is not x
-
-def _images(kinds, norm):
-    "Which inputs are images: those that are normalised, or of fastai's type"
-    if norm is not None: return tuple(None if k is None else _changes(norm, k) for k in kinds)
-    return tuple(None if k in (None, Tensor) else issubclass(k, TensorImage) for k in kinds)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #6931846a
 def facts_of_data(
