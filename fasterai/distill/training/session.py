@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-from fastai.callback.rnn import ModelResetter, RNNCallback
+from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from torch import nn
@@ -21,16 +21,17 @@ from ...core.together import summed
 from ..layers.names import unwrap
 from ..teacher.forward import device_of
 from ..teacher.protocol import accepted, asking, refuse_shared
+from .as_student import loss_as_student
 from .ask_ahead import ask_ahead
 from .autocast import leaving_autocast
 from .eyes import Eyes
-from .first_look import (
-    check_first, refuse_counted, refuse_lost_batch, saying_shapes, warn_of_methods, warn_of_no_graph, warn_of_softmax)
+from .first_look import check_first, warn_of_methods, warn_of_no_graph, warn_of_softmax
 from .keep_batch import on_copies, refuse_written, writes_into
 from .learned import Learned, load_states, remember
 from .lesson import (
     detached, facts_for, full_precision, labels_of, mask_of, mixed, stand_in, target_of)
 from .loss_log import LossLog
+from .shapes import saying_shapes
 from .train_along import Moments, TrainAlong, remember_states
 
 # %% ../../../nbs/distill/training/session.ipynb #fd026b3c
@@ -129,7 +130,7 @@ def _begin_teacher(self:Session, record):
     question = dict(layers=self.kd.recipe.layers_t, logits='teacher_pred' in self.kd.recipe.needs)
     if self.outer is None or self.outer.ask is None:
         self.stack.callback(teacher.end)
-        offered = {**question, 'record': record, 'as_student': partial(_as_student, self.kd)}
+        offered = {**question, 'record': record, 'as_student': partial(loss_as_student, self.kd)}
         teacher.begin(self.learn, **accepted(teacher.begin, offered))
         self._load_teacher()
         if record and teacher.ahead is not None: ask_ahead(self, partial(teacher.ahead, **question))
@@ -222,8 +223,7 @@ def _set_weight(self:Session):
     learn,recipe,finds_lr = self.learn,self.kd.recipe,hasattr(self.learn, 'lr_finder')
     steps = learn.n_iter*learn.n_epoch
     done = round(learn.pct_train*steps)
-    if not (finds_lr or self in self.fit.notes): recipe.warn_if_idle(steps, done)
-    self.fit.notes[self] = 'has begun'
+    if not (learn.train_iter or finds_lr): recipe.warn_if_idle(steps, done)
     self.pct = done/steps
     self.weight = recipe.weight if finds_lr else recipe.weight_at(self.pct)
 
@@ -246,10 +246,7 @@ def lesson(self:Session, xb, yb, pred, teacher_pred=None)->dict:
 def _logits(self:Session, pred):
     recipe = self.kd.recipe
     if not recipe.needs & {'pred', 'target'}: return None
-    if recipe.select is None: return logits_of(pred, who='student')
-    logits = recipe.select(pred)
-    refuse_lost_batch(pred, logits)
-    return logits
+    return logits_of(pred, who='student') if recipe.select is None else recipe.select(pred)
 
 @patch
 def _compare(self:Session, outputs, n):
@@ -293,9 +290,7 @@ def teach(self:Session):
     xb,yb = full_inputs(learn),labels_of(learn, self.fit.notes)
     task = learn.loss_grad.as_subclass(torch.Tensor) if len(learn.yb) else None # a subclass costs a detour for each sum
     if asks: refuse_written(learn.pred, self.fit.notes.pop('writes', []))
-    first = asks and training and not self.checked
     parts = self.lesson(xb, yb, learn.pred) if asks else {}
-    if first: refuse_counted(learn, yb)
     distill = [parts.get(o.name) for o in self.kd.recipe.terms]
     self.kd.log.add([self._task_alone(task), *distill], self.weight, find_bs(xb), training)
     if training: self._mix(task, distill, xb)
@@ -322,19 +317,6 @@ def _add_own_loss(self:Session):
     "Backpropagate what the teacher itself learns by; the loss that is shown stays the student's"
     own = self.kd.teacher.own_loss(self.learn)
     if own is not None: self.learn.loss_grad = self.fit.notes['mixed'] = self.learn.loss_grad + own
-
-def _as_student(kd,
-    pred,         # What another network returned for the batch in hand, with its graph
-    teacher_pred, # Logits of those that teach it
-)->torch.Tensor:
-    "The loss of that network, were it the student"
-    session,learn = kd.session,kd.learn
-    yb = labels_of(learn, session.fit.notes)
-    if any(isinstance(o, RNNCallback) for o in learn.cbs): pred = pred[0]
-    pred = full_precision(pred)
-    task = learn.loss_func(pred, *yb).as_subclass(torch.Tensor) if len(yb) else None
-    parts = session.lesson(full_inputs(learn), yb, pred, teacher_pred)
-    return mixed(task, list(parts.values()), kd.recipe, session.weight)
 
 # %% ../../../nbs/distill/training/session.ipynb #78f43d61
 @patch

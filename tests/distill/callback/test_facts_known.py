@@ -414,8 +414,6 @@ def test_shapes_that_differ_are_each_named_with_the_remedy():
         fit(net(), net(c=5, seed=1))
     with pytest.raises(ValueError, match=r'select_teacher=lambda z: F.interpolate\(z, \(8, 8\)\) brings'):
         fit(conv(1), conv(2))
-    with pytest.raises(ValueError, match=r'select: .* one tensor \(8, 3\), .* \(3,\), of a single sample'):
-        fit(net(), teacher(), select=lambda o: o[0])
 
 
 def test_a_temperature_in_words():
