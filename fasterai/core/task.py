@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_batch', 'loader_like', 'refuse_plain', 'first_of', 'split_batch', 'class_of_each', 'views_of', 'seen_by_student',
-           'full_inputs', 'copied', 'without_types', 'logits_of', 'Task', 'task_of', 'has_class', 'known_axis']
+           'full_inputs', 'copied', 'without_types', 'NoLogits', 'logits_of', 'Task', 'task_of', 'has_class',
+           'known_axis']
 
 # %% ../../nbs/core/task.ipynb #d1c24367
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ def without_types(
     return tuple(tree_map(one, one(x)) for x in b)
 
 # %% ../../nbs/core/task.ipynb #2f4f8a75
+class NoLogits(TypeError): "A model's output has no logits"
+
 def logits_of(
     out,                  # What a model returned
     select:Callable=None, # From that to the logits; None: a tensor, the first of a tuple, or `.logits`
@@ -161,7 +164,7 @@ def logits_of(
     else: found = out
     if isinstance(found, Tensor): return found
     keys = f" with keys {list(found)[:8]}" if hasattr(found, 'keys') else ''
-    raise TypeError(f"the {who} must return a tensor of logits (or a tuple that starts with one), "
+    raise NoLogits(f"the {who} must return a tensor of logits (or a tuple that starts with one), "
                     f"got a {type(found).__name__}{keys}; "
                     "pass select=, a function from the output to the logits, e.g. select=lambda o: o['logits']")
 

@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 from ...core.names import one_of
 from .layout import layout_of
 from .names import (as_names, get_module_by_name, is_compiled, refuse_uncalled, run_of_turn,
-                                           turn_of, unwrap, wrapping)
-from .places import outputs_in, place_of
+                                           unwrap, wrapping)
+from .places import heard_at, outputs_in, place_of
 
 # %% ../../../nbs/distill/layers/capture.ipynb #2cc7a176
 def tensors_in(
@@ -47,12 +47,13 @@ def first_tensor(
 # %% ../../../nbs/distill/layers/capture.ipynb #d7e832b4
 class _Tap:
     "What passes at one layer. At module level, so that a model pickles while it is hooked"
-    def __init__(self, place, detach, every, turn=(0, 1)):
+    def __init__(self, place, at, detach, every):
         self.place = place
+        self.at,self.comes_in = at[:2]  # the module that is listened to; at what goes in?
         self.name = place.name
         self.detach = detach            # cut off the graph?
         self.every = every              # keep what each run of the layer gives, or one run's only?
-        self.turn = turn                # which of how many runs, as `turn_of` says
+        self.turn = at[2]               # which of how many runs, as `turn_of` says
         self.said = False               # that others are left out
         self.was_read = False           # is what is kept of a forward that is over?
         self.kept = []                  # (tensor, its count of writes, its copy)
@@ -106,7 +107,7 @@ class _Tap:
 
     def hook(self, module):
         "Listen to `module` until the handle that is returned is removed"
-        if self.place.comes_in: return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
+        if self.comes_in: return module.register_forward_pre_hook(self.on_input, with_kwargs=True)
         return module.register_forward_hook(self.on_output)
 
 # %% ../../../nbs/distill/layers/capture.ipynb #4e1e03c4
@@ -128,15 +129,15 @@ class Capture:
         _refuse_copies(model)
         places = [place_of(model, n, kind) for n in self.layers]
         if any(p.module for p in places): refuse_uncalled(model)
-        turns = [turn_of(model, p.module) for p in places]
-        self.taps = {k:_Tap(p, detach, calls=='all', t) for k,p,t in zip(_keys(self.layers), places, turns)}
+        taps = [_Tap(p, heard_at(model, p), detach, calls=='all') for p in places]
+        self.taps = dict(zip(_keys(self.layers), taps))
 
-    def module(self, place): return get_module_by_name(self.model, place.module, self.kind)
+    def module(self, tap): return get_module_by_name(self.model, tap.at, self.kind)
 
     def __enter__(self):
         self.clear()
         try:  # by name each time: converting to SyncBatchNorm, say, replaces modules
-            for tap in self.taps.values(): self.handles.append(tap.hook(self.module(tap.place)))
+            for tap in self.taps.values(): self.handles.append(tap.hook(self.module(tap)))
         except BaseException:
             self.__exit__()
             raise

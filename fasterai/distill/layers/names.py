@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ...core.names import unknown_name
+from ...core.names import in_short, unknown_name
 
 # %% ../../../nbs/distill/layers/names.ipynb #c6cb608f
 def wrapping(
@@ -106,7 +106,7 @@ def layer_pairs(
     if pairs is None: s,t = as_names(student_layers),as_names(teacher_layers)
     elif teacher_layers is None: s,t = pairs
     else: raise ValueError("the first argument already holds the pairs, so the second must be left out; "
-                           f"got {teacher_layers!r}")
+                           f"got {in_short(teacher_layers)}")
     if len(s)==len(t): return s,t
     raise ValueError(f"a pair needs a layer of each: got {len(s)} of the student {s} and {len(t)} of the teacher {t}")
 
@@ -116,8 +116,12 @@ def as_names(
 )->list[str]:
     "`o` as a list of names"
     if o is None: return []
-    if not isinstance(o, (str, Iterable)): raise TypeError(f"layers must be names, as text or several, got {o!r}")
-    return [o] if isinstance(o, str) else list(o)
+    if not isinstance(o, (str, Iterable)):
+        raise TypeError(f"layers must be names, as text or several, got {in_short(o)}")
+    names = [o] if isinstance(o, str) else list(o)
+    if not any(isinstance(n, nn.Module) for n in names): return names
+    raise TypeError(f"layers must be names, such as 'layer1', got a {type(o).__name__} of modules: "
+                    "get_model_layers(model) lists the names")
 
 # %% ../../../nbs/distill/layers/names.ipynb #1e7a281c
 def _written_as_pairs(o):
@@ -132,5 +136,5 @@ def _written_as_pairs(o):
 def _unzip(pairs):
     for p in pairs:
         if isinstance(p, str) or len(p)!=2:
-            raise ValueError(f"expected pairs of a student's and a teacher's layer, got {p!r}")
+            raise ValueError(f"expected pairs of a student's and a teacher's layer, got {in_short(p)}")
     return [s for s,_ in pairs],[t for _,t in pairs]

@@ -17,7 +17,7 @@ from fastcore.basics import store_attr
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
-from ...core.names import whole_number
+from ...core.names import in_short, whole_number
 from ...core.task import logits_of
 from .dreams import Dreams
 from .priors import BatchNormGap, batch_norms, competition, total_variation
@@ -39,7 +39,7 @@ class Still:
     ):
         teacher = as_teacher(teacher)
         if not isinstance(teacher, Teacher) or len(teacher.models)!=1:
-            raise TypeError(f"teacher: pictures are made with the gradients of one network, got {teacher!r}")
+            raise TypeError(f"teacher: pictures are made with the gradients of one network, got {in_short(teacher)}")
         self.net = bare_copy(teacher.models[0]).float().eval().requires_grad_(False)
         self.select = teacher.select
         self.facts = teacher.facts[0]

@@ -30,7 +30,7 @@ from ...core.task import loader_like, logits_of, split_batch, views_of
 from ..layers.int8 import as_int8, as_reference
 from .describe import describe, first_batch, for_file, input_names, refuse_other_than_learner
 from .predictor import Predictor, open_session
-from .scales import has_scales, weights_as_integers
+from .scales import activations_cut, has_scales, weights_as_integers
 from ..study.one_run import streams_kept
 from ..teacher.frozen import bare_copy
 
@@ -204,6 +204,7 @@ def _in_own_8_bits(module, xb, names, opset, fixed, backend):
         reference = module.model = as_reference(trained)
         proto = _proto(module, xb, names, opset, fixed)
         weights_as_integers(proto)
+        activations_cut(proto, trained)
         module.model = as_int8(trained, backend)
         try: _refuse_other_answers(proto.SerializeToString(), module, xb, fixed, tolerance=.1)
         finally: module.model = reference

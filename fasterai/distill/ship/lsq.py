@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...core.heads import put_module
-from ...core.names import one_of
+from ...core.names import in_short, one_of
 from ..layers.capture import as_found, first_tensor
 
 # %% ../../../nbs/distill/ship/lsq.ipynb #d4a65dff
@@ -77,7 +77,7 @@ class LSQFakeQuant(nn.Module):
         per_sample:bool=True, # Is the first dimension of a tensor that of the samples? Not of weights
     ):
         super().__init__()
-        if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
+        if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {in_short(bits)}")
         self.bits,self.signed,self.per_sample = bits,signed,per_sample
         self.register_buffer('first', torch.ones(()))
         self.growth = nn.Parameter(torch.zeros(()))

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...core.heads import refuse_computed
 from ...core.leaving import watch
+from ...core.names import in_short
 from ...core.rows import as_in_validation
 from ...core.task import loader_like, seen_by_student, split_batch, views_of
 from ..layers.int8 import (Int8, as_int8, calibrate, fake_quantized, fake_quantizers,
@@ -116,11 +117,13 @@ def calibration_batches(
     if n<1: raise ValueError(f"n_batches must be 1 or more to calibrate on, got {n}")
     dls,found = learn.dls,[]
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
+    seen = 0
     with streams_kept(0), as_in_validation(dls.train_ds):
         for b in loader_like(dls.valid, dls.train_ds, shuffle=True):
-            found.append(seen_by_student(learn, to_device(split_batch(dls, tuplify(b))[0], device)))
+            xb,yb = split_batch(dls, tuplify(b))
+            found.append(seen_by_student(learn, to_device(xb, device)))
+            seen += find_bs(yb or xb) # pictures in a list are not counted by the first one's channels
             if len(found)==n: break
-    seen = sum(map(find_bs, found))
     if seen>=least: return found
     raise ValueError(f"calibration needs at least {least} samples to find the ranges of the activations, got {seen}")
 
@@ -136,7 +139,7 @@ def quantize_aware(
     cannot be traced (with 8 bits) or are not in fp32, unknown layers or backends, or too few samples; ImportError, with
     8 bits, where PyTorch's FX is gone and torchao is missing"""
     refuse_other_than_learner(learn)
-    if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
+    if bits not in range(2, 9): raise ValueError(f"bits must be a whole number from 2 to 8, got {in_short(bits)}")
     _refuse_other_than_fp32(unwrap(learn.model))
     with streams_kept(): model = _quantized(learn, bits, backend, layers, n_batches)
     found = _like(learn, model, bits, backend)

@@ -21,7 +21,7 @@ from fastcore.basics import tuplify
 
 from ...core.names import one_of, whole_number
 from ...core.task import (
-    known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of, without_types)
+    NoLogits, known_axis, loader_like, logits_of, seen_by_student, split_batch, task_of, without_types)
 from ..distillation_callback import KnowledgeDistillationCallback
 from .teacher_numbers import training_data
 from ..teacher.ensemble import ensemble_logits
@@ -128,16 +128,24 @@ def _is_about_the_task(learn, kd):
     ours,theirs = facts_of(learn).classes,[o.classes for o in getattr(kd.teacher, 'facts', ())]
     return not ours or all(o is None or {*ours}<={*o} for o in theirs)
 
+def _both_logits(learn, kd, xb):
+    "The student's and the teacher's; None for them where no loss asks for logits, and the networks have none"
+    try:
+        pred = learn.model(*seen_by_student(learn, xb))
+        return logits_of(pred, kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
+    except NoLogits:
+        if any(t.needs & {'pred', 'teacher_pred'} for t in kd.terms): raise
+        return None,None
+
 def _judge(learn, kd, n):
     """Score of student and teacher on `n` validation batches, and what it is: accuracy for classes, else the loss;
-    None without labels, or answers"""
+    None without labels, answers or logits"""
     if not (kd.teacher.anywhere and _is_about_the_task(learn, kd)): return None
     scores = []
     with as_found(learn.model):
         for xb,yb in _batches(learn, _validation_data(learn), n):
             if not yb: return None
-            pred = learn.model(*seen_by_student(learn, xb))
-            pair = logits_of(pred, kd.recipe.select, 'student'),_one_answer(learn, kd, xb)
+            pair = _both_logits(learn, kd, xb)
             if pair[1] is None: return None
             y = _labels(yb[0], pair[0])
             right = not y.is_floating_point() and y.ndim==pair[0].ndim-1

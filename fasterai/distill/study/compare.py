@@ -57,7 +57,12 @@ def predictions(
     if not any(dl is o for o in getattr(learn.dls, 'loaders', ())):
         refuse_other_data('dl', dl, facts_of(learn), whose=f'those of {name!r}')
     without_metrics = contextmanager(replacing_yield)(learn, 'metrics', [])
-    with as_found(learn.model), quiet(learn), without_metrics: preds,targs = learn.get_preds(dl=dl, act=noop)
+    with as_found(learn.model), quiet(learn), without_metrics:
+        try: preds,targs = learn.get_preds(dl=dl, act=noop)
+        except TypeError as e:
+            if 'GatherPredsCallback' not in str(e): raise
+            raise TypeError(f"learner {name!r}: its predictions are no tensors with a row for each sample, as a "
+                            "detector's dicts are none; judge such a one by `validate` of its Learner") from e
     yb = tuplify(targs) if targs is not None else ()
     if not len(yb): raise ValueError(f"learner {name!r} has no labels in its validation data")
     return apply(lambda t: t.float() if t.is_floating_point() else t, preds),yb

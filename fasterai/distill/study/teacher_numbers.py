@@ -17,7 +17,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import tuplify
 from torch import nn
 
-from ...core.task import full_inputs, known_axis, loader_like, split_batch, task_of
+from ...core.task import NoLogits, full_inputs, known_axis, loader_like, split_batch, task_of
 from .one_run import measure, measured
 from ..teacher.protocol import BaseTeacher, accepted
 from ..teacher.teacher import as_teacher
@@ -77,11 +77,14 @@ def measure_teacher(
     learn:Learner, # The student's
     teacher,       # A Module, a Learner, a list of them, or a teacher
 )->dict:
-    "Validation loss and metrics by name, of the teacher's own answers on the student's data; NaN if it has none"
+    """Validation loss and metrics by name, of the teacher's own answers on the student's data; NaN if it has none, or
+    no logits"""
     teacher = as_teacher(teacher)
     if not teacher.anywhere: return dict.fromkeys(measured(learn), nan)
     with asked_by(learn, teacher) as ask:
-        with contextmanager(replacing_yield)(learn, 'model', _InPlaceOf(learn, ask)): return measure(learn)
+        with contextmanager(replacing_yield)(learn, 'model', _InPlaceOf(learn, ask)):
+            try: return measure(learn)
+            except NoLogits: return dict.fromkeys(measured(learn), nan)
 
 # %% ../../../nbs/distill/study/teacher_numbers.ipynb #f02a3769
 def _entropy(logits, axis, kind):
@@ -103,7 +106,7 @@ def sureness(
     learn:Learner, # The student's, with its training data
     teacher,       # As in `measure_teacher`
 )->dict:
-    "`entropy` and `confidence`, the mean of the highest probability; empty where outputs are plain numbers"
+    "`entropy` and `confidence`, the mean of the highest probability; empty for plain numbers, and without logits"
     teacher = as_teacher(teacher)
     sums = torch.zeros(2, dtype=torch.float64)
     n = 0
@@ -112,7 +115,9 @@ def sureness(
         kind,axis = teacher.average or task.average,known_axis(teacher.axis, task.axis)
         if kind not in ('softmax', 'sigmoid'): return {}
         for xb in _training_batches(learn, teacher):
-            found = _entropy(ask(*xb)[0].as_subclass(torch.Tensor), axis, kind)
+            try: said = ask(*xb)[0]
+            except NoLogits: return {}
+            found = _entropy(said.as_subclass(torch.Tensor), axis, kind)
             sums += torch.stack([o.double().sum().cpu() for o in found])
             n += found[0].numel()
     return dict(zip(('entropy', 'confidence'), (sums/n).tolist()))

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ...core.task import logits_of
 from ..layers.capture import Capture, attributes_kept, first_tensor, tensors_in
 from ..layers.names import as_names, get_module_by_name, run_of_turn, unwrap
-from ..layers.places import place_of
+from ..layers.places import heard_at, place_of
 from .frozen import twin
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #cd6bead0
@@ -154,7 +154,7 @@ def modules_of(
     layers,        # Names, as for `Capture`
 )->list:
     "The dotted names of the modules that `layers` look at, in order"
-    return [place_of(net, n, 'layer of the teacher').module for n in layers]
+    return [heard_at(net, place_of(net, n, 'layer of the teacher'))[0] for n in layers]
 
 # %% ../../../nbs/distill/teacher/forward.ipynb #73cc4fd0
 def last_to_run(
@@ -222,8 +222,8 @@ class _Watched(nn.Module):
         self.runs = {}
         self.taps = Capture(net, layers, kind='layer of the teacher').taps
         for key,tap in self.taps.items():
-            place,m = tap.place,get_module_by_name(self.net, tap.place.module)
-            if place.comes_in: # `given` are the arguments and the keywords
+            m = get_module_by_name(self.net, tap.at)
+            if tap.comes_in: # `given` are the arguments and the keywords
                 m.register_forward_pre_hook(lambda m, *given, k=key: self.keep(k, given), with_kwargs=True)
             else: m.register_forward_hook(lambda m, args, out, k=key: self.keep(k, out))
 

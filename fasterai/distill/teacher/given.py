@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ...core.names import in_short
 from .inputs import statistics_of
 
 # %% ../../../nbs/distill/teacher/given.ipynb #2576dc6e
@@ -34,7 +35,7 @@ def as_module(
     hint = '; call it to make one' if isinstance(m, type) or callable(m) else ''
     if not isinstance(m, type) and hasattr(m, 'answer'): hint = '; a teacher goes alone, and networks in one Teacher'
     if isinstance(m, (str, Path)): hint = '; load it first, for example with load_learner, if you trust the file'
-    raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {m!r}{hint}")
+    raise TypeError(f"teacher: expected a Module or a Learner (or a list of them), got {in_short(m)}{hint}")
 
 # %% ../../../nbs/distill/teacher/given.ipynb #34664dad
 def as_modules(
@@ -67,7 +68,8 @@ def as_weights(
 )->list|None:
     "The weights as numbers. TypeError or ValueError unless there is a positive one for each network"
     if weights is None: return
-    if not hasattr(weights, '__len__'): raise TypeError(f"weights must be a number for each network, got {weights!r}")
+    if not hasattr(weights, '__len__'):
+        raise TypeError(f"weights must be a number for each network, got {in_short(weights)}")
     w = [float(o) for o in weights]
     if len(w)!=n or not all(0<o<math.inf for o in w):
         raise ValueError(f"weights must be {n} positive numbers, one for each network, got {w}")
@@ -80,10 +82,10 @@ def refuse_no_function(
 ):
     "TypeError for what cannot be called"
     if select is not None and not callable(select):
-        raise TypeError(f"select must be a function from the teacher's output to its logits, got {select!r}")
+        raise TypeError(f"select must be a function from the teacher's output to its logits, got {in_short(select)}")
     for f in tfms if isinstance(tfms, (list, tuple)) else [tfms]:
         if f is not None and not callable(f):
-            raise TypeError(f"tfms must be a function from the batch's inputs to the teacher's, got {f!r}")
+            raise TypeError(f"tfms must be a function from the batch's inputs to the teacher's, got {in_short(f)}")
 
 # %% ../../../nbs/distill/teacher/given.ipynb #e0190c13
 def refuse_axis(
@@ -92,7 +94,7 @@ def refuse_axis(
 ):
     "TypeError or ValueError for an axis that the logits do not have"
     if axis is None: return
-    if not isinstance(axis, Integral): raise TypeError(f"axis: expected the number of an axis, got {axis!r}")
+    if not isinstance(axis, Integral): raise TypeError(f"axis: expected the number of an axis, got {in_short(axis)}")
     if -z.ndim<=axis<z.ndim: return
     raise ValueError(f"axis: the teacher's logits are {tuple(z.shape)}, with axes 0 to {z.ndim-1}, got {axis}")
 

@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
-from ...core.names import first_few
+from ...core.names import first_few, in_short
 from ...core.task import logits_of
 from ..layers.names import unwrap
 from .ensemble import ensemble_logits
@@ -72,7 +72,7 @@ def _as_network(o):
     net = getattr(o, 'model', None) if not isinstance(o, nn.Module) else o
     if isinstance(net, nn.Module): return net
     hint = '; call it to make one' if callable(o) else ''
-    raise TypeError(f"peers: expected a network, or a list of them, got {o!r}{hint}")
+    raise TypeError(f"peers: expected a network, or a list of them, got {in_short(o)}{hint}")
 
 # %% ../../../nbs/distill/teacher/peers.ipynb #0eee2cbb
 @patch

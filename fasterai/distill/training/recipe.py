@@ -18,7 +18,7 @@ from typing import Callable, Mapping
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ...core.names import unknown_name
+from ...core.names import in_short, unknown_name
 from ...core.schedule import Schedule, as_schedule
 from ..layers.names import layer_pairs
 from ..loss.catalogue import recipe_of
@@ -40,12 +40,12 @@ def _by_name(name, weight, task_weight):
 def _as_number(value, name):
     if isinstance(value, _Unsaid): return _Unsaid(value) # and no longer the default itself
     if isinstance(value, Real) or isinstance(value, Tensor) and value.numel()==1: return float(value)
-    raise TypeError(f"{name} must be a number, got {value!r}")
+    raise TypeError(f"{name} must be a number, got {in_short(value)}")
 
 def _as_schedules(schedules):
     if schedules is None: return {}
     if isinstance(schedules, Mapping): return {k:as_schedule(v) for k,v in schedules.items()}
-    raise TypeError(f"schedules must be a dict of a hyper-parameter's name to its schedule, got {schedules!r}")
+    raise TypeError(f"schedules must be a dict of a hyper-parameter's name to its schedule, got {in_short(schedules)}")
 
 def _with_hypers(loss, hypers):
     known = {k for o in as_terms(loss) for k in o.hypers} - {*FROM_TASK}
@@ -165,17 +165,18 @@ def _check_weights(self:Recipe):
 
 @patch
 def _check_switches(self:Recipe):
-    if self.valid not in (True, False): raise TypeError(f"valid must be True or False, got {self.valid!r}")
+    if self.valid not in (True, False): raise TypeError(f"valid must be True or False, got {in_short(self.valid)}")
     if isinstance(self.mask, bool):
         raise TypeError("mask must be the name or the number of an input, or a function of the inputs, got "
                         f"{self.mask}; None takes 'attention_mask', where there is one")
     if self.select is None or callable(self.select): return
-    raise TypeError(f"select must be a function from the student's output to its logits, got {self.select!r}")
+    raise TypeError(f"select must be a function from the student's output to its logits, got {in_short(self.select)}")
 
 @patch
 def _check_adapters(self:Recipe):
     if self.adapters is None or self.adapters=='auto' or isinstance(self.adapters, dict): return
-    raise ValueError(f"adapters must be 'auto', None, or a dict of student layer to module, got {self.adapters!r}")
+    raise ValueError(f"adapters must be 'auto', None, or a dict of student layer to module, got "
+                     f"{in_short(self.adapters)}")
 
 @patch
 def _check_schedules(self:Recipe):

@@ -14,6 +14,7 @@ from fasterai.distill.layers.layout import layout_of
 from fasterai.distill.layers.places import place_of
 from fasterai.distill.loss.dense import PKD
 from fasterai.distill.losses import Attention, FitNet
+from fasterai.distill.ship.quantize import quantize_aware
 from fasterai.distill.teacher.teacher import Teacher
 from helpers import learner, n_hooks, same, state
 
@@ -205,3 +206,46 @@ def test_folded_and_half_precision_copies():
         _,maps = Teacher(t, **kwargs).compute(x, layers=['neck[1]', 'stem.0'])
         with Capture(t, ['neck[1]', 'stem.0']) as c: t(x)
         for k,m in maps.items(): torch.testing.assert_close(m.float(), c.maps[k].float(), atol=0.05, rtol=0.05)
+
+
+class Blocks(nn.Module):
+    "One ends with a layer, one with a sum, one gives two maps"
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.act = nn.Conv2d(4, 4, 1),nn.ReLU()
+        def forward(self, x): return self.act(self.conv(self.act(x)))+x
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.sums = nn.Sequential(self.Sum(), self.Sum())
+        self.neck,self.head = Neck(4, 4, wraps['tuple']),nn.Linear(4, 3)
+        self.neck.low = nn.Conv2d(4, 4, 1)
+    def forward(self, x):
+        low,high = self.neck(self.sums(self.stem(x)))
+        return self.head(low.mean((2, 3))+high.mean((2, 3)))
+
+def test_blocks_that_a_trace_has_taken_apart():
+    "Without rounding they give what they gave, to a student's losses and from a teacher"
+    from torch.ao.quantization import disable_fake_quant
+    m,names = Blocks().eval(),['stem', 'sums', 'sums.0']
+    q = quantize_aware(learner(m))
+    with Capture(m, names) as c: m(x)
+    traced = q.model.eval().apply(disable_fake_quant)
+    with Capture(traced, names) as d: traced(x)
+    for found in (d.maps, Teacher(traced).compute(x, layers=names)[1]):
+        for n in names: torch.testing.assert_close(found[n], c.maps[n], atol=1e-5, rtol=1e-4)
+    assert d.layouts==c.layouts
+    for name in ('neck', 'sums:input', 'stem[0]'):
+        with pytest.raises(ValueError, match="took '[a-z]+' apart; name one of its layers, the last one of which is '"):
+            Capture(traced, name)
+    kd = KD(m, FitNet, ['stem', 'sums'], ['stem', 'sums'])
+    q.fit(1, cbs=kd)
+    assert kd.log.history.distill_loss.iloc[-1]>0 and n_hooks(q.model)==0
+
+def test_modules_in_place_of_names_are_refused_without_their_repr():
+    m = Blocks()
+    for layers in (m.sums, [m.stem, m.sums]):
+        with pytest.raises(TypeError, match=r"such as 'layer1', got a \w+ of modules: get_model_layers\(model\)"):
+            Capture(m, layers)

@@ -20,6 +20,12 @@ from fasterai.data.scenes import digit_scenes, scenes_detector
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.loss.dense import PKD
 from fasterai.distill.losses import SoftTarget
+from fasterai.distill.ship.quantize import calibration_batches
+from fasterai.distill.study.advice import suggest_weights
+from fasterai.distill.study.compare import compare
+from fasterai.distill.study.teacher_numbers import measure_teacher
+from fasterai.distill.teacher.recorded.record import record
+from fasterai.distill.teacher.recorded.recorded import TeacherCache
 from fasterai.distill.methods.detection import (LossesInValidation, MeanAveragePrecision, detect, detection_dls,
     detection_loss, detector_learner)
 from fasterai.distill.teacher.teacher import Teacher
@@ -273,3 +279,21 @@ def test_a_validation_that_ends_badly_leaves_mode_and_random_numbers(exc):
         assert not any(m.training for m in learn.model.modules())
         assert 'boxes' in learn.model([digit_scenes(1)[0][0]])[0]
     assert torch.equal(*drawn)
+
+def test_what_needs_no_logits_is_advised_and_what_cannot_be_measured_is_no_number():
+    learn = learner(metrics=[])
+    advice = suggest_weights(learn, taught(), n_batches=1)
+    assert advice.table.gradient['PKD']>0 and not any('no better' in o for o in advice.notes)
+    assert advice['loss'][PKD]==pytest.approx(advice.table.suggested['PKD'])
+    assert torch.tensor(measure_teacher(learn, fcos(4, seed=1))['valid_loss']).isnan()
+    with pytest.raises(TypeError, match="learner 's': its predictions are no tensors"):
+        compare({'s': learn}, metrics=MeanAveragePrecision(), cost=False)
+
+def test_pictures_in_lists_are_counted_and_their_answers_are_not_recorded(tmp_path):
+    learn = learner(metrics=[])
+    for views in (None, 2):
+        with pytest.raises(ValueError, match='recording: the first tensor of the inputs has . rows, and the batch 8 '):
+            record(fcos(4), learn, tmp_path/'r', views=views, maps=['backbone'], logits=False)
+    with pytest.raises(ValueError, match='cache: .* train with the teacher at hand'):
+        learn.fit(1, cbs=taught(Teacher(fcos(4), cache=TeacherCache(maps=True))))
+    with pytest.raises(ValueError, match='calibration needs at least 32 samples .*, got 8'): calibration_batches(learn)

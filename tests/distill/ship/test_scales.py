@@ -65,20 +65,19 @@ def test_classes_are_those_of_the_student_that_rounds(students, file):
     ints = q.to_int8()(x)
     assert (z.argmax(1)==ints.argmax(1)).float().mean()>=.99 and (z-ints).norm()/ints.norm()<.05
 
-def test_a_file_of_ranges_that_were_hardly_seen_answers_as_the_integers_do(tmp_path):
-    "Of such a student the file is far off, and so is what `to_int8` makes of it"
+def test_ranges_that_were_hardly_seen_end_alike_in_the_student_its_integers_and_the_file(tmp_path):
+    "Kernels know twice the range on x86: integers and file were .41 away, of answers up to .27"
     torch.manual_seed(0)
     learn = quiet_learner(digits_dls(600), digits_net(8), lr=1e-2)
     q = quantize_aware(learn)
     q.remove_cbs([cb for cb in q.cbs if cb.name=='progress'])
     with q.no_logging(): q.fit_one_cycle(1, 5e-2)
     x,rounded = answers(q)
-    whole = q.to_int8()(x).numpy()
-    found = OnnxFile(export_student(q, tmp_path/'q.onnx', int8=True))
-    with torch.no_grad(): got = found(x).numpy()
-    largest = np.abs(whole).max()
-    assert np.abs(got-whole).max()<0.1*largest and np.abs(got-rounded.numpy()).max()>np.abs(got-whole).max()
-    assert (got.argmax(1)==whole.argmax(1)).mean()>0.98
+    file = OnnxFile(export_student(q, tmp_path/'q.onnx', int8=True))
+    with torch.no_grad(): found = dict(integers=q.to_int8()(x), file=file(x))
+    for got in found.values():
+        assert (got-rounded).abs().max()<.03*rounded.abs().max()
+        assert (got.argmax(1)==rounded.argmax(1)).float().mean()>.98
 
 def test_onnxruntime_computes_with_integers(file, tmp_path):
     options = ort.SessionOptions()

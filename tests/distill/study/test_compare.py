@@ -259,6 +259,8 @@ def test_learners_without_data_or_metrics(y):
     unlabelled = TfmdDL(TensorDataset(torch.arange(4.)), bs=2, num_workers=0, n_inp=1)
     with pytest.raises(ValueError, match='no labels'): compare(dict(a=_given(torch.randn(N, 4), y)), dl=unlabelled)
     with pytest.raises(ValueError, match='learners is empty'): compare({})
+    with pytest.raises(ValueError, match='^teacher: unknown learner, a Sequential; there is a$'):
+        compare(dict(a=_given(torch.randn(N, 4), y)), nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(TypeError, match="got str for 'b'"): compare(dict(a=_given(torch.randn(N, 4), y), b='model.pt'))
     with pytest.raises(ValueError, match='must be a single number'):
         compare(dict(a=_given(torch.randn(N, 4), y, metrics=AvgMetric(_per_class))), cost=False)

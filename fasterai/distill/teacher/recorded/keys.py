@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from fastai.data.load import SkipItemException
 
-from .replay import Once, seeded
+from .replay import Once, refuse_other_count, seeded
 from .signature import signature
 from .trace import Trace
 
@@ -96,7 +96,9 @@ class Stream(Once):
     ):
         "ValueError unless samples that are drawn twice are the same. Returns their inputs; `trace.rows` are their keys"
         def draw(seed):
-            with seeded(seed): return inputs(trace.draw(16)),trace.rows
+            with seeded(seed): xb = inputs(trace.draw(16))
+            refuse_other_count(xb, len(trace.rows))
+            return xb,trace.rows
         (first,keys),(again,others) = draw(0),draw(1)
         a,b = ({tuple(k):tuple(h) for k,h in zip(ks.tolist(), signature(x).tolist())}
                for ks,x in ((keys, first), (others, again)))

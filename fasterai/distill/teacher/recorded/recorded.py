@@ -15,6 +15,7 @@ import torch
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 
+from ....core.names import in_short
 from ..facts import Agreement, Facts, agree, facts_of
 from ..protocol import BaseTeacher
 from .keys import Stream
@@ -273,4 +274,4 @@ def as_cache(
     if isinstance(cache, TeacherCache): return cache
     if cache is True: return TeacherCache()
     if isinstance(cache, (str, Path)): return Recording(cache) if is_recording(cache) else TeacherCache(cache)
-    raise TypeError(f"cache must be True, a path, a TeacherCache or a Replay, got {cache!r}")
+    raise TypeError(f"cache must be True, a path, a TeacherCache or a Replay, got {in_short(cache)}")
