@@ -61,8 +61,7 @@ def predictions(
         try: preds,targs = learn.get_preds(dl=dl, act=noop)
         except TypeError as e:
             if 'GatherPredsCallback' not in str(e): raise
-            raise TypeError(f"learner {name!r}: its predictions are no tensors with a row for each sample, as a "
-                            "detector's dicts are none; judge such a one by `validate` of its Learner") from e
+            raise TypeError(f"learner {name!r}: its predictions are no tensors; judge it by its `validate()`") from e
     yb = tuplify(targs) if targs is not None else ()
     if not len(yb): raise ValueError(f"learner {name!r} has no labels in its validation data")
     return apply(lambda t: t.float() if t.is_floating_point() else t, preds),yb
