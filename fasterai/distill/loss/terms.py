@@ -52,7 +52,7 @@ class Term:
         if isinstance(base, type):
             raise TypeError(f"loss must be an instance, got the class {base.__name__}: write {base.__name__}()")
         self.loss = loss
-        self.weight = weight
+        self.weight = weight if isinstance(weight, (int, float, Tensor)) else float(weight)
         self.base = base
         self.name = getattr(base, '__name__', None) or type(base).__name__
         self._read_signature(bound)

@@ -22,7 +22,7 @@ from ..distillation_callback import KnowledgeDistillationCallback
 from ..layers.capture import as_found, to_model
 from ..layers.names import unwrap
 from ..loss.base import kl_div
-from ..teacher.inputs import statistics_of
+from ..teacher.loaders import statistics_of
 from ..training.lesson import labels_of, mixed
 
 # %% ../../../nbs/distill/methods/attack.ipynb #f1393154

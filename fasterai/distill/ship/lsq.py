@@ -194,20 +194,26 @@ def lsq_quantized(
     inputs = _watch(model, chosen_layers(model, layers), batches)
     idle = [n for n in layers or () if n not in inputs]
     if idle or not inputs: raise ValueError(f"layers: {', '.join(idle) or 'none of them'} did not run on the batches")
-    order = list(inputs)
-    for name,x in inputs.items():
-        layer = QuantizedLayer(model.get_submodule(name), max(bits, ends) if name in (order[0], order[-1]) else bits)
-        layer.input_fake_quant.calibrate(x)
-        put_module(model, name, layer.train(model.training))
-    _give_back(model, order, layers or (), batches)
+    plain = {n:model.get_submodule(n) for n in inputs}
+    _quantize(model, plain, inputs, bits, ends)
+    seen = _watch(model, plain, batches)
+    if len(seen)==len(plain): return model
+    for n,m in plain.items(): put_module(model, n, m)
+    _refuse_uncalled([n for n in plain if n not in seen], plain, layers or ())
+    _quantize(model, {n:m for n,m in plain.items() if n in seen}, inputs, bits, ends)
     return model
 
-def _give_back(model, order, named, batches):
-    "Layers that go on as they are, since `model` calls them by another way than their name: none of them is quantized"
-    still = [n for n in order if n not in _watch(model, order, batches[:1])]
-    still = [n for n in still if n not in _watch(model, still, batches)] # some batches may go another way
-    for n in still: put_module(model, n, model.get_submodule(n).layer)
-    refused = still if len(still)==len(order) else [n for n in still if n in named]
+def _quantize(model, plain, inputs, bits, ends):
+    "Each of its layers, in the order in which they run"
+    order = list(plain)
+    for n,m in plain.items():
+        layer = QuantizedLayer(m, max(bits, ends) if n in (order[0], order[-1]) else bits)
+        layer.input_fake_quant.calibrate(inputs[n])
+        put_module(model, n, layer.train(model.training))
+
+def _refuse_uncalled(still, plain, named):
+    "Layers that `model` calls by another way than their name go on as they are, unless they are all, or were asked for"
+    refused = still if len(still)==len(plain) else [n for n in still if n in named]
     if refused:
         raise ValueError(f"layers: {', '.join(refused)} cannot be quantized, since the network does not call it by its "
                          "name, but from a plain list, say: keep it in an nn.ModuleList")

@@ -16,14 +16,14 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ...core.heads import ends_in_head
 from ...core.task import task_of
 from ..layers.capture import tensors_in
 from ..layers.names import unwrap
 from .columns import columns_for, columns_of
 from .datasets import with_what_items_say
 from .inputs import Renormalize, changes_of, say_changes
-from .loaders import (
-    image_size, images_among, kinds_of, normalizers, statistics_of_images, vocabularies)
+from .loaders import image_size, images_of, vocabularies
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #e7124b9c
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ def facts_of(
     dls,own = getattr(learn, 'dls', None),dict(axis=_axis_of(learn), changes=changes_of(learn))
     if dls is None or not getattr(dls, 'loaders', None): return Facts(**own)
     words,classes = vocabularies(dls)
-    kinds = kinds_of(dls)
-    norms = normalizers(dls, kinds)
-    images = images_among(kinds, next(iter(norms), None))
-    stats = statistics_of_images(dls, norms, images)
+    images,stats = images_of(dls)
     facts = Facts(classes, words, stats, image_size(dls), columns_of(dls), images, **own)
     ds = getattr(dls.loaders[0], 'dataset', None)
     return facts if hasattr(ds, 'tls') else with_what_items_say(facts, ds)
@@ -131,21 +128,19 @@ def with_maps(self:Agreement,
     layers:tuple,  # Those of it whose maps are compared
 )->Agreement:
     "The same, which says so where classes are picked for the logits, and a map has them in the teacher's order"
-    found = [] if self.pick is None else [k for k in layers if _may_have_classes(unwrap(net), k, self.n)]
+    found = [] if self.pick is None else [k for k in layers if _is_head(unwrap(net), k, self.n)]
     if not found: return self
     line = (f"the map of {', '.join(map(repr, found))} has a channel for each class, and keeps the teacher's order: if "
             "these are the classes, compare them by a loss on logits, such as Logits, which are put in the student's "
             "order")
     return replace(self, lines=(*self.lines, line))
 
-def _may_have_classes(net, layer, n):
-    "Is it the whole network, or does it end in weights that give `n` channels: a head, one beside it, or any layer?"
+def _is_head(net, layer, n):
+    "Is it the whole network, or does it end in its classes?"
     name,_,way = layer.partition(':')
     name = name.partition('[')[0]
     if way or not name: return not way
-    inside = dict(net.named_modules()).get(name, nn.Identity()).modules()
-    last = [m for m in inside if next(m.parameters(recurse=False), None) is not None][-1:]
-    return any(getattr(m, k, None)==n for m in last for k in ('out_features', 'out_channels', 'num_features'))
+    return ends_in_head(dict(net.named_modules()).get(name, nn.Identity()), net, n)
 
 # %% ../../../nbs/distill/teacher/facts.ipynb #1e89f56d
 def agree(
@@ -198,8 +193,8 @@ def _renormalize(teacher, student):
     t,s = teacher.normalize,student.normalize
     if t is None and s is not None:
         if teacher==Facts(): return None,[] # of a bare network nothing is known
-        return None,["the student's batch is normalised, and the teacher's data was not, as far as its DataLoaders "
-                     "tell; Teacher(..., normalize=(mean, std)) says how it was"]
+        return None,["the student's batch is normalised or scaled, and the teacher's data was not, as far as its "
+                     "DataLoaders tell; Teacher(..., normalize=(mean, std)) says how it was"]
     if t is None or same_statistics(t, s): return None,[]
     if s is None and teacher.by_items:
         return None,["its data set normalises images, and of the student's nothing is known: if it does not, say how "
@@ -250,9 +245,9 @@ def same_statistics(
 )->bool:
     "Are images normalised alike, or neither?"
     if a is None or b is None: return a is b
-    return all(_fit(p, q) and torch.allclose(*torch.broadcast_tensors(p, q), atol=1e-3) for p,q in zip(a, b))
+    return all(_broadcast(p, q) and torch.allclose(*torch.broadcast_tensors(p, q), atol=1e-3) for p,q in zip(a, b))
 
-def _fit(p, q): return p.shape==q.shape or 1 in (p.numel(), q.numel())
+def _broadcast(p, q): return p.shape==q.shape or 1 in (p.numel(), q.numel())
 
 def _say_size(teacher, student):
     if not teacher.size or not student.size or teacher.size==student.size: return []

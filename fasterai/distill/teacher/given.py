@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from ...core.names import in_short
-from .inputs import statistics_of
+from .loaders import statistics_of
 
 # %% ../../../nbs/distill/teacher/given.ipynb #2576dc6e
 def as_list(

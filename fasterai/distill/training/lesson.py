@@ -8,8 +8,7 @@ __all__ = ['full_precision', 'n_classes_of', 'target_of', 'facts_for', 'mask_of'
 
 # %% ../../../nbs/distill/training/lesson.ipynb #b6fc54bd
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 
 import torch
 from fastai.callback.mixup import MixHandler
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ...core.names import unknown_name
 from ...core.task import has_class
+from ..layers.places import outputs_in, with_parts
 from ..loss.terms import Term
 
 # %% ../../../nbs/distill/training/lesson.ipynb #ef18e260
@@ -29,24 +29,13 @@ def full_precision(
     type; `o` itself where there are none"""
     if isinstance(o, Tensor) and o.dtype in (torch.float16, torch.bfloat16): return o.float()
     if isinstance(o, Tensor): return o.clone() if o.is_inference() else o
-    if isinstance(o, dict): return _with_items(o, {k:full_precision(v) for k,v in o.items()})
-    if is_dataclass(o): return _with_fields(o, {f.name:full_precision(getattr(o, f.name)) for f in fields(o)})
+    if isinstance(o, dict) or is_dataclass(o):
+        return with_parts(o, {k:full_precision(v) for k,v in outputs_in(o).items()})
     if not isinstance(o, (list, tuple)): return o
     new = [full_precision(v) for v in o]
     if all(a is b for a,b in zip(o, new)): return o
     return o._make(new) if hasattr(o, '_make') else type(o)(new)
 
-def _with_items(o, new):
-    if all(new[k] is v for k,v in o.items()): return o
-    res = copy(o)
-    for k,v in new.items(): res[k] = v
-    return res
-
-def _with_fields(o, new):
-    if all(getattr(o, k) is v for k,v in new.items()): return o
-    res = copy(o)
-    for k,v in new.items(): object.__setattr__(res, k, v) # as it was made, frozen or not
-    return res
 
 # %% ../../../nbs/distill/training/lesson.ipynb #d5c4d65c
 def n_classes_of(logits, axis:int=1)->int:

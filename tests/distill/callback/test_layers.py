@@ -1,5 +1,6 @@
 "Pairs of layers: their order, their names, what is refused"
 import math
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -68,6 +69,14 @@ def test_an_inplace_relu_after_the_layer_does_not_spoil_the_map():
         return kd.log.history.distill_loss
     assert run(True).tolist()==pytest.approx(run(False).tolist())
 
+
+def test_a_fraction_is_a_weight():
+    def loss(weight):
+        torch.manual_seed(0)
+        kd,learn = KD(teacher(), {SoftTarget: weight}),learner()
+        learn.fit(1, cbs=kd)
+        return kd.log.history.distill_loss.tolist()
+    assert loss(Fraction(1, 4))==loss(.25)
 
 def test_weights_and_adapters_are_checked_at_construction():
     with pytest.raises(ValueError, match='task_weight=1'):

@@ -133,8 +133,25 @@ def test_a_layer_that_is_called_from_a_plain_list_is_none_of_them():
     model = Listed()
     found = lsq_quantized(model, [(x,)], 4)
     assert found.a is found.plain[0] and type(found.a) is nn.Linear and type(found.b) is QuantizedLayer
-    with pytest.raises(ValueError, match='layers: a cannot be quantized.*ModuleList'):
-        lsq_quantized(Listed(), [(x,)], 4, ['a'])
+    for layers in ['a'],['a', 'b']:
+        model = Listed()
+        with pytest.raises(ValueError, match='layers: a cannot be quantized.*ModuleList'):
+            lsq_quantized(model, [(x,)], 4, layers)
+        assert type(model.a) is type(model.b) is nn.Linear # as it was
+
+def test_the_first_layer_that_is_quantized_has_the_bits_of_the_ends():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c,self.d = (nn.Linear(4, 4) for _ in range(4))
+            self.plain = [self.a]
+        def forward(self, x):
+            runs.append(len(x))
+            return self.d(self.c(self.b(self.plain[0](x))))
+    runs = []
+    found = lsq_quantized(Listed(), [(torch.randn(8, 4),)]*3, 2)
+    assert type(found.a) is nn.Linear and runs==[8]*6
+    assert [m.weight_fake_quant.bits for m in (found.b, found.c, found.d)]==[8, 2, 8]
 
 class ReadsItsLayers(nn.Module):
     "One layer under two names, and a forward that asks a layer for its weight and its size, as T5's does"

@@ -6,17 +6,19 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
-from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 from fastai.losses import BCEWithLogitsLossFlat
+from fastai.torch_basics import Transform
 from fastai.torch_core import TensorBase
 from fastai.vision.augment import CropPad, RandomResizedCrop, RandomResizedCropGPU, Resize
-from fastai.vision.core import TensorImage, TensorMask
+from fastai.vision.core import PILImage, TensorImage, TensorMask
 from torch import nn
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
 from fasterai.distill.losses import FitNet, Logits
 from fasterai.distill.study.advice import suggest_weights
 from fasterai.distill.teacher.facts import agree, facts_of, other_channels
+from fasterai.distill.teacher.loaders import statistics_of
 from fasterai.distill.teacher.teacher import Renormalize, Teacher
 from helpers import learner
 
@@ -145,6 +147,17 @@ def test_a_head_beside_the_output_keeps_the_teachers_order_and_says_so(layer, sa
     assert 'channel' not in capsys.readouterr().out
 
 
+def test_a_hidden_layer_as_wide_as_there_are_classes_is_no_head(capsys):
+    def net(seed):
+        torch.manual_seed(seed)
+        wide = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        return nn.Sequential(wide, nn.Conv2d(3, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3), nn.Linear(3, 3))
+    teacher = learner(net(1), images(list('cab'), names='abc'))
+    for layer in '0','0.0','1','3','4':
+        learner(net(0), images(list('abc'))).fit(1, cbs=KD(teacher, FitNet, layer, layer))
+        assert ('channel' in capsys.readouterr().out)==(layer=='4')
+
+
 @pytest.mark.parametrize('n,names', [(3, 'cabd'), (5, 'cab')])
 def test_a_name_for_each_logit(n, names, recwarn):
     with pytest.raises(ValueError, match=f"classes: the teacher's are {len(names)} by name, and it gives {n} logits"):
@@ -238,20 +251,63 @@ def in_a_row(*fs):
 def norm(mean, std): return Normalize.from_stats(mean, std, cuda=False)
 
 def test_normalisations_in_a_row_are_one():
-    "On either side, and with what `IntToFloatTensor` divides by"
+    "On either side"
     net,a,b = model(3, 1),norm([.5]*3, [.2]*3),norm([.1, .2, .3], [3.]*3)
     then = torch.tensor([.1, .2, .3]).view(3, 1, 1)
     for x,z in heard(learner(net, in_a_row(a, b)), in_a_row(a)): torch.testing.assert_close(z, net((x-then)/3))
     for x,z in heard(learner(net, in_a_row(a)), in_a_row(a, b)): torch.testing.assert_close(z, net(x*3+then))
     for x,z in heard(learner(net, in_a_row(a, b)), in_a_row(norm([.5]*3, [.6]*3))):
         torch.testing.assert_close(z, net(x-then/3))
-    ints = IntToFloatTensor(div=1.)
-    for x,z in heard(learner(net, in_a_row(ints, norm([255.]*3, [51.]*3))), in_a_row(IntToFloatTensor(), a)):
-        torch.testing.assert_close(z, net(((x*.2+.5)*255-255)/51), rtol=1e-4, atol=1e-4)
-    for x,z in heard(learner(net, in_a_row(ints)), in_a_row(IntToFloatTensor())):
-        torch.testing.assert_close(z, net(x*255), rtol=1e-4, atol=1e-4)
     for x,z in heard(Teacher(net, normalize=in_a_row(a, b)), in_a_row(a)):
         torch.testing.assert_close(z, net((x-then)/3))
+
+
+def bytes_of(*tfms, n=8):
+    "DataLoaders of pictures"
+    x = torch.randint(256, (n, 4, 4, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    ds = Datasets(range(n), tfms=[[lambda i: PILImage.create(x[i])],
+                                  [lambda i: 'abc'[i%3], Categorize(vocab=list('abc'))]], splits=[list(range(n))]*2)
+    return ds.dataloaders(bs=4, shuffle=False, num_workers=0, after_item=[ToTensor()], after_batch=list(tfms),
+                          device='cpu')
+
+def told(dls):
+    "Mean and standard deviation of the first channel, as the facts have them; `normalize=` reads the same"
+    stats = facts_of(NS(dls=dls)).normalize
+    for a,b in zip(stats or statistics_of(None), statistics_of(dls)): torch.testing.assert_close(a, b)
+    return None if stats is None else pytest.approx([o.flatten()[0].item() for o in stats])
+
+def test_what_bytes_are_divided_by_counts(capsys):
+    net,ints,a = model(3, 1),IntToFloatTensor(div=1.),norm([.5]*3, [.2]*3)
+    theirs = bytes_of(ints, norm([255.]*3, [51.]*3))
+    for teacher in learner(net, theirs),Teacher(net, normalize=theirs):
+        for x,z in heard(teacher, bytes_of(IntToFloatTensor(), a)):
+            torch.testing.assert_close(z, net(((x*.2+.5)*255-255)/51), rtol=1e-4, atol=1e-4)
+    for x,z in heard(learner(net, bytes_of(ints)), bytes_of(IntToFloatTensor())):
+        torch.testing.assert_close(z, net(x*255), rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    heard(learner(net, bytes_of(IntToFloatTensor())), bytes_of(ints))
+    assert 'normalised or scaled' in capsys.readouterr().out
+
+def test_of_what_is_not_sure_the_first_normalize_alone_counts():
+    class ByDiv(IntToFloatTensor):
+        def encodes(self, x:TensorImage): return x.float()/255
+    class Half(Transform):
+        order = 5
+        def encodes(self, x:TensorImage): return x.float()/255
+    class NormDepth(Normalize): pass
+    def of_split(f, i): f.split_idx = i; return f
+    def typed(b): return TensorImage(b[0]),TensorBase(b[1]),b[2]
+    one,a,b = IntToFloatTensor(div=1.),norm([.5]*3, [.2]*3),norm([.1]*3, [3.]*3)
+    assert told(bytes_of(one, a))==[.5/255, .2/255]
+    assert told(bytes_of(IntToFloatTensor(), a, b))==[.52, .6]
+    assert told(in_a_row(one, a))==[.5, .2] and told(in_a_row(one)) is None # floats, 0 to 1 already
+    assert told(bytes_of(ByDiv(div=1.), a))==[.5, .2]
+    assert told(bytes_of(Half(), one, a))==[.5, .2]
+    for i in (0, 1): assert told(bytes_of(IntToFloatTensor(), a, of_split(norm([.1]*3, [3.]*3), i)))==[.5, .2]
+    x,y = torch.rand(8, 3, 4, 4),torch.arange(8)%3
+    dls = DataLoaders(*[TfmdDL(torch.utils.data.TensorDataset(x, x, y), bs=4, num_workers=0,
+                               after_batch=[typed, a, NormDepth.from_stats([.1]*3, [3.]*3, cuda=False)])]*2)
+    assert told(dls)==[.5, .2] # of which input is the second?
 
 
 def test_one_number_is_the_same_for_each_channel(capsys):

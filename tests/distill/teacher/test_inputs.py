@@ -67,20 +67,35 @@ def test_a_size_of_any_whole_number():
 def test_a_size_for_images_within_an_input(net, x):
     "As those of a Siamese network are, or of a batch that is a dict or a dataclass"
     from collections import UserDict
-    from dataclasses import dataclass, is_dataclass
+    from collections.abc import MutableMapping
+    from dataclasses import dataclass, field, is_dataclass
     from types import MappingProxyType
     from fastcore.basics import fastuple
     @dataclass(frozen=True)
     class Pair:
         x:torch.Tensor
         n:int
+        unset:object = field(init=False)
+    class Own(MutableMapping):
+        def __init__(self, d): self.items_of = d
+        def __getitem__(self, k): return self.items_of[k]
+        def __setitem__(self, k, v): self.items_of[k] = v
+        def __delitem__(self, k): del self.items_of[k]
+        def __iter__(self): return iter(self.items_of)
+        def __len__(self): return len(self.items_of)
+        @property
+        def image(self): return self['x']
     class First(torch.nn.Module):
         def __init__(self): super().__init__(); self.net = net
-        def pick(self, o): return o.x if is_dataclass(o) else o['x'] if hasattr(o, 'keys') else o[0]
-        def forward(self, o): return self.net(self.pick(o))
+        def pick(self, o):
+            if isinstance(o, Own): return o.image
+            return o.x if is_dataclass(o) else o['x'] if hasattr(o, 'keys') else o[0]
+        def forward(self, o): self.kind = type(o); return self.net(self.pick(o))
     small = resize_batch(x, 8)
-    for xb in fastuple(x, x), [x, 1], dict(x=x), UserDict(x=x, n=2), MappingProxyType(dict(x=x)), Pair(x, 3):
-        torch.testing.assert_close(Teacher(First(), size=8)(xb)[0], plain(net, small))
-        assert First().pick(xb) is x
+    fixed = MappingProxyType(dict(x=x))
+    for xb in fastuple(x, x), [x, 1], dict(x=x), UserDict(x=x, n=2), fixed, Pair(x, 3), Own(dict(x=x)):
+        first = First()
+        torch.testing.assert_close(Teacher(first, size=8)(xb)[0], plain(net, small))
+        assert first.pick(xb) is x and first.kind is (dict if xb is fixed else type(xb))
     with pytest.raises(ValueError, match=r'size: the batch has no images.*got torch.float32 \(4, 3\)'):
         Teacher(net, size=8)(torch.zeros(4, 3))
