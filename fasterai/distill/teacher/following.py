@@ -8,7 +8,6 @@ __all__ = ['average_of', 'step_towards', 'fitted_decay', 'EMA']
 # %% ../../../nbs/distill/teacher/following.ipynb #625a2954
 import math
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Callable
 
@@ -18,7 +17,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ...core.names import one_of
 from ..layers.int8 import fake_quantizers
@@ -39,21 +38,29 @@ class _Average(AveragedModel):
 
     def train(self, mode=True): return super().train(False)
 
-    def update_parameters(self, model):
+    def update_parameters(self, model, decay=None):
         "Those of a quantized student look at nothing, though its own do: whether they look is kept in a buffer"
-        super().update_parameters(model)
+        if decay is None: super().update_parameters(model)
+        else: self._move(model, decay)
         for m in self.quantizers: m.disable_observer()
 
     def of(self, net):
         "The tensors of `net` that are averaged"
         return chain(net.parameters(), net.buffers()) if self.use_buffers else net.parameters()
 
-    def fine(self, i, a):
-        "The `i`th of them, `a` of 16 bits, in 32, where a small step counts; anew where somebody has changed `a` since"
-        was = getattr(self, f'fine_{i}', None)
-        kept = was is not None and was.shape==a.shape
-        self.register_buffer(f'fine_{i}', torch.where(was.to(a.dtype)==a, was, a.float()) if kept else a.float())
-        return getattr(self, f'fine_{i}')
+    def take_rests(self):
+        "What rounding has taken from those of 16 bits, by their places"
+        return {int(k[5:]):self._buffers.pop(k) for k in [*self._buffers] if k.startswith('rest_')}
+
+    def put_rests(self, rests): self._buffers.update((f'rest_{i}', o) for i,o in rests)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        "A file of before has no rests, one of another dtype has others: those that fit are taken"
+        self.take_rests()
+        found = {k:state_dict.pop(k) for k in [*state_dict] if k.startswith(f'{prefix}rest_')}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        places = [(i, a, found.get(f'{prefix}rest_{i}')) for i,a in enumerate(self.of(self.module)) if _is_coarse(a)]
+        self.put_rests((i, o.to(a.device, copy=True)) for i,a,o in places if o is not None and o.shape==a.shape)
 
 def _is_coarse(t): return t.is_floating_point() and t.itemsize<4
 
@@ -81,7 +88,6 @@ def average_of(
     except Exception as e:
         raise ValueError(f"EMA cannot follow a {name_of(student)}, which cannot be copied: {e}") from e
     averaged.update_parameters(student) # the first time, this copies
-    _move_coarse(averaged, student, 1.)
     return averaged.train()
 
 def _refuse_what_cannot_be_copied(student):
@@ -101,28 +107,54 @@ def step_towards(
     "Move the average by a step of the student"
     n,student = int(averaged.n_averaged),unwrap(student) # the start is one of them
     if warm: decay = min(n/(n+1), decay)
-    averaged.multi_avg_fn = partial(_move, decay)
     _take_other_shapes(averaged.module, student)
-    averaged.update_parameters(student)
-    _move_coarse(averaged, student, decay)
+    averaged.update_parameters(student, decay)
 
 def _take_other_shapes(average, student):
     "Buffers that have grown, such as what a layer saw last, are the student's: there is no mean of them"
     for a,s in zip(average.buffers(), student.buffers()):
         if a.shape!=s.shape: a.data = s.detach().to(a.device, a.dtype, copy=True)
 
-def _move(decay, averaged, current, n):
-    "Tensors of one device and kind"
-    if _is_coarse(averaged[0]): return
-    if averaged[0].is_floating_point() or averaged[0].is_complex():
-        return get_ema_multi_avg_fn(decay)(averaged, [c.to(averaged[0].dtype) for c in current], n)
-    for a,c in zip(averaged, current): a.copy_(c)
-
+@patch
 @torch.no_grad()
-def _move_coarse(averaged, student, decay):
-    "Those of 16 bits, by their averages in 32"
-    for i,(a,s) in enumerate(zip(averaged.of(averaged.module), averaged.of(student))):
-        if _is_coarse(a): a.copy_(averaged.fine(i, a).lerp_(s.detach().to(a.device, torch.float32), 1-decay))
+def _move(self:_Average, student, decay):
+    "By groups of one device and kind"
+    rests,groups = self.take_rests(),{}
+    for i,(a,s) in enumerate(zip(self.of(self.module), self.of(student))):
+        trains = s.requires_grad or i in rests or not isinstance(s, nn.Parameter)
+        groups.setdefault((a.device, a.dtype, trains), []).append((i, a, s))
+    for (_,dtype,trains),rows in groups.items():
+        places,mine,its = map(list, zip(*rows))
+        coarse = _is_coarse(mine[0])
+        if coarse and trains: self.put_rests(zip(places, _move_coarse(mine, its, 1-decay, map(rests.get, places))))
+        elif coarse or not (dtype.is_floating_point or dtype.is_complex): torch._foreach_copy_(mine, its)
+        else: torch._foreach_lerp_(mine, _as(mine[0], its), 1-decay)
+    self.n_averaged += 1
+    buffers = [*self.module.buffers()]
+    if buffers and not self.use_buffers: torch._foreach_copy_(buffers, [*student.buffers()])
+
+def _as(a, its):
+    "`its` on the device and of the kind of `a`"
+    return its if all(s.dtype==a.dtype and s.device==a.device for s in its) else [s.to(a) for s in its]
+
+# %% ../../../nbs/distill/teacher/following.ipynb #90022a5a
+def _move_coarse(mine, its, weight, rests):
+    "Move those of 16 bits in 32, where a small step counts, with what rounding took before: what it takes now"
+    fine,its = _in_32(mine, mine),_in_32(its, mine)
+    torch._foreach_add_(fine, [_rest_for(a, o) for a,o in zip(fine, rests)])
+    torch._foreach_lerp_(fine, its, weight)
+    torch._foreach_copy_(mine, fine)
+    torch._foreach_copy_(its, mine)
+    torch._foreach_sub_(fine, its)
+    return fine
+
+def _in_32(tensors, like):
+    "Copies that lie as `like` does"
+    copies = [torch.empty_like(o, dtype=torch.float32, requires_grad=False) for o in like]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+def _rest_for(a, rest): return torch.zeros_like(a) if rest is None or rest.shape!=a.shape else rest.to(a)
 
 # %% ../../../nbs/distill/teacher/following.ipynb #c5c02fdf
 def fitted_decay(

@@ -90,6 +90,124 @@ def test_a_student_that_is_cast_on_the_way_is_followed():
         assert averaged.module.weight.dtype==a and (averaged.module.weight-want).abs().max()<4e-3
 
 
+def moved(student, steps=5):
+    "Its average after small steps, and the same in float64"
+    averaged,want = average_of(student),student.weight.detach().double()
+    return _more(averaged, student, want, steps)
+
+def _more(averaged, student, want, steps=5, decay=0.99):
+    for _ in range(steps):
+        with torch.no_grad(): student.weight += 0.02
+        step_towards(averaged, student, decay, warm=False)
+        want = decay*want.cpu() + (1-decay)*student.weight.detach().double().cpu()
+    return averaged,want
+
+def fine(averaged, i=0):
+    "What it is of, in float64"
+    return averaged.module.weight.detach().double().cpu() + averaged.state_dict()[f'rest_{i}'].double().cpu()
+
+
+def test_files_of_an_average_in_16_bits_and_in_32_and_of_before_load_into_each_other():
+    ones = {dtype:nn.Linear(4, 4, bias=False, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+    for a in ones.values(): a.weight.data.fill_(1.)
+    saved = {dtype:moved(copy.deepcopy(o))[0].state_dict() for dtype,o in ones.items()}
+    saved['before'] = {k:v for k,v in saved[torch.bfloat16].items() if k in ('n_averaged', 'module.weight')}
+    assert ['rest_0' in o for o in saved.values()]==[True, True, False, False]
+    for file in saved.values():
+        keys = [*file]
+        for dtype,student in ones.items():
+            averaged,_ = moved(copy.deepcopy(student), 3)
+            averaged.load_state_dict(file)
+            assert [*file]==keys and averaged.n_averaged==6
+            rest = averaged.state_dict().get('rest_0')
+            assert (rest is not None)==('rest_0' in file and dtype!=torch.float32)
+            if rest is not None: assert torch.equal(rest, file['rest_0']) and rest is not file['rest_0']
+            start = averaged.module.weight.detach().double() + (0 if rest is None else rest.double())
+            averaged,want = _more(averaged, copy.deepcopy(student), start)
+            got = averaged.module.weight.double() if dtype==torch.float32 else fine(averaged)
+            assert torch.allclose(got, want, rtol=0, atol=1e-6)
+    both = average_of(nn.BatchNorm1d(4, dtype=torch.bfloat16), 'average')
+    step_towards(both, nn.BatchNorm1d(4, dtype=torch.bfloat16), 0.9)
+    copied = average_of(nn.BatchNorm1d(4, dtype=torch.bfloat16))
+    copied.load_state_dict(both.state_dict())
+    assert [[k for k in o.state_dict() if 'rest' in k] for o in (both, copied)]==[
+        ['rest_0', 'rest_1', 'rest_2', 'rest_3'], ['rest_0', 'rest_1']]
+
+
+@pytest.mark.parametrize('was,now', [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+                                     (torch.float32, torch.bfloat16)], ids=str)
+def test_a_callback_goes_on_from_a_file_of_before_and_of_another_dtype(was, now):
+    def fit(dtype, state=None):
+        class Cast(Callback):
+            order = -50
+            def before_batch(self): self.learn.xb = tuple(x.to(dtype) for x in self.xb)
+        learn,kd = learner(net().to(dtype), cbs=Cast()),callback(EMA(0.9))
+        if state is not None: kd.load_learned(state)
+        learn.fit(1, cbs=kd)
+        return kd
+    state = fit(was).learned.state_dict()
+    if was==now: state = {k:v for k,v in state.items() if '.module.' in k or 'n_averaged' in k}
+    kd = fit(now, state)
+    assert kd.teacher._n==9 and {p.dtype for p in kd.teacher.model.parameters()}=={now}
+
+
+def test_an_average_in_16_bits_that_is_moved_or_cast_alone_goes_on():
+    "As a teacher that goes to the student's device; the meta device stands for another one"
+    student = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    averaged,_ = moved(student)
+    there,elsewhere = copy.deepcopy(averaged),copy.deepcopy(student).to('meta')
+    there.module.to('meta')
+    step_towards(there, elsewhere, 0.9)
+    assert there.n_averaged==7 and {o.device.type for o in (there.module.weight, there.rest_0)}=={'meta'}
+    for cast in (lambda o: o.half(), lambda o: o.module.half()):
+        other,copied = copy.deepcopy(averaged),copy.deepcopy(student).half()
+        cast(other)
+        other,want = _more(other, copied, other.module.weight.detach().double() + other.rest_0.double())
+        assert other.module.weight.dtype==torch.float16 and (fine(other)-want).abs().max()<1e-6
+    averaged.module.float()
+    step_towards(averaged, student.float(), 0.9)
+    assert [*averaged.state_dict()]==['n_averaged', 'module.weight'] # nothing is lost in 32
+
+
+def test_only_what_is_averaged_and_trains_in_16_bits_has_a_rest():
+    layers = [nn.Linear(2, 2, bias=False, dtype=torch.bfloat16).requires_grad_(False), nn.Linear(2, 2, bias=False),
+              nn.BatchNorm1d(2, dtype=torch.bfloat16)]
+    for buffers,want in [('copy', [2, 3]), ('average', [2, 3, 4, 5])]:
+        student = copy.deepcopy(nn.Sequential(*layers))
+        averaged = average_of(student, buffers)
+        def places(): return [int(k[5:]) for k in averaged.state_dict() if 'rest' in k]
+        assert places()==[]
+        step_towards(averaged, student, 0.9)
+        assert places()==want
+        student[0].requires_grad_() # unfrozen on the way, and frozen again: it goes on
+        step_towards(averaged, student, 0.9)
+        with torch.no_grad(): student[0].weight += 1
+        start = averaged.module[0].weight.detach().clone()
+        for on in (True, False):
+            student[0].requires_grad_(on)
+            step_towards(averaged, student, 0.5, warm=False)
+        assert sorted(places())==[0, *want]
+        assert torch.allclose(averaged.module[0].weight, start+0.75, atol=2**-7)
+
+
+def test_a_step_of_16_bits_asks_for_the_tensors_together():
+    "Of a hundred more parameters each costs few calls more, and of 32 bits only those that PyTorch makes"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Count(TorchDispatchMode):
+        n = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            self.n += 1
+            return f(*args, **(kwargs or {}))
+    def calls(n, dtype):
+        student = nn.Sequential(*(nn.Linear(2, 2, bias=False, dtype=dtype) for _ in range(n)))
+        averaged = average_of(student)
+        for _ in range(2): # the first makes the rests
+            with Count() as count: step_towards(averaged, student, 0.9)
+        return count.n
+    more = {dtype:(calls(110, dtype)-calls(10, dtype))/100 for dtype in (torch.float32, torch.bfloat16)}
+    assert more=={torch.float32: 0, torch.bfloat16: 2} # two empty tensors
+
+
 def by_hand(model, steps, decay, is_warm=True, buffers='copy', T=4., lr=0.05, mode='eval'):
     "Student and average after SGD on cross-entropy and T² times the KL divergence to the average"
     model,average = copy.deepcopy(model).train(),copy.deepcopy(model).eval()
