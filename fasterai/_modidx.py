@@ -5451,6 +5451,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'fasterai/distill/training/train_along.py'),
                                                        'fasterai.distill.training.train_along.Moments.__reduce__': ( 'distill/training/train_along.html#moments.__reduce__',
                                                                                                                      'fasterai/distill/training/train_along.py'),
+                                                       'fasterai.distill.training.train_along.Moments._fitting': ( 'distill/training/train_along.html#moments._fitting',
+                                                                                                                   'fasterai/distill/training/train_along.py'),
                                                        'fasterai.distill.training.train_along.Moments.begin': ( 'distill/training/train_along.html#moments.begin',
                                                                                                                 'fasterai/distill/training/train_along.py'),
                                                        'fasterai.distill.training.train_along.Moments.end': ( 'distill/training/train_along.html#moments.end',

@@ -145,7 +145,10 @@ def apart(
     zt:Tensor, # Teacher's
     task,      # The `Task`
 )->Tensor: # Scalar
-    "The KL divergence, in a task of numbers half the squared distance, summed up. ValueError for a softmax over one"
+    """The KL divergence, in a task of numbers half the squared distance, summed up. ValueError for a softmax over one,
+    and for other shapes"""
+    if zs.shape!=zt.shape:
+        raise ValueError(f"against: the student's logits are {tuple(zs.shape)}, and the teacher's {tuple(zt.shape)}")
     if task.average=='sigmoid': return _labels_apart(zs, zt).sum()
     if task.average=='none': return (zs-zt).square().sum()/2
     axis = known_axis(task.axis)

@@ -9,7 +9,6 @@ __all__ = ['OptimizerGuests', 'Moments', 'TrainAlong', 'remember_states']
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Iterable
-from weakref import ref
 
 import torch.distributed as dist
 from fastai.callback.core import Callback
@@ -89,30 +88,32 @@ class OptimizerGuests:
 # %% ../../../nbs/distill/training/train_along.ipynb #f0dffa16
 class Moments:
     "The optimizer's states for guests by parameter, in a fit and after it"
-    def __init__(self): self.states,self.guests,self._opt = {},None,None
+    def __init__(self): self.states,self.guests = {},None
     def __reduce__(self): return Moments,() # a copy has other parameters
 
     def begin(self, guests, params):
-        "Those kept or loaded, copied; none where the student's are gone, as after `unfreeze`, or others"
+        "Those kept or loaded, copied; none where the student's are gone, as after `unfreeze`, or of another kind"
         self.guests = guests
-        if self._opt is not None and self._opt() is not guests.opt: return {}
-        own = {k for state in guests.states.values() for k in _tensors(state)}
-        return {p:deepcopy(o) for p,o in _of(params, self.states).items() if own and _tensors(o)<=own}
+        return self._fitting(_of(params, self.states))
 
-    def end(self, opt, states=None):
-        "Keep `states` for the next fit with `opt`; None: what was kept before"
-        if states is not None: self.states,self._opt = states,ref(opt)
-        self.guests = None
+    def end(self, states=None):
+        "Keep `states` for the next fit, beside those of guests that have not come yet; None: what was kept before"
+        self.states,self.guests = {**self.states, **(states or {})},None
 
     def of(self, params):
         "As they are in the fit that is running, else as loaded, else of the last fit"
         return {**_of(params, self.states), **_of(params, self.guests.states if self.guests else {})}
 
     def load(self, states):
-        "For the fit that is running, or the next one, with any optimizer"
-        if not states: return
-        self.states,self._opt = {**({} if self._opt else self.states), **states},None
-        if self.guests: self.guests.states.update(deepcopy(_of(self.guests.params, states)))
+        "For the fit that is running, or the next one"
+        self.states = {**self.states, **states}
+        if self.guests: self.guests.states.update(self._fitting(_of(self.guests.params, states)))
+
+    def _fitting(self, states):
+        "Copies of those with the tensors that the optimizer keeps for its other parameters"
+        found = self.guests.states
+        own = {k for p in found if p not in states for k in _tensors(found[p])}
+        return {p:deepcopy(o) for p,o in states.items() if own and _tensors(o)==own}
 
 def _of(params, states): return {p:states[p] for p in params if p in states}
 
@@ -151,7 +152,7 @@ class TrainAlong(Callback):
         if self.joined is None: return
         opt,self.joined = self.joined,None
         states = OptimizerGuests.of(opt).remove(self.params)
-        self.moments.end(opt, None if hasattr(self.learn, 'lr_finder') else states) # which leaves the student's, too
+        self.moments.end(None if hasattr(self.learn, 'lr_finder') else states) # which leaves the student's, too
         for p in self.params: p.grad = None
 
     def follow(self):
