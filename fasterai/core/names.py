@@ -15,9 +15,11 @@ from typing import Iterable
 def in_short(
     o, # What was got for an argument
 )->str:
-    "Its `repr`; of what would fill more than a line, as a network does, the type"
+    "Its `repr`, cut after a line; of what has several, as a network does, the type"
     said = repr(o)
-    return said if isinstance(o, str) or len(said)<=120 and '\n' not in said else f'a {type(o).__name__}'
+    if isinstance(o, str): return said
+    if '\n' in said: return f'a {type(o).__name__}'
+    return said if len(said)<=120 else f'{said[:117]}...'
 
 # %% ../../nbs/core/names.ipynb #9e8f773e
 def unknown_name(

@@ -164,11 +164,13 @@ def _grid(net, node):
     if node.op=='call_module':
         m = net.get_submodule(node.target)
         return (float(m.scale), int(m.zero_point)) if hasattr(m, 'scale') else None
+    if node.op!='call_function': return None
     given = [attrgetter(o.target)(net) for o in node.all_input_nodes if o.op=='get_attr'][-2:]
-    if node.op=='call_function' and len(given)==2: return tuple(o.item() for o in given)
+    if len(given)==2 and all(o.numel()==1 for o in given): return tuple(o.item() for o in given)
 
 def _cut(net, ends):
     "Let no kernel give more than the highest number of its grid"
+    if not ends: return net
     for node in list(net.graph.nodes):
         grid = _grid(net, node)
         if grid not in ends: continue

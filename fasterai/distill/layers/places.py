@@ -128,10 +128,16 @@ def _in_words(found):
 
 # %% ../../../nbs/distill/layers/places.ipynb #65060225
 def _is_within(node, block):
-    "Is an operation one of the block's, by its layer or by where it was traced?"
-    traced_in = node.meta.get('nn_module_stack') or {'':None}
-    name = node.target if node.op=='call_module' else next(reversed(traced_in))
-    return f"{str(name).partition('@')[0]}.".startswith(f'{block}.')
+    "Is an operation one of the block's, by where it was traced, or if that is not known by its layer?"
+    traced_in = _scopes(node)
+    if traced_in: return any(k.partition('@')[0]==block for k in traced_in)
+    return node.op=='call_module' and f'{node.target}.'.startswith(f'{block}.')
+
+def _scopes(node):
+    "Modules in whose forward it was called, from the outside inwards; `@1` marks the second run of one"
+    return [str(k) for k in node.meta.get('nn_module_stack') or {}]
+
+def _runs(inside, block): return {k for n in inside for k in _scopes(n) if k.partition('@')[0]==block}
 
 def _is_quantizer(net, node):
     return node.op=='call_module' and hasattr(net.get_submodule(node.target), 'fake_quant_enabled')
@@ -148,23 +154,26 @@ def _turn_of_call(net, node):
     return runs.index(node),len(runs)
 
 # %% ../../../nbs/distill/layers/places.ipynb #3967bc8e
+def _is_called(net, name): return any(n.op=='call_module' and n.target==name for n in net.graph.nodes)
+
 def heard_at(
     model:nn.Module, # Any model
     place:Place,     # In it
 )->tuple[str, bool, tuple]:
-    """The module at which the place can be heard, whether at what goes in, and in which run, as `turn_of` says.
-    ValueError for a block of a traced network that cannot be heard, with its last layer"""
+    """The module at which the place can be heard, whether at what goes in, and in which run, as `turn_of` says. A block
+    of a traced network that gives several things is heard at the one that goes on. ValueError where that is not one,
+    or the block runs several times or writes into something, with its last layer"""
     net,here = unwrap(model),(place.module, place.comes_in, turn_of(model, place.module))
-    if not isinstance(net, GraphModule) or any(n.target==place.module for n in net.graph.nodes): return here
+    if not isinstance(net, GraphModule) or _is_called(net, place.module): return here
     inside = [n for n in net.graph.nodes if _is_within(n, place.module)]
     layers = [n for n in inside if n.op=='call_module']
     if not place.module or not layers: return here
-    traced = all(n.meta.get('nn_module_stack') for n in layers) # pickled networks do not know it any more
-    found = _results(net, inside) if traced and not (place.comes_in or place.parts) else ()
-    if len(found)==1:
+    known = all(map(_scopes, layers)) and len(_runs(inside, place.module))==1 # pickled networks know no scopes
+    found = _results(net, inside) if known and not (place.comes_in or place.parts) else ()
+    if len(found)==1 and all(n.users for n in inside):
         node = found[0]
         if node.op=='call_module': return node.target,False,_turn_of_call(net, node)
         taken = next((u for u in node.users if _is_quantizer(net, u)), None)
         if taken is not None: return taken.target,True,_turn_of_call(net, taken)
     raise ValueError(f"{place.kind} {place.name!r}: the network was traced by torch.fx, which took "
-                     f"{place.module!r} apart; name one of its layers, the last one of which is {layers[-1].target!r}")
+                     f"{place.module!r} apart; name one of its layers, such as the last, {layers[-1].target!r}")

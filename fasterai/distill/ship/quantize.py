@@ -120,9 +120,9 @@ def calibration_batches(
     seen = 0
     with streams_kept(0), as_in_validation(dls.train_ds):
         for b in loader_like(dls.valid, dls.train_ds, shuffle=True):
-            xb,yb = split_batch(dls, tuplify(b))
+            xb = split_batch(dls, tuplify(b))[0]
             found.append(seen_by_student(learn, to_device(xb, device)))
-            seen += find_bs(yb or xb) # pictures in a list are not counted by the first one's channels
+            seen += max(find_bs(xb), len(xb[0]) if isinstance(xb[0], list) else 0) # pictures may come in a list
             if len(found)==n: break
     if seen>=least: return found
     raise ValueError(f"calibration needs at least {least} samples to find the ranges of the activations, got {seen}")

@@ -85,10 +85,14 @@ def test_two_fits_are_one_loop_with_one_state_of_the_optimizer(opt, hand, tmp_pa
                 (.5*F.cross_entropy(learn.model[1:](h), y) + .5*F.mse_loss(own(h), ht)).backward()
                 adam.step()
         return parts
-    for between in (None, 'lr_find', 'unfreeze'):
+    for between in (None, 'lr_find', 'export', 'unfreeze'):
         learn,kd,_ = start()
         learn.fit(1, cbs=kd)
         if between=='unfreeze': learn.unfreeze()
+        if between=='export': # it makes the optimizer anew, with its states
+            states = learn.opt.state_dict()
+            learn.create_opt()
+            learn.opt.load_state_dict(states)
         if between=='lr_find':
             rng = learn.dls.train.rng.getstate()
             with learn.added_cbs(kd): learn.lr_find(num_it=5, stop_div=False, show_plot=False)
@@ -139,6 +143,27 @@ def test_a_saved_training_goes_on_as_one_that_never_stopped(make, opt, tmp_path)
     saved(learn, kd, tmp_path)
     assert off(load(), n_epoch=2)<1e-6
     assert off({k:v for k,v in load().items() if not k.startswith('optimizer.')}, n_epoch=2)>1e-3 # a file of before
+
+
+@pytest.mark.parametrize('opt', ones, ids=['fastai','torch'])
+def test_a_fit_that_goes_back_an_epoch_is_one_without_that_epoch(opt):
+    class Back(Callback):
+        order = 100
+        def __init__(self, kd): self.kd = kd
+        def after_epoch(self):
+            parts = self.learn.model,self.learn.opt,self.kd.learned
+            if self.epoch==0: self.was = [deepcopy(o.state_dict()) for o in parts]
+            if self.epoch!=1: return
+            for o in parts[:2]: o.load_state_dict(self.was.pop(0))
+            self.kd.load_learned(self.was.pop())
+    def trained(n, back):
+        torch.manual_seed(3)
+        learn,kd = learner(dls=in_order(), opt_func=opt, lr=.01),KD(teacher(), FitNet, **layers)
+        learn.fit(n, cbs=[kd, Back(kd)] if back else kd)
+        return [*learn.model.parameters(), *kd.learned.parameters()],learn.opt.state_dict()
+    (ps,a),(qs,b) = trained(3, True),trained(2, False)
+    for p,q in zip(ps, qs, strict=True): torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+    assert len(a['state'])==len(b['state'])
 
 
 @pytest.mark.parametrize('make', [lambda: KD(teacher(), FitNet, **layers), lambda: MutualLearning(net(5, seed=2)),

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.fx import symbolic_trace
 from torchvision.ops import FeaturePyramidNetwork
 
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as KD
@@ -238,11 +239,40 @@ def test_blocks_that_a_trace_has_taken_apart():
         for n in names: torch.testing.assert_close(found[n], c.maps[n], atol=1e-5, rtol=1e-4)
     assert d.layouts==c.layouts
     for name in ('neck', 'sums:input', 'stem[0]'):
-        with pytest.raises(ValueError, match="took '[a-z]+' apart; name one of its layers, the last one of which is '"):
+        with pytest.raises(ValueError, match="took '[a-z]+' apart; name one of its layers, such as the last, '"):
             Capture(traced, name)
     kd = KD(m, FitNet, ['stem', 'sums'], ['stem', 'sums'])
     q.fit(1, cbs=kd)
     assert kd.log.history.distill_loss.iloc[-1]>0 and n_hooks(q.model)==0
+
+class SharedParts(nn.Module):
+    "Two blocks end with one activation, another one runs twice, and the last writes into its map"
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+        def forward(self, x):
+            x = self.conv(x)
+            torch.relu_(x)
+            return x
+
+    def __init__(self):
+        super().__init__()
+        act = nn.Hardswish()
+        self.a,self.b = (nn.Sequential(nn.Conv2d(i, 4, 3, 1, 1), act) for i in (3, 4))
+        block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
+        self.twice,self.output = nn.Sequential(block, block),nn.Conv2d(4, 3, 1)
+        self.last = nn.Sequential(self.Written(), nn.Identity())
+    def forward(self, x): return self.last(self.output(self.twice(self.b(self.a(x))))).mean((2, 3))
+
+def test_blocks_of_a_trace_that_share_parts_are_heard_where_they_end_or_refused():
+    m,x = SharedParts().eval(),torch.randn(2, 3, 8, 8)
+    traced,names = symbolic_trace(m),['a', 'b', 'output', 'twice']
+    with Capture(m, names) as c: m(x)
+    with Capture(traced, names) as d: traced(x)
+    for n in names: torch.testing.assert_close(d.maps[n], c.maps[n])
+    for name in ('twice.0', 'last.0'):
+        with pytest.raises(ValueError, match=f"took '{name}' apart"): Capture(traced, name)
 
 def test_modules_in_place_of_names_are_refused_without_their_repr():
     m = Blocks()

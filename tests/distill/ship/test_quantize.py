@@ -105,6 +105,25 @@ def test_calibrated_on_all_of_the_data_though_files_are_sorted_by_class():
     def off(bits): return ((quantize_aware(learn, bits).model.eval()(x)-want).norm()/want.norm()).item()
     assert off(8)<.03 and off(8)<3*off(7) # the activations of 'x86' have seven bits, and there are more of them
 
+def test_operations_in_floats_with_two_parameters_are_no_grids():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.head = nn.Conv2d(3, 8, 3),nn.Linear(8, 3)
+            self.w,self.b = nn.Parameter(torch.rand(8)+.5),nn.Parameter(torch.rand(8))
+        def forward(self, x): return self.head(F.group_norm(self.conv(x), 2, self.w, self.b).mean((2, 3)))
+    torch.manual_seed(0)
+    q = quantize_aware(learner(Normed()))
+    q.fit(1)
+    x = torch.randn(8, 3, 8, 8)
+    want = q.model.eval()(x)
+    assert ((q.to_int8()(x)-want).abs().max()/want.abs().max()).item()<.1 # a step of the last grid
+
+def test_samples_are_counted_by_the_inputs_whatever_the_labels_are():
+    pictures = [(torch.rand(3, 8, 8), dict(boxes=torch.zeros(4), name='a')) for _ in range(32)]
+    dls = DataLoaders(*[TfmdDL(pictures, bs=16, num_workers=0) for _ in range(2)])
+    assert [tuple(x.shape) for x, in calibration_batches(learner(net(8), dls), 2)]==[(16, 3, 8, 8)]*2
+
 def test_calibrated_without_augmentation():
     still,moved = (calibration_batches(learner(net(c=3), named('abc', tfms=o)), 3, 24) for o in ([], [Gone()]))
     assert all(torch.equal(a, b) for (a,),(b,) in zip(still, moved)) and still[0][0].any()
