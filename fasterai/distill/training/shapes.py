@@ -18,7 +18,7 @@ def saying_shapes(
 ):
     "An error of a loss about what it was given says whose logits have which shape, where these differ, and the remedy"
     try: yield
-    except torch.OutOfMemoryError: raise
+    except torch.cuda.OutOfMemoryError: raise
     except (ValueError, IndexError, RuntimeError) as e:
         remedy = _remedy(*(getattr(outputs.get(k), 'shape', ()) for k in ('pred', 'teacher_pred')), axis)
         if remedy: e.args = (f"{e} {remedy}",)
