@@ -215,5 +215,5 @@ def _refuse_uncalled(still, plain, named):
     "Layers that `model` calls by another way than their name go on as they are, unless they are all, or were asked for"
     refused = still if len(still)==len(plain) else [n for n in still if n in named]
     if refused:
-        raise ValueError(f"layers: {', '.join(refused)} cannot be quantized, since the network does not call it by its "
-                         "name, but from a plain list, say: keep it in an nn.ModuleList")
+        raise ValueError(f"layers: the network does not call {', '.join(refused)} by name, but from a plain list, "
+                         "say, so they cannot be quantized: keep such layers in an nn.ModuleList")

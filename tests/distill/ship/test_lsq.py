@@ -135,7 +135,7 @@ def test_a_layer_that_is_called_from_a_plain_list_is_none_of_them():
     assert found.a is found.plain[0] and type(found.a) is nn.Linear and type(found.b) is QuantizedLayer
     for layers in ['a'],['a', 'b']:
         model = Listed()
-        with pytest.raises(ValueError, match='layers: a cannot be quantized.*ModuleList'):
+        with pytest.raises(ValueError, match='layers: the network does not call a by name.*ModuleList'):
             lsq_quantized(model, [(x,)], 4, layers)
         assert type(model.a) is type(model.b) is nn.Linear # as it was
 
